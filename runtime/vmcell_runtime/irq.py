@@ -1,0 +1,43 @@
+"""Interrupt lines: what a device fires, and the recorder tests pass instead.
+
+A line is an eventfd bound to a GSI by KVM_IRQFD; firing it is one write, from any thread, and needs
+no KVM descriptor. All our interrupts are edge-triggered, as the MP table says.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+
+class Interrupt(Protocol):
+    """What a device needs of its interrupt."""
+
+    def fire(self) -> None:
+        """Raises one edge; several before the guest looks may merge into one."""
+
+
+class IrqLine:
+    """An interrupt line of the in-kernel irqchip; owns its eventfd. `close` is idempotent."""
+
+    def __init__(self, gsi: int) -> None:
+        self.gsi = gsi
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def fire(self) -> None:
+        os.eventfd_write(self.fd, 1)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class RecordedIrq:
+    """A line without KVM; `count` is how often it was fired."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def fire(self) -> None:
+        self.count += 1

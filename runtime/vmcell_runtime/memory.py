@@ -1,0 +1,294 @@
+"""Guest memory: RAM and read-only file windows, reached by guest address and length only.
+
+This is the one module that holds raw memory; host addresses leave it only towards kernel
+interfaces that need them (KVM memory slots, vhost), by `GuestMemory.slots` and `host_address`.
+
+Rules kept here (each has a test):
+- A range lies wholly inside one RAM slot, or it is a GuestError. Nothing is ever shortened.
+- Words shared with the guest are loaded and stored in one access of their natural width, by
+  `memoryview.cast`; byte-wise packing would let the guest see half-written ring indices.
+- While KVM knows the address of a slot the mapping cannot go away: each region holds a live
+  buffer export of its mmap, and `close` refuses while `pin` is held.
+- Every RAM region has inaccessible pages on both ends.
+
+x86-64 keeps stores in order among each other and loads among each other. What it does not order is
+a store followed by a load (publish used.idx, then read used_event): a system call or a lock must
+stand between the two.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from vmcell_protos.errors import CallerError, GuestError, HostError
+
+PAGE_BYTES = 4096
+HUGE_PAGE_BYTES = 2 << 20
+LOW_RAM_LIMIT_BYTES = 3 << 30  # RAM below here starts at 0; the hole holds MMIO windows
+HIGH_RAM_GPA = 4 << 30  # the rest of RAM starts here
+MAX_SPANS = 1024  # IOV_MAX of Linux
+MAP_NORESERVE = 0x4000  # asm-generic/mman.h; the mmap module lacks it
+
+Span = tuple[int, int]
+"""(gpa, length in bytes) of one piece of guest RAM."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.mprotect.restype = ctypes.c_int
+
+
+class Slot(NamedTuple):
+    """One KVM memory slot: guest address, length, host address, and if the guest may write."""
+
+    number: int
+    gpa: int
+    length_bytes: int
+    host_address: int
+    read_only: bool
+
+
+class _PyBuffer(ctypes.Structure):
+    """`Py_buffer`, part of CPython's stable ABI since 3.11 (Include/pybuffer.h)."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.c_void_p),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+_get_buffer = ctypes.pythonapi.PyObject_GetBuffer
+_get_buffer.argtypes = (ctypes.py_object, ctypes.POINTER(_PyBuffer), ctypes.c_int)
+_get_buffer.restype = ctypes.c_int
+_release_buffer = ctypes.pythonapi.PyBuffer_Release
+_release_buffer.argtypes = (ctypes.POINTER(_PyBuffer),)
+_release_buffer.restype = None
+
+
+class _Mapping:
+    """An mmap with a live export: its address is good until `close`, and only `close` ends it."""
+
+    def __init__(self, mapped: mmap.mmap) -> None:
+        self._mapped = mapped
+        self._export = _PyBuffer()
+        _get_buffer(mapped, ctypes.byref(self._export), 0)
+        self.address: int = self._export.buf or 0
+
+    def close(self) -> None:
+        if self.address:
+            self.address = 0
+            _release_buffer(ctypes.byref(self._export))
+            self._mapped.close()
+
+
+class _Ram:
+    """One slot of anonymous RAM, aligned to 2 MiB on the host, with guards on both ends."""
+
+    def __init__(self, gpa: int, length_bytes: int) -> None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        total = length_bytes + 2 * HUGE_PAGE_BYTES
+        try:
+            mapped = mmap.mmap(-1, total, flags=flags)
+        except OSError as error:
+            raise HostError(
+                f"mapping {length_bytes >> 20} MiB of guest memory failed: {error.strerror}; "
+                "give the guest less memory or free some on the host",
+                code="resource_exhausted",
+            ) from error
+        mapped.madvise(mmap.MADV_DONTDUMP)
+        self.mapping = _Mapping(mapped)
+        start = -(-(self.mapping.address + PAGE_BYTES) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+        lead = start - self.mapping.address
+        self._forbid(self.mapping.address, lead)
+        self._forbid(start + length_bytes, total - lead - length_bytes)
+        self.gpa = gpa
+        self.end_gpa = gpa + length_bytes
+        self.address = start
+        self.bytes = memoryview(mapped)[lead : lead + length_bytes]
+        self.words16 = self.bytes.cast("H")
+        self.words32 = self.bytes.cast("I")
+        self.words64 = self.bytes.cast("Q")
+
+    @staticmethod
+    def _forbid(address: int, length_bytes: int) -> None:
+        if _libc.mprotect(address, length_bytes, 0):
+            raise HostError(f"guarding guest memory failed: {os.strerror(ctypes.get_errno())}")
+
+    def close(self) -> None:
+        for view in (self.words64, self.words32, self.words16, self.bytes):
+            view.release()
+        self.mapping.close()
+
+
+class GuestMemory:
+    """The guest's physical memory. Owns every mapping; `close` is idempotent.
+
+    RAM of `ram_bytes` (a multiple of 2 MiB) stands at 0 up to 3 GiB, the rest at 4 GiB. Reads and
+    writes take guest physical addresses and raise GuestError unless the whole range is RAM.
+    """
+
+    def __init__(self, ram_bytes: int) -> None:
+        if ram_bytes <= 0 or ram_bytes % HUGE_PAGE_BYTES:
+            raise CallerError(f"guest memory is {ram_bytes} bytes; give a multiple of 2 MiB")
+        self.ram_bytes = ram_bytes
+        low = min(ram_bytes, LOW_RAM_LIMIT_BYTES)
+        self._windows: list[tuple[int, int, _Mapping]] = []
+        self._pins = 0
+        self._ram = [_Ram(0, low)]
+        if ram_bytes > low:
+            self._ram.append(_Ram(HIGH_RAM_GPA, ram_bytes - low))
+
+    @property
+    def ram_ranges(self) -> tuple[Span, ...]:
+        """(gpa, length) of each RAM slot, ascending."""
+        return tuple((ram.gpa, ram.end_gpa - ram.gpa) for ram in self._ram)
+
+    def read(self, gpa: int, length: int) -> bytes:
+        """A copy of guest RAM, `length` bytes or GuestError."""
+        ram = self._find(gpa, length)
+        offset = gpa - ram.gpa
+        return bytes(ram.bytes[offset : offset + length])
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Copies `data` (bytes, or a contiguous view of bytes) into guest RAM."""
+        ram = self._find(gpa, len(data))
+        offset = gpa - ram.gpa
+        ram.bytes[offset : offset + len(data)] = data
+
+    def load16(self, gpa: int) -> int:
+        """One 16-bit access; `gpa` is a multiple of 2."""
+        ram = self._find_word(gpa, 2)
+        return ram.words16[(gpa - ram.gpa) >> 1]
+
+    def store16(self, gpa: int, value: int) -> None:
+        """One 16-bit access; `gpa` is a multiple of 2, `value` below 2**16."""
+        ram = self._find_word(gpa, 2)
+        ram.words16[(gpa - ram.gpa) >> 1] = value
+
+    def load32(self, gpa: int) -> int:
+        """One 32-bit access; `gpa` is a multiple of 4."""
+        ram = self._find_word(gpa, 4)
+        return ram.words32[(gpa - ram.gpa) >> 2]
+
+    def store32(self, gpa: int, value: int) -> None:
+        """One 32-bit access; `gpa` is a multiple of 4, `value` below 2**32."""
+        ram = self._find_word(gpa, 4)
+        ram.words32[(gpa - ram.gpa) >> 2] = value
+
+    def load64(self, gpa: int) -> int:
+        """One 64-bit access; `gpa` is a multiple of 8."""
+        ram = self._find_word(gpa, 8)
+        return ram.words64[(gpa - ram.gpa) >> 3]
+
+    def store64(self, gpa: int, value: int) -> None:
+        """One 64-bit access; `gpa` is a multiple of 8, `value` below 2**64."""
+        ram = self._find_word(gpa, 8)
+        ram.words64[(gpa - ram.gpa) >> 3] = value
+
+    def preadv(self, fd: int, spans: Sequence[Span], offset: int) -> int:
+        """File at `offset` into guest pages; bytes read, 0 at end of file. OSError as it comes."""
+        views = self._views(spans)
+        return os.preadv(fd, views, offset) if views else 0
+
+    def pwritev(self, fd: int, spans: Sequence[Span], offset: int) -> int:
+        """Guest pages into a file at `offset`; bytes written. OSError as it comes."""
+        views = self._views(spans)
+        return os.pwritev(fd, views, offset) if views else 0
+
+    def readv(self, fd: int, spans: Sequence[Span]) -> int:
+        """Stream, socket or TAP into guest pages; bytes read. BlockingIOError as it comes."""
+        views = self._views(spans)
+        return os.readv(fd, views) if views else 0
+
+    def writev(self, fd: int, spans: Sequence[Span]) -> int:
+        """Guest pages into a stream, socket or TAP; bytes written. OSError as it comes."""
+        views = self._views(spans)
+        return os.writev(fd, views) if views else 0
+
+    def host_address(self, gpa: int, length: int) -> int:
+        """Where a checked range stands in this process; only for kernel interfaces (vhost).
+
+        Good while the memory is pinned.
+        """
+        ram = self._find(gpa, length)
+        return ram.address + gpa - ram.gpa
+
+    def map_file(self, fd: int, gpa: int) -> int:
+        """Maps a whole file read-only at `gpa` (both multiples of 2 MiB); returns its length.
+
+        The file stays the page cache's: MAP_SHARED and PROT_READ. `fd` may be closed afterwards.
+        Devices cannot read or write this window; only the guest can read it.
+        """
+        length = os.fstat(fd).st_size
+        if length <= 0 or length % HUGE_PAGE_BYTES:
+            raise CallerError(
+                f"a pmem image has {length} bytes; pad it to a multiple of {HUGE_PAGE_BYTES}"
+            )
+        if gpa % HUGE_PAGE_BYTES or self._overlaps(gpa, length):
+            raise CallerError(f"a pmem window of {length} bytes cannot stand at {gpa:#x}")
+        try:
+            mapped = mmap.mmap(fd, length, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        except OSError as error:
+            raise HostError(f"mapping a pmem image failed: {error.strerror}") from error
+        self._windows.append((gpa, length, _Mapping(mapped)))
+        return length
+
+    def slots(self) -> tuple[Slot, ...]:
+        """Every KVM memory slot, RAM first. The addresses are good while the memory is pinned."""
+        ram = [(ram.gpa, ram.end_gpa - ram.gpa, ram.address, False) for ram in self._ram]
+        files = [(gpa, length, mapping.address, True) for gpa, length, mapping in self._windows]
+        return tuple(Slot(index, *row) for index, row in enumerate(ram + files))
+
+    def pin(self) -> None:
+        """Forbids `close` until `unpin`; whoever hands slots to the kernel holds one."""
+        self._pins += 1
+
+    def unpin(self) -> None:
+        self._pins -= 1
+
+    def close(self) -> None:
+        """Unmaps everything; BufferError while pinned, so no kernel slot outlives its memory."""
+        if self._pins:
+            raise BufferError("guest memory is still pinned by a VM; close the VM first")
+        for ram in self._ram:
+            ram.close()
+        for _, _, mapping in self._windows:
+            mapping.close()
+        self._ram.clear()
+        self._windows.clear()
+
+    def _find(self, gpa: int, length: int) -> _Ram:
+        for ram in self._ram:
+            if length >= 0 and ram.gpa <= gpa and gpa + length <= ram.end_gpa:
+                return ram
+        raise GuestError(f"guest range {gpa:#x} of {length} bytes is not inside one RAM slot")
+
+    def _find_word(self, gpa: int, width: int) -> _Ram:
+        if gpa % width:
+            raise GuestError(f"guest address {gpa:#x} is not a multiple of {width}")
+        return self._find(gpa, width)
+
+    def _views(self, spans: Sequence[Span]) -> list[memoryview]:
+        if len(spans) > MAX_SPANS:
+            raise GuestError(f"a guest buffer has {len(spans)} pieces; at most {MAX_SPANS}")
+        views = []
+        for gpa, length in spans:
+            ram = self._find(gpa, length)
+            views.append(ram.bytes[gpa - ram.gpa : gpa - ram.gpa + length])
+        return views
+
+    def _overlaps(self, gpa: int, length: int) -> bool:
+        taken = [*self.ram_ranges, *((start, size) for start, size, _ in self._windows)]
+        return any(gpa < start + size and start < gpa + length for start, size in taken)
