@@ -12,14 +12,15 @@ ones the Connect protocol fixes for unary errors.
 
 from __future__ import annotations
 
-from typing import NamedTuple
 
-
-class CodeRow(NamedTuple):
+class CodeRow:
     """One line of the table: the google.rpc.Code number and the HTTP status of a code name."""
 
-    ttrpc: int
-    http: int
+    __slots__ = ("http", "ttrpc")
+
+    def __init__(self, ttrpc: int, http: int) -> None:
+        self.ttrpc = ttrpc
+        self.http = http
 
 
 CODES: dict[str, CodeRow] = {
