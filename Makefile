@@ -1,0 +1,60 @@
+# Two commands matter: `make demo` and `make test`. Both install what they need, say what they are
+# doing, and are safe to run twice. Everything built lands in .venv and $XDG_CACHE_HOME/vmcell.
+
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in /usr/bin/python3 python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test test-plain test-root test-kvm test-vm host venv artifacts dev-up clean help
+
+help:
+	@echo "make demo   boot a microVM and drive it with the E2B SDK"
+	@echo "make test   all tests: plain, root, kvm and vm lane"
+
+host:
+	@tools/install-packages
+
+venv: .venv/.installed
+
+.venv/.installed: setup.cfg pyproject.toml | host
+	@echo "python: installing the project and its tools into .venv"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[api,dev]'
+	@touch $@
+
+artifacts: venv
+	@$(BIN)/vmcell kernel build
+	@$(BIN)/vmcell image base
+	@$(BIN)/vmcell image build small
+	@$(BIN)/vmcell image build base
+
+demo: artifacts
+	@$(BIN)/vmcell demo
+
+test: test-plain test-root test-kvm test-vm
+
+test-plain: venv
+	$(PYTEST) -m 'not kvm and not vm and not root'
+
+test-root: venv
+	$(PYTEST) -m 'root and not vm'
+
+# On a machine without /dev/kvm the same tests run inside the dev VM.
+test-kvm: venv
+	@if [ -e /dev/kvm ]; then \
+		$(PYTEST) -m 'kvm and not vm'; \
+	else \
+		$(MAKE) dev-up && $(BIN)/vmcell dev run -- $(CURDIR)/.venv/bin/python -m pytest \
+			--rootdir $(CURDIR) -p no:cacheprovider -m 'kvm and not vm' $(CURDIR)/tests; \
+	fi
+
+dev-up: artifacts
+	@$(BIN)/vmcell dev up
+
+test-vm: dev-up
+	$(PYTEST) -m vm --timeout 900; status=$$?; $(BIN)/vmcell dev down; exit $$status
+
+clean:
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis
