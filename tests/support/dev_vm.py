@@ -1,0 +1,81 @@
+"""The dev VM as the vm lane drives it: commands through `vmcell dev run`, logs from its share."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+VMCELL = [sys.executable, "-m", "vmcell_tools"]
+RUNTIME = "io.containerd.vmcell.v2"
+SMALL = "docker.io/vmcell/small:latest"
+BASE = "docker.io/vmcell/base:latest"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How one command in the VM ended."""
+
+    code: int
+    stdout: bytes
+    stderr: bytes
+
+    @property
+    def text(self) -> str:
+        return self.stdout.decode(errors="replace")
+
+    @property
+    def error_text(self) -> str:
+        return self.stderr.decode(errors="replace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DevVm:
+    """A dev VM that is up; `out` is the folder the VM writes its logs to (/mnt/out inside)."""
+
+    out: Path
+    api_url: str
+    sandbox_url: str
+
+    def run(self, *command: str, stdin: bytes = b"", timeout_s: int = 120) -> Result:
+        """Runs `command` as root in the VM; a command over its deadline fails the test."""
+        done = subprocess.run(
+            [*VMCELL, "dev", "run", "--timeout", str(timeout_s), "--", *command],
+            input=stdin,
+            capture_output=True,
+            timeout=timeout_s + 30,
+            check=False,
+        )
+        return Result(code=done.returncode, stdout=done.stdout, stderr=done.stderr)
+
+    def check(self, *command: str, stdin: bytes = b"", timeout_s: int = 120) -> str:
+        """Like `run`, for a command that has to succeed; its standard output as text."""
+        result = self.run(*command, stdin=stdin, timeout_s=timeout_s)
+        assert result.code == 0, f"{command} ended with {result.code}: {result.error_text}"
+        return result.text
+
+    def ctr_run(
+        self, *words: str, image: str = SMALL, flags: tuple[str, ...] = (), stdin: bytes = b""
+    ) -> Result:
+        """`ctr run --rm` of a vmcell container; words: container id, then the command."""
+        return self.run(
+            "ctr", "run", "--rm", "--runtime", RUNTIME, *flags, image, *words, stdin=stdin
+        )
+
+    def inventory(self) -> dict[str, list[str]]:
+        """What sandboxes have on the VM right now (vmcell_tools.leak_check)."""
+        found = json.loads(self.check(sys.executable, "-m", "vmcell_tools.leak_check"))
+        assert isinstance(found, dict)
+        return found
+
+    def logs(self, tail_bytes: int = 6000) -> str:
+        """The ends of the newest logs in the share: guest consoles, shims, containerd, noded."""
+        files = [path for path in self.out.rglob("*") if path.is_file() and path.stat().st_size]
+        newest = sorted(files, key=lambda path: path.stat().st_mtime)[-6:]
+        return "\n".join(
+            f"--- {path.relative_to(self.out)}\n"
+            + path.read_bytes()[-tail_bytes:].decode(errors="replace")
+            for path in newest
+        )
