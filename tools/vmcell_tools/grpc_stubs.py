@@ -50,7 +50,7 @@ def generate(folder: Path) -> dict[str, str]:
             raise HostError(f"protoc failed with status {done.returncode}: {done.stderr.strip()}")
         root = Path(scratch, VIRTUAL_ROOT)
         return {
-            str(path.relative_to(root)): _with_daemon_names(path.read_text())
+            str(path.relative_to(root)): _text(path)
             for path in sorted(root.rglob("*"))
             if path.is_file() and _holds_something(path)
         }
@@ -61,10 +61,13 @@ def _holds_something(path: Path) -> bool:
     return not path.name.endswith("_pb2_grpc.py") or "class " in path.read_text()
 
 
-def _with_daemon_names(text: str) -> str:
-    return text.replace(f"'/{SERVICE_PREFIX}", "'/containerd.").replace(
-        f"'{SERVICE_PREFIX}", "'containerd."
-    )
+def _text(path: Path) -> str:
+    """The file's text; in stubs, and only there, the services get the daemon's names."""
+    text = path.read_text()
+    if not path.name.endswith("_pb2_grpc.py"):
+        return text
+    text = text.replace(f"'/{SERVICE_PREFIX}", "'/containerd.")
+    return text.replace(f"'{SERVICE_PREFIX}", "'containerd.")
 
 
 def main() -> None:
