@@ -1,0 +1,89 @@
+"""One VM: its memory slots, interrupt controllers, and the eventfds wired into it."""
+
+from __future__ import annotations
+
+import os
+
+from vmcell_runtime.kvm.abi import (
+    KVM_CREATE_IRQCHIP,
+    KVM_CREATE_VCPU,
+    KVM_IOEVENTFD,
+    KVM_IOEVENTFD_FLAG_DATAMATCH,
+    KVM_IRQFD,
+    KVM_MEM_READONLY,
+    KVM_SET_IDENTITY_MAP_ADDR,
+    KVM_SET_TSS_ADDR,
+    KVM_SET_USER_MEMORY_REGION,
+    identity_map_address,
+    kvm_ioeventfd,
+    kvm_irqfd,
+    kvm_userspace_memory_region,
+)
+from vmcell_runtime.kvm.ioctl import kvm_ioctl
+from vmcell_runtime.memory import GuestMemory
+
+
+class Vm:
+    """Owns a VM descriptor and pins the guest memory it was given until `close` (idempotent).
+
+    The kernel keeps a VM alive as long as any of its vCPU descriptors is open: close those first.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._memory: GuestMemory | None = None
+
+    def set_memory(self, memory: GuestMemory) -> None:
+        """Gives the VM every slot of `memory`, once. KVM_SET_USER_MEMORY_REGION, api.rst 4.35."""
+        if self._memory is not None:
+            raise ValueError("this VM already has its memory")
+        memory.pin()
+        self._memory = memory
+        for slot in memory.slots():
+            region = kvm_userspace_memory_region(
+                slot=slot.number,
+                flags=KVM_MEM_READONLY if slot.read_only else 0,
+                guest_phys_addr=slot.gpa,
+                memory_size=slot.length_bytes,
+                userspace_addr=slot.host_address,
+            )
+            kvm_ioctl(self._fd, KVM_SET_USER_MEMORY_REGION, region)
+
+    def set_tss(self, gpa: int) -> None:
+        """Three pages Intel hosts need below 4 GiB, outside every slot. api.rst 4.36."""
+        kvm_ioctl(self._fd, KVM_SET_TSS_ADDR, gpa)
+
+    def set_identity_map(self, gpa: int) -> None:
+        """One page more of the same kind; before the first vCPU. api.rst 4.48."""
+        kvm_ioctl(self._fd, KVM_SET_IDENTITY_MAP_ADDR, identity_map_address(gpa))
+
+    def create_irqchip(self) -> None:
+        """PIC, IOAPIC and a LAPIC per vCPU in the kernel, GSI n at pin n. api.rst 4.24."""
+        kvm_ioctl(self._fd, KVM_CREATE_IRQCHIP)
+
+    def create_vcpu(self, number: int) -> int:
+        """The descriptor of vCPU `number`, which is its APIC id; the caller's to close."""
+        return kvm_ioctl(self._fd, KVM_CREATE_VCPU, number)
+
+    def add_irqfd(self, fd: int, gsi: int) -> None:
+        """A write to eventfd `fd` raises and lowers `gsi`. api.rst 4.75."""
+        kvm_ioctl(self._fd, KVM_IRQFD, kvm_irqfd(fd=fd, gsi=gsi))
+
+    def add_ioeventfd(self, fd: int, gpa: int, length: int, datamatch: int) -> None:
+        """A guest write of `length` bytes equal to `datamatch` at `gpa` signals `fd`, no exit."""
+        request = kvm_ioeventfd(
+            datamatch=datamatch,
+            addr=gpa,
+            len=length,
+            fd=fd,
+            flags=KVM_IOEVENTFD_FLAG_DATAMATCH,
+        )
+        kvm_ioctl(self._fd, KVM_IOEVENTFD, request)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        if self._memory is not None:
+            self._memory.unpin()
+            self._memory = None
