@@ -1,0 +1,15 @@
+"""Virtio 1.2 devices behind virtio-mmio windows: disk, image, entropy, network, socket.
+
+A device is plain Python over guest memory and host descriptors; it knows neither KVM nor the
+window it stands behind. What a guest gets wrong is a GuestError and stops that one device.
+
+Reading order:
+abi        numbers of the specification that several modules need
+spans      guest buffers as pieces: cut, read, write
+queue      the split virtqueue, every byte of the guest's copied once and checked
+status     device status as a table
+device     what a device is, and its way back to the driver
+mmio       the register window: features, queues, status, interrupts
+rng        entropy
+pmem       where a read-only image is mapped
+blk        a raw disk

@@ -1,0 +1,82 @@
+"""What a virtio device is: the face every device shows its transport, and what it gets from it.
+
+Threads: `activate` and `reset` run on the vCPU thread that wrote the status register, everything
+else on the event loop's thread, and all of it under the transport's one lock. So a device needs no
+lock of its own, but in `activate` and `reset` it reaches the loop by `call_soon` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, ParamSpec, Protocol
+
+from vmcell_runtime.virtio.queue import Queue
+
+P = ParamSpec("P")
+
+
+class Link(Protocol):
+    """A device's way back to its driver, good from one DRIVER_OK to the next reset."""
+
+    def signal(self, *queues: Queue) -> None:
+        """Publishes what is complete on these queues and interrupts the guest if it wants that."""
+
+    def run(self, step: Callable[[], None]) -> bool:
+        """Runs `step` under the device's lock; False and nothing done if this activation is over.
+
+        A GuestError of `step` becomes DEVICE_NEEDS_RESET.
+        """
+
+    def guard(self, function: Callable[P, None]) -> Callable[P, None]:
+        """`function` as the event loop may call it: each call is a `run`."""
+
+
+class Activation(NamedTuple):
+    """What a driver and its device agreed on, frozen at DRIVER_OK.
+
+    `notify_fds` are the eventfds of the queues' notifications; they stay the transport's.
+    """
+
+    features: int
+    queues: tuple[Queue, ...]
+    notify_fds: tuple[int, ...]
+    link: Link
+
+
+class VirtioDevice(Protocol):
+    """One device behind a transport. The device owns its host descriptors."""
+
+    @property
+    def device_id(self) -> int: ...
+
+    @property
+    def features(self) -> int:
+        """Feature bits it offers; the transport adds VERSION_1 and EVENT_IDX."""
+
+    @property
+    def queue_sizes(self) -> tuple[int, ...]:
+        """The largest size of each queue."""
+
+    @property
+    def max_chain_bytes(self) -> int:
+        """The most bytes one buffer of any of its queues may have."""
+
+    @property
+    def config(self) -> bytes:
+        """The configuration space; drivers cannot write to it."""
+
+    @property
+    def in_kernel(self) -> bool:
+        """The host's kernel takes its notifications and raises its interrupts itself (vhost)."""
+
+    def activate(self, activation: Activation) -> None:
+        """The driver is ready. May raise GuestError."""
+
+    def process(self, queue_index: int) -> bool:
+        """The driver notified this queue; True asks to be called again soon (budget used up)."""
+
+    def reset(self) -> None:
+        """Forgets the activation and all work in flight; called whatever the state."""
+
+    def close(self) -> None:
+        """Releases what it owns; on the loop's thread after the loop's end, idempotent."""

@@ -1,0 +1,372 @@
+"""The virtio-mmio transport: one register window, its queues and its interrupt (virtio 1.2 § 4.2).
+
+`read` and `write` are called by vCPU threads, queue notifications and everything a device does by
+the event loop. One lock guards it all, and no holder ever waits for another thread, so a reset is
+complete when the driver's write returns. The interrupt registers have a lock of their own: an
+interrupt handler in the guest does not wait for a disk.
+
+Queue addresses and features are copied at DRIVER_OK into objects that no register can change.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import ParamSpec
+
+from vmcell_protos.errors import GuestError
+from vmcell_runtime.irq import Interrupt
+from vmcell_runtime.loop import EventLoop
+from vmcell_runtime.memory import GuestMemory
+from vmcell_runtime.virtio import abi, status
+from vmcell_runtime.virtio.device import Activation, VirtioDevice
+from vmcell_runtime.virtio.queue import Queue, RingLayout
+
+P = ParamSpec("P")
+
+REPORTS_PER_WINDOW = 10
+REPORT_WINDOW_NS = 5_000_000_000
+_LOW_32 = 0xFFFF_FFFF
+_HIGH_32 = 0xFFFF_FFFF_0000_0000
+_NO_SHM_REGION = 0xFFFF_FFFF  # length and base of a region that does not exist, § 4.2.2
+
+Report = Callable[[str], None]
+"""Takes one line for the operator's log."""
+
+
+class _QueueRegisters:
+    """What a driver has written about one queue; means nothing before DRIVER_OK."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.ready = False
+        self.descriptor_gpa = 0
+        self.driver_gpa = 0
+        self.device_gpa = 0
+
+
+# register → (field of _QueueRegisters, bits of it that the register keeps, shift of the value)
+_ADDRESS_REGISTERS: dict[int, tuple[str, int, int]] = {
+    abi.MMIO_QUEUE_DESCRIPTOR_LOW: ("descriptor_gpa", _HIGH_32, 0),
+    abi.MMIO_QUEUE_DESCRIPTOR_HIGH: ("descriptor_gpa", _LOW_32, 32),
+    abi.MMIO_QUEUE_DRIVER_LOW: ("driver_gpa", _HIGH_32, 0),
+    abi.MMIO_QUEUE_DRIVER_HIGH: ("driver_gpa", _LOW_32, 32),
+    abi.MMIO_QUEUE_DEVICE_LOW: ("device_gpa", _HIGH_32, 0),
+    abi.MMIO_QUEUE_DEVICE_HIGH: ("device_gpa", _LOW_32, 32),
+}
+
+
+class _ActivationLink:
+    """The `Link` of one activation; a later one, or a reset, makes it mute."""
+
+    def __init__(self, transport: MmioTransport) -> None:
+        self._transport = transport
+
+    def signal(self, *queues: Queue) -> None:
+        # No short cut: every queue must be flushed, whatever the first one says.
+        if any([queue.flush() for queue in queues]):
+            self._transport.interrupt(abi.INTERRUPT_USED_BUFFER)
+
+    def run(self, step: Callable[[], None]) -> bool:
+        return self._transport.run_for(self, step)
+
+    def guard(self, function: Callable[P, None]) -> Callable[P, None]:
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+            self._transport.run_for(self, lambda: function(*args, **kwargs))
+
+        return guarded
+
+
+class MmioTransport:
+    """One device at one window. Owns the notification eventfds and closes the device with it.
+
+    `report` gets a line when the guest broke a rule, at most 10 in 5 seconds.
+    """
+
+    def __init__(
+        self,
+        device: VirtioDevice,
+        memory: GuestMemory,
+        irq: Interrupt,
+        loop: EventLoop,
+        report: Report,
+    ) -> None:
+        self._device = device
+        self._memory = memory
+        self._irq = irq
+        self._loop = loop
+        self._report = report
+        self._report_times_ns: list[int] = []
+        self._lock = threading.RLock()
+        self._interrupt_lock = threading.Lock()
+        self._interrupt_status = 0
+        self._offered = device.features | abi.F_VERSION_1 | abi.F_EVENT_IDX
+        self.ignored_accesses = 0
+        self._link: _ActivationLink | None = None
+        self._clear_registers()
+        self.notify_fds: tuple[int, ...] = tuple(
+            os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in device.queue_sizes
+        )
+        if not device.in_kernel:
+            for index, fd in enumerate(self.notify_fds):
+                loop.add(fd, self._notification(index))
+        self._closed = False
+
+    # The window
+
+    def read(self, offset: int, size: int) -> int:
+        """The value of a register, or of `size` bytes of configuration space."""
+        if offset == abi.MMIO_INTERRUPT_STATUS:
+            return self._read_interrupt_status()
+        with self._lock:
+            if offset >= abi.MMIO_CONFIG:
+                start = offset - abi.MMIO_CONFIG
+                return int.from_bytes(self._device.config[start : start + size], "little")
+            if size == 4:
+                return self._read_register(offset)
+            self.ignored_accesses += 1
+            return 0
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """A register write of the guest; what has no meaning is counted and ignored (V2)."""
+        if offset == abi.MMIO_INTERRUPT_ACK:
+            with self._interrupt_lock:
+                self._interrupt_status &= ~value
+            return
+        with self._lock:
+            if size == 4 and offset < abi.MMIO_CONFIG and self._write_register(offset, value):
+                return
+            self.ignored_accesses += 1
+
+    @property
+    def status(self) -> int:
+        """The device status register as the guest would read it."""
+        return self._status
+
+    def close(self) -> None:
+        """Takes the notifications off the loop, closes them and the device; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        with self._lock:
+            self._link = None
+            self._device.close()
+            for fd in self.notify_fds:
+                if not self._device.in_kernel:
+                    self._loop.remove(fd)
+                os.close(fd)
+
+    # For links
+
+    def interrupt(self, cause: int) -> None:
+        """Records why and raises the line."""
+        with self._interrupt_lock:
+            self._interrupt_status |= cause
+        self._irq.fire()
+
+    def run_for(self, link: _ActivationLink | None, step: Callable[[], None]) -> bool:
+        """Runs `step` under the lock if `link` is the running activation, else returns False."""
+        with self._lock:
+            if link is None or link is not self._link:
+                return False
+            try:
+                step()
+            except GuestError as error:
+                self._fail(error)
+            return True
+
+    # Registers
+
+    def _clear_registers(self) -> None:
+        self._status = status.RESET
+        self._device_features_select = 0
+        self._driver_features_select = 0
+        self._driver_features = 0
+        self._queue_select = 0
+        self._queue_registers = [_QueueRegisters() for _ in self._device.queue_sizes]
+        self._link = None
+
+    def _selected_queue(self) -> _QueueRegisters | None:
+        if self._queue_select < len(self._queue_registers):
+            return self._queue_registers[self._queue_select]
+        return None
+
+    def _read_register(self, offset: int) -> int:
+        queue = self._selected_queue()
+        match offset:
+            case abi.MMIO_MAGIC:
+                return abi.MMIO_MAGIC_VALUE
+            case abi.MMIO_VERSION:
+                return abi.MMIO_VERSION_VALUE
+            case abi.MMIO_DEVICE_ID:
+                return self._device.device_id
+            case abi.MMIO_VENDOR_ID:
+                return abi.MMIO_VENDOR_VALUE
+            case abi.MMIO_DEVICE_FEATURES:
+                return _word(self._offered, self._device_features_select)
+            case abi.MMIO_QUEUE_SIZE_MAX:
+                return self._device.queue_sizes[self._queue_select] if queue else 0
+            case abi.MMIO_QUEUE_READY:
+                return int(queue.ready) if queue else 0
+            case abi.MMIO_STATUS:
+                return self._status
+            case (
+                abi.MMIO_SHM_LENGTH_LOW
+                | abi.MMIO_SHM_LENGTH_HIGH
+                | abi.MMIO_SHM_BASE_LOW
+                | abi.MMIO_SHM_BASE_HIGH
+            ):
+                return _NO_SHM_REGION
+            case abi.MMIO_CONFIG_GENERATION:
+                return 0  # no device here changes its configuration
+        self.ignored_accesses += 1
+        return 0
+
+    def _write_register(self, offset: int, value: int) -> bool:
+        """False if the write has no meaning now."""
+        match offset:
+            case abi.MMIO_STATUS:
+                return self._write_status(value)
+            case abi.MMIO_DEVICE_FEATURES_SELECT:
+                self._device_features_select = value
+            case abi.MMIO_DRIVER_FEATURES_SELECT:
+                self._driver_features_select = value
+            case abi.MMIO_QUEUE_SELECT:
+                self._queue_select = value
+            case abi.MMIO_DRIVER_FEATURES:
+                return self._write_features(value)
+            case abi.MMIO_QUEUE_NOTIFY:
+                return self._write_notify(value)
+            case abi.MMIO_SHM_SELECT:
+                pass
+            case _:
+                return self._write_queue_register(offset, value)
+        return True
+
+    def _write_features(self, value: int) -> bool:
+        if self._status != status.DRIVER or self._driver_features_select > 1:
+            return False
+        shift = 32 * self._driver_features_select
+        kept = self._driver_features & ~(_LOW_32 << shift)
+        self._driver_features = kept | value << shift
+        return True
+
+    def _write_queue_register(self, offset: int, value: int) -> bool:
+        queue = self._selected_queue()
+        if queue is None or self._status != status.FEATURES_OK:
+            return False
+        if offset in _ADDRESS_REGISTERS:
+            field, kept, shift = _ADDRESS_REGISTERS[offset]
+            setattr(queue, field, getattr(queue, field) & kept | value << shift)
+        elif offset == abi.MMIO_QUEUE_SIZE:
+            queue.size = value
+        elif offset == abi.MMIO_QUEUE_READY:
+            queue.ready = bool(value & 1)
+        else:
+            return False
+        return True
+
+    def _write_notify(self, value: int) -> bool:
+        # Normally the host's kernel answers this write by the eventfd (KVM_IOEVENTFD).
+        if value >= len(self.notify_fds):
+            return False
+        os.eventfd_write(self.notify_fds[value], 1)
+        return True
+
+    # Life
+
+    def _write_status(self, value: int) -> bool:
+        new = status.next_status(self._status, value)
+        if new is None:
+            return False
+        if new == status.RESET:
+            self._reset()
+        elif new == status.FEATURES_OK and not self._features_acceptable():
+            return False
+        else:
+            self._status = new
+            if new == status.RUNNING:
+                self._activate()
+        return True
+
+    def _features_acceptable(self) -> bool:
+        unknown = self._driver_features & ~self._offered
+        return not unknown and bool(self._driver_features & abi.F_VERSION_1)
+
+    def _activate(self) -> None:
+        link = self._link = _ActivationLink(self)
+        try:
+            queues = tuple(
+                self._freeze(registers, max_size)
+                for registers, max_size in zip(
+                    self._queue_registers, self._device.queue_sizes, strict=True
+                )
+            )
+            self._device.activate(Activation(self._driver_features, queues, self.notify_fds, link))
+        except GuestError as error:
+            self._fail(error)
+            return
+        for fd in self.notify_fds:
+            os.eventfd_write(fd, 1)  # buffers may have been offered before DRIVER_OK
+
+    def _freeze(self, registers: _QueueRegisters, max_size: int) -> Queue:
+        if not registers.ready:
+            raise GuestError("the driver set DRIVER_OK with a queue that is not ready")
+        layout = RingLayout(
+            registers.size, registers.descriptor_gpa, registers.driver_gpa, registers.device_gpa
+        )
+        layout.check(self._memory, max_size)
+        return Queue(
+            self._memory,
+            layout,
+            max_chain_bytes=self._device.max_chain_bytes,
+            indirect=bool(self._driver_features & abi.F_INDIRECT_DESC),
+            event_idx=bool(self._driver_features & abi.F_EVENT_IDX),
+        )
+
+    def _reset(self) -> None:
+        self._clear_registers()
+        self._device.reset()
+        with self._interrupt_lock:
+            self._interrupt_status = 0
+
+    def _notification(self, index: int) -> Callable[[int], None]:
+        def notified(_events: int) -> None:
+            try:
+                os.eventfd_read(self.notify_fds[index])
+            except BlockingIOError:
+                return
+            self.run_for(self._link, lambda: self._process(index))
+
+        return notified
+
+    def _process(self, index: int) -> None:
+        if self._device.process(index):
+            os.eventfd_write(self.notify_fds[index], 1)
+
+    def _fail(self, error: GuestError) -> None:
+        # The device stops and lets go of what it holds; only the driver's reset brings it back.
+        self._link = None
+        self._status |= abi.STATUS_NEEDS_RESET
+        self._device.reset()
+        self.interrupt(abi.INTERRUPT_CONFIG_CHANGE)
+        now_ns = time.monotonic_ns()
+        recent = [t for t in self._report_times_ns if now_ns - t < REPORT_WINDOW_NS]
+        if len(recent) < REPORTS_PER_WINDOW:
+            recent.append(now_ns)
+            self._report(f"virtio device {self._device.device_id} stopped: {error}")
+        self._report_times_ns = recent
+
+    def _read_interrupt_status(self) -> int:
+        with self._interrupt_lock:
+            # With vhost the kernel raises the interrupt past us. The guest must then find a reason
+            # in this register; a needless "used buffer" costs it one look at its rings.
+            if self._device.in_kernel:
+                return self._interrupt_status | abi.INTERRUPT_USED_BUFFER
+            return self._interrupt_status
+
+
+def _word(value: int, index: int) -> int:
+    return value >> 32 * index & _LOW_32 if index < 2 else 0

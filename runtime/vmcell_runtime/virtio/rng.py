@@ -1,0 +1,50 @@
+"""Entropy device (virtio 1.2 § 5.4): fills what the guest offers from the host's random pool."""
+
+from __future__ import annotations
+
+import os
+
+from vmcell_runtime.memory import GuestMemory
+from vmcell_runtime.virtio import abi, spans
+from vmcell_runtime.virtio.device import Activation
+from vmcell_runtime.virtio.queue import Chain
+
+MAX_REQUEST_BYTES = 64 << 10
+
+
+class Rng:
+    """Owns nothing on the host."""
+
+    device_id = abi.DEVICE_ID_ENTROPY
+    features = 0
+    queue_sizes = (16,)
+    max_chain_bytes = MAX_REQUEST_BYTES
+    config = b""
+    in_kernel = False
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._memory = memory
+        self._activation: Activation | None = None
+
+    def activate(self, activation: Activation) -> None:
+        self._activation = activation
+
+    def process(self, queue_index: int) -> bool:
+        activation = self._activation
+        if activation is None:
+            return False
+        queue = activation.queues[queue_index]
+
+        def answer(chain: Chain) -> None:
+            spans.write(self._memory, chain.writable, os.getrandom(chain.writable_bytes))
+            queue.complete(chain.head, chain.writable_bytes)
+
+        more = queue.drain(answer)
+        activation.link.signal(queue)
+        return more
+
+    def reset(self) -> None:
+        self._activation = None
+
+    def close(self) -> None:
+        self._activation = None
