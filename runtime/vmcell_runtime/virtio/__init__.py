@@ -13,3 +13,4 @@ mmio       the register window: features, queues, status, interrupts
 rng        entropy
 pmem       where a read-only image is mapped
 blk        a raw disk
+"""
