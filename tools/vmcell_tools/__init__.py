@@ -1,0 +1,26 @@
+"""The `vmcell` command: setup and checks of a host, kernel and image builds, the dev VM, the demo.
+
+Reading order:
+progress         what a long command is doing, on standard error
+build_cache      builds by the digest of what they were made from
+build_step       one external tool, with its deadline and log
+kernel_config    asked for against got, in kernel configurations
+kernel_build     the guest kernel
+debian_tree      Debian packages as a directory tree
+base_image       the guest's base image
+message_codegen  protobuf messages from .proto files
+grpc_stubs       gRPC stubs for containerd
+dev_state        files and processes of a dev VM on the host
+dev_kernel       Debian's cloud kernel, unpacked
+dev_initramfs    the newc archive format
+dev_image        what goes into a dev VM's initramfs
+dev_qemu         command lines of QEMU and virtiofsd
+dev_ssh          keys and the shared connection
+dev_sync         the checkout in the VM as it is on the host
+dev_vm           up, down, status
+dev_run          one command in the dev VM
+leak_check       what sandboxes have on a machine
+demo             an E2B client against a real microVM
+cli              the words and options of `vmcell`
+__main__         `python -m vmcell_tools`
+"""

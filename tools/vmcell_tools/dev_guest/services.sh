@@ -1,0 +1,44 @@
+#!/bin/sh
+# Second stage of the dev VM, run once by busybox init in the host's root: ssh, containerd, the end
+# of life. Prints "ready" to the console when containerd answers.
+set -u
+. /run/vmcell-dev/settings.sh
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
+say() { echo "vmcell-dev: $*" >/dev/console; }
+ulimit -n 65536
+
+(
+    sleep "$lifetime_s"
+    say "powering off after $lifetime_s s"
+    poweroff -f
+) &
+
+say "starting ssh"
+dropbear -r /run/vmcell-dev/host_key -P /run/vmcell-dev/dropbear.pid -s -E -p 22 -K 0 -I 0 \
+    2>>/mnt/out/dropbear.log || say "ssh did not start, see out/dropbear.log"
+
+nft -f - <<RULES || say "nftables rules for the forwarded ports failed"
+table ip vmcell_dev {
+    chain prerouting {
+        type nat hook prerouting priority dstnat;
+        iifname "eth0" tcp dport { $api_port, $data_port } dnat to 127.0.0.1
+    }
+}
+RULES
+
+say "starting containerd"
+containerd --config /etc/containerd/config.toml >>/mnt/out/containerd.log 2>&1 &
+until [ -S /run/containerd/containerd.sock ]; do sleep 0.1; done
+ctr version >/mnt/out/ctr-version.txt 2>&1 || say "containerd does not answer"
+say "ready"
+
+# Logs of microVMs vanish with them; copies on the host also survive the end of this VM.
+while sleep 5; do
+    for log in /run/vmcell/*/*/*.log; do
+        [ -s "$log" ] || continue
+        copy="/mnt/out/sandboxes${log#/run/vmcell}"
+        mkdir -p "${copy%/*}"
+        cp -u "$log" "$copy"
+    done
+    dmesg >/mnt/out/dmesg.log
+done
