@@ -135,13 +135,13 @@ class _Ram:
 class GuestMemory:
     """The guest's physical memory. Owns every mapping; `close` is idempotent.
 
-    RAM of `ram_bytes` (a multiple of 2 MiB) stands at 0 up to 3 GiB, the rest at 4 GiB. Reads and
+    RAM of `ram_bytes` (a multiple of 4096) stands at 0 up to 3 GiB, the rest at 4 GiB. Reads and
     writes take guest physical addresses and raise GuestError unless the whole range is RAM.
     """
 
     def __init__(self, ram_bytes: int) -> None:
-        if ram_bytes <= 0 or ram_bytes % HUGE_PAGE_BYTES:
-            raise CallerError(f"guest memory is {ram_bytes} bytes; give a multiple of 2 MiB")
+        if ram_bytes <= 0 or ram_bytes % PAGE_BYTES:
+            raise CallerError(f"guest memory is {ram_bytes} bytes; give a multiple of 4096")
         self.ram_bytes = ram_bytes
         low = min(ram_bytes, LOW_RAM_LIMIT_BYTES)
         self._windows: list[tuple[int, int, _Mapping]] = []

@@ -1,0 +1,167 @@
+"""Messages between the shim and its VMM; bytes in, records out, no I/O.
+
+One JSON object per datagram of a SOCK_SEQPACKET pair. Descriptors travel with Boot, ConnectVsock
+and ListenVsock, from the shim to the VMM only. Each side trusts the other's bytes as little as any:
+what does not decode to one of these records is a CallerError.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import ClassVar, TypeVar
+
+from vmcell_protos.errors import CODES, CallerError
+from vmcell_runtime.config import MachineConfig, from_json
+
+M = TypeVar("M")
+
+MAX_MESSAGE_BYTES = 65_536
+MAX_DETAIL_CHARACTERS = 4096
+END_REASONS = (
+    "guest_shutdown",
+    "guest_reset",
+    "guest_panic",
+    "triple_fault",
+    "vmm_error",
+    "killed",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boot:
+    """Shim: start this machine. The configuration's descriptors come first, in its order.
+
+    Then one stream socket for each of `config.vsock.listen_ports`, then /dev/kvm.
+    """
+
+    kind: ClassVar[str] = "boot"
+    config: MachineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectVsock:
+    """Shim: join the stream socket that comes along to `port` of the guest."""
+
+    kind: ClassVar[str] = "connect_vsock"
+    request_id: int
+    port: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListenVsock:
+    """Shim: join the stream socket that comes along to the guest's next connection to `port`."""
+
+    kind: ClassVar[str] = "listen_vsock"
+    port: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """VMM: the vCPUs have started."""
+
+    kind: ClassVar[str] = "running"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """VMM: the machine could not be made; `error` is the name of one of the three error classes."""
+
+    kind: ClassVar[str] = "failed"
+    error: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class VsockConnected:
+    """VMM: the answer to ConnectVsock; `refusal` is empty if the guest accepted."""
+
+    kind: ClassVar[str] = "vsock_connected"
+    request_id: int
+    refusal: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exited:
+    """VMM: its last message; `reason` is one of END_REASONS, `detail` a sentence or empty."""
+
+    kind: ClassVar[str] = "exited"
+    reason: str
+    detail: str
+
+
+Request = Boot | ConnectVsock | ListenVsock
+Event = Running | Failed | VsockConnected | Exited
+
+_REQUESTS: dict[str, type[Request]] = {m.kind: m for m in (Boot, ConnectVsock, ListenVsock)}
+_EVENTS: dict[str, type[Event]] = {m.kind: m for m in (Running, Failed, VsockConnected, Exited)}
+_TYPES: dict[str, type] = {"int": int, "str": str}
+_FIELD_LIMITS = {"request_id": 2**63, "port": 2**32}
+
+
+def encode(message: Request | Event) -> bytes:
+    """One datagram."""
+    datagram = json.dumps({"kind": message.kind, **asdict(message)}).encode()
+    if len(datagram) > MAX_MESSAGE_BYTES:
+        raise CallerError(f"a {message.kind} message has {len(datagram)} bytes; too long to send")
+    return datagram
+
+
+def decode_request(datagram: bytes) -> Request:
+    """What the shim asks."""
+    kind, fields = _open(datagram)
+    if kind == Boot.kind:
+        _check_fields(kind, fields, {"config": dict})
+        return Boot(config=from_json(fields["config"]))
+    if kind not in _REQUESTS:
+        raise CallerError(f"the VMM got a message of unknown kind {kind!r}")
+    return _make(_REQUESTS[kind], fields)
+
+
+def decode_event(datagram: bytes) -> Event:
+    """What the VMM says."""
+    kind, fields = _open(datagram)
+    if kind not in _EVENTS:
+        raise CallerError(f"the VMM sent a message of unknown kind {kind!r}")
+    event = _make(_EVENTS[kind], fields)
+    if isinstance(event, Exited) and event.reason not in END_REASONS:
+        raise CallerError(f"the VMM gave the unknown end reason {event.reason!r}")
+    if isinstance(event, Failed) and event.code not in CODES:
+        raise CallerError(f"the VMM gave the unknown error code {event.code!r}")
+    return event
+
+
+def cut(text: str) -> str:
+    """`text` shortened to what a message may carry."""
+    return text[:MAX_DETAIL_CHARACTERS]
+
+
+def _open(datagram: bytes) -> tuple[str, dict[str, object]]:
+    if len(datagram) > MAX_MESSAGE_BYTES:
+        raise CallerError(f"a control message has {len(datagram)} bytes; at most 65536")
+    try:
+        tree = json.loads(datagram)
+    except (ValueError, RecursionError) as error:
+        raise CallerError(f"a control message is not JSON: {error}") from error
+    if not isinstance(tree, dict) or not isinstance(tree.get("kind"), str):
+        raise CallerError("a control message is not an object with a kind")
+    return tree.pop("kind"), tree
+
+
+def _make(message: type[M], fields: dict[str, object]) -> M:
+    # Annotations are strings here, and only these two types occur outside of Boot.
+    types = {name: _TYPES[text] for name, text in message.__annotations__.items() if text in _TYPES}
+    _check_fields(getattr(message, "kind", ""), fields, types)
+    return message(**fields)
+
+
+def _check_fields(kind: str, fields: dict[str, object], types: dict[str, type]) -> None:
+    if fields.keys() != types.keys():
+        raise CallerError(f"a {kind} message has fields {sorted(fields)}, not {sorted(types)}")
+    for name, wanted in types.items():
+        value = fields[name]
+        if type(value) is not wanted:
+            raise CallerError(f"{name} of a {kind} message is not of type {wanted.__name__}")
+        if isinstance(value, int) and not 0 <= value < _FIELD_LIMITS[name]:
+            raise CallerError(f"{name} of a {kind} message is {value}; out of range")
