@@ -99,9 +99,9 @@ def _end_remote(vm: DevVm, token: str) -> None:
     """SIGTERM to the command's process group, SIGKILL two seconds later."""
     script = (
         f"read -r pid <{PID_DIRECTORY}/run-{token} || exit 0;"
-        " kill -TERM -- -$pid; n=0;"
-        " while kill -0 -- -$pid && [ $n -lt 20 ]; do sleep 0.1; n=$((n + 1)); done;"
-        " kill -KILL -- -$pid"
+        " kill -s TERM -- -$pid; n=0;"
+        " while kill -s 0 -- -$pid && [ $n -lt 20 ]; do sleep 0.1; n=$((n + 1)); done;"
+        " kill -s KILL -- -$pid"
     )
     subprocess.run(
         [*dev_ssh.ssh_command(vm.directory, vm.ssh_port, "-T"), f"{{ {script}; }} 2>/dev/null"],

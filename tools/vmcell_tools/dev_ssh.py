@@ -49,8 +49,6 @@ def ssh_command(directory: Path, port: int, *options: str) -> list[str]:
         # A dev VM that answers nothing for two minutes is dead, however slow its emulation.
         "ServerAliveInterval": 20,
         "ServerAliveCountMax": 6,
-        # AES and SHA-2 are instructions that the software CPU emulates faster than ChaCha20.
-        "Ciphers": "aes128-ctr",
     }
     command = ["ssh", "-F", "none", "-p", str(port), "-i", str(directory / "client_key"), *options]
     for key, value in settings.items():
