@@ -1,0 +1,108 @@
+"""The service's settings: /etc/vmcell/api.toml, or the file VMCELL_API_CONFIG names.
+
+Every key has a default, so the file may be missing. VMCELL_DATABASE_URL overrides `database_url`.
+The shim reads a file of its own (config.toml) and never this one.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import tomllib
+from dataclasses import dataclass, fields, replace
+
+from vmcell_protos.errors import HostError
+
+DEFAULT_PATH = "/etc/vmcell/api.toml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiConfig:
+    """`*_bind` are "address:port" of TCP sockets, `*_socket` absolute paths of unix sockets.
+
+    `domain`: host names of the data plane are `<port>-<id>.<domain>`; "": any domain will do.
+    `slot_network`: IPv4 network that is cut into /31 pairs, one per sandbox slot.
+    `api_uid`: the user the API runs as; it needs no entry in /etc/passwd.
+    `disk_mib` is told to clients; it is the shim's `writable_mib`.
+    `start_timeout_s`: how long a sandbox may take from its task's creation to envd's answer.
+    """
+
+    api_bind: str = "127.0.0.1:3000"
+    data_bind: str = "127.0.0.1:3080"
+    domain: str = ""
+    database_url: str = "sqlite:////var/lib/vmcell/api/api.sqlite"
+    api_uid: int = 99001
+    node_socket: str = "/run/vmcell/noded.sock"
+    route_socket: str = "/run/vmcell/route.sock"
+    nginx_dir: str = "/run/vmcell/nginx"
+    nginx_user: str = "www-data"
+    containerd_socket: str = "/run/containerd/containerd.sock"
+    containerd_namespace: str = "vmcell"
+    snapshotter: str = "overlayfs"
+    runtime: str = "io.containerd.vmcell.v2"
+    state_dir: str = "/run/vmcell"
+    slot_count: int = 32
+    slot_network: str = "10.88.0.0/16"
+    nameservers: tuple[str, ...] = ("8.8.8.8", "1.1.1.1")
+    default_user: str = "user"
+    default_template: str = "base"
+    start_timeout_s: int = 120
+    max_timeout_s: int = 86400
+    disk_mib: int = 10240
+    workers: int = 2
+    threads: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("api_bind", "data_bind"):
+            _, colon, port = getattr(self, name).rpartition(":")
+            if not colon or not port.isdigit() or not 0 < int(port) < 65536:
+                raise HostError(f"{name} is {getattr(self, name)!r}; it takes ADDRESS:PORT")
+        for name in ("slot_count", "start_timeout_s", "max_timeout_s", "workers", "threads"):
+            if getattr(self, name) < 1:
+                raise HostError(f"{name} is {getattr(self, name)}; it takes a number above 0")
+        try:
+            network = ipaddress.IPv4Network(self.slot_network)
+            for address in self.nameservers:
+                ipaddress.IPv4Address(address)
+        except ValueError as error:
+            raise HostError(f"slot_network or nameservers: {error}; give IPv4 addresses") from error
+        if network.num_addresses // 2 - 1 < self.slot_count:
+            raise HostError(
+                f"slot_network {network} is too small for {self.slot_count} pairs of addresses; "
+                "give a larger network or a smaller slot_count"
+            )
+
+
+def load_config() -> ApiConfig:
+    """The settings of this host; raises HostError for an unreadable file or an unknown key."""
+    path = os.environ.get("VMCELL_API_CONFIG")
+    try:
+        with open(path or DEFAULT_PATH, encoding="utf-8") as file:
+            config = parse_config(file.read(), path or DEFAULT_PATH)
+    except FileNotFoundError as error:
+        if path:
+            raise HostError(f"VMCELL_API_CONFIG names {path}, which does not exist") from error
+        config = ApiConfig()
+    except (OSError, UnicodeDecodeError) as error:
+        raise HostError(f"cannot read {path or DEFAULT_PATH}: {error}") from error
+    url = os.environ.get("VMCELL_DATABASE_URL")
+    return replace(config, database_url=url) if url else config
+
+
+def parse_config(text: str, path: str) -> ApiConfig:
+    """The settings in `text`; `path` is for the error. Raises HostError."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise HostError(f"{path} is not TOML: {error}") from error
+    kinds = {row.name: type(row.default) for row in fields(ApiConfig)}
+    values: dict[str, object] = {}
+    for name, value in table.items():
+        if name not in kinds:
+            raise HostError(f"{path}: key {name!r} is not known; known are {', '.join(kinds)}")
+        if kinds[name] is tuple and isinstance(value, list):
+            value = tuple(str(item) for item in value)
+        if type(value) is not kinds[name]:
+            raise HostError(f"{path}: {name} is {value!r}; it takes a {kinds[name].__name__}")
+        values[name] = value
+    return ApiConfig(**values)  # type: ignore[arg-type]  # types checked against the defaults

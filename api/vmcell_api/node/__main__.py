@@ -1,0 +1,103 @@
+"""noded: the process beside the shims that holds containerd's socket.
+
+`python -m vmcell_api.node` runs it; `--teardown` removes the sandbox network and ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+import time
+
+from vmcell_api.config import ApiConfig, load_config
+from vmcell_api.node import door
+from vmcell_api.node.build import BuildSettings, SandboxBuilder
+from vmcell_api.node.containerd import Containerd
+from vmcell_api.node.node import Node
+from vmcell_api.node.slots import SlotPool
+from vmcell_protos.errors import HostError, VmcellError
+
+log = logging.getLogger("vmcell.noded")
+
+CONTAINERD_PATIENCE_S = 30
+GRACE_S = 10
+
+
+def build_node(config: ApiConfig) -> Node:
+    """The node that `config` describes, not opened yet."""
+    containerd = Containerd(
+        config.containerd_socket,
+        namespace=config.containerd_namespace,
+        snapshotter=config.snapshotter,
+    )
+    settings = BuildSettings(
+        runtime=config.runtime,
+        state_dir=config.state_dir,
+        nameservers=config.nameservers,
+        start_timeout_s=config.start_timeout_s,
+    )
+    slots = SlotPool(network=config.slot_network, slot_count=config.slot_count)
+    return Node(containerd, slots, SandboxBuilder(containerd, settings), config.state_dir)
+
+
+def wait_for_containerd(containerd: Containerd, socket_path: str) -> None:
+    """Returns when containerd answers; raises HostError after 30 s."""
+    deadline = time.monotonic() + CONTAINERD_PATIENCE_S
+    while True:
+        try:
+            log.info("containerd %s on %s", containerd.version(), socket_path)
+            return
+        except HostError as error:
+            if time.monotonic() > deadline:
+                raise HostError(
+                    f"containerd did not answer on {socket_path} within {CONTAINERD_PATIENCE_S} s: "
+                    f"{error}; start containerd"
+                ) from error
+            time.sleep(0.2)
+
+
+def run(config: ApiConfig) -> None:
+    """Serves until SIGTERM or SIGINT; sandboxes go on without noded."""
+    ending = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ending.set())
+    node = build_node(config)
+    try:
+        wait_for_containerd(node.containerd, config.containerd_socket)
+        node.open()
+        server = door.serve(
+            door.Door(node, disk_mib=config.disk_mib),
+            config.node_socket,
+            owner_uid=config.api_uid,
+        )
+        log.info("noded listens on %s, %d slots", config.node_socket, config.slot_count)
+        ending.wait()
+        server.stop(GRACE_S).wait()
+    finally:
+        node.close()
+
+
+def main() -> int:
+    """The command; answers its exit status."""
+    logging.basicConfig(
+        level=logging.INFO, format="noded: %(levelname)s %(message)s", stream=sys.stderr
+    )
+    try:
+        config = load_config()
+        if sys.argv[1:] == ["--teardown"]:
+            SlotPool(network=config.slot_network, slot_count=config.slot_count).close_all()
+        elif sys.argv[1:]:
+            log.error("unknown arguments %s; the only one is --teardown", sys.argv[1:])
+            return 2
+        else:
+            run(config)
+    except VmcellError as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

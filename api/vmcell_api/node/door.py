@@ -1,0 +1,177 @@
+"""noded's gRPC service on its unix socket: requests checked, verbs called, errors turned.
+
+Everything that comes in is checked here, because whoever took over the API speaks to this door.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+
+from vmcell_api.identifiers import SANDBOX_ID
+from vmcell_api.node.build import SandboxRequest
+from vmcell_api.node.node import Node
+from vmcell_api.node.sandbox import Sandbox
+from vmcell_protos.errors import CODES, CallerError, HostError, VmcellError
+from vmcell_protos.pb import node_pb2, node_pb2_grpc
+
+log = logging.getLogger("vmcell.noded")
+
+MAX_VCPUS = 8
+MEMORY_MIB = range(64, 262145)
+MAX_TIMEOUT_MS = 400 * 24 * 3600 * 1000
+MAX_NAME_LENGTH = 512
+MAX_MESSAGE_BYTES = 4 << 20
+DOOR_THREADS = 64
+
+_STATUS = {row.value[0]: row for row in grpc.StatusCode}
+
+
+def _answering(verb: Callable) -> Callable:
+    """Turns our errors into gRPC statuses; anything else is a bug and is logged as one."""
+
+    @functools.wraps(verb)
+    def call(self: Door, request: object, context: grpc.ServicerContext) -> object:
+        try:
+            return verb(self, request)
+        except VmcellError as error:
+            if not isinstance(error, CallerError):
+                log.error("%s: %s", verb.__name__, error)
+            code, sentence = error.code, str(error)
+        except Exception:
+            log.exception("%s failed", verb.__name__)
+            code, sentence = "internal", "noded failed; its log has the trace"
+        context.abort(_STATUS[CODES[code].ttrpc], sentence)
+        raise AssertionError("abort returned")
+
+    return call
+
+
+class Door(node_pb2_grpc.NodeServicer):
+    """The servicer of `protos/node.proto`."""
+
+    def __init__(self, node: Node, *, disk_mib: int) -> None:
+        self._node = node
+        self._disk_mib = disk_mib
+
+    @_answering
+    def CreateSandbox(self, request: node_pb2.CreateSandboxRequest) -> node_pb2.Sandbox:
+        """Builds a sandbox."""
+        return self._message(self._node.create(checked_request(request)))
+
+    @_answering
+    def KillSandbox(self, request: node_pb2.SandboxRef) -> node_pb2.KillSandboxResponse:
+        """Ends and removes a sandbox."""
+        self._node.kill(_checked_id(request.sandbox_id))
+        return node_pb2.KillSandboxResponse()
+
+    @_answering
+    def GetSandbox(self, request: node_pb2.SandboxRef) -> node_pb2.Sandbox:
+        """One running sandbox."""
+        return self._message(self._node.get(_checked_id(request.sandbox_id)))
+
+    @_answering
+    def ListSandboxes(self, _: node_pb2.ListSandboxesRequest) -> node_pb2.ListSandboxesResponse:
+        """All running sandboxes."""
+        found = [self._message(sandbox) for sandbox in self._node.list()]
+        return node_pb2.ListSandboxesResponse(sandboxes=found)
+
+    @_answering
+    def SetDeadline(self, request: node_pb2.SetDeadlineRequest) -> node_pb2.Sandbox:
+        """Moves a sandbox's end."""
+        if request.timeout_ms > MAX_TIMEOUT_MS:
+            raise CallerError(f"timeout_ms is {request.timeout_ms}; at most {MAX_TIMEOUT_MS}")
+        sandbox = self._node.set_deadline(
+            _checked_id(request.sandbox_id), request.timeout_ms, only_extend=request.only_extend
+        )
+        return self._message(sandbox)
+
+    @_answering
+    def NodeInfo(self, _: node_pb2.NodeInfoRequest) -> node_pb2.NodeInfoResponse:
+        """What this node is."""
+        return node_pb2.NodeInfoResponse(
+            containerd_version=self._node.containerd.version(),
+            slot_count=self._node.slots.slot_count,
+            slots_free=self._node.slots.free_count,
+        )
+
+    def _message(self, sandbox: Sandbox) -> node_pb2.Sandbox:
+        return node_pb2.Sandbox(
+            sandbox_id=sandbox.sandbox_id,
+            template_id=sandbox.template_id,
+            image=sandbox.image,
+            vcpus=sandbox.vcpus,
+            memory_mib=sandbox.memory_mib,
+            disk_mib=self._disk_mib,
+            started_at_unix_ms=sandbox.started_at_unix_ms,
+            end_at_unix_ms=sandbox.end_at_unix_ms,
+            address=sandbox.address,
+            allow_internet=sandbox.allow_internet,
+        )
+
+
+def checked_request(request: node_pb2.CreateSandboxRequest) -> SandboxRequest:
+    """The request as the node takes it; raises CallerError for a value out of bounds."""
+    if not 1 <= request.vcpus <= MAX_VCPUS:
+        raise CallerError(f"vcpus is {request.vcpus}; a sandbox has 1 to {MAX_VCPUS}")
+    if request.memory_mib not in MEMORY_MIB:
+        raise CallerError(
+            f"memory is {request.memory_mib} MiB; a sandbox has {MEMORY_MIB[0]} to {MEMORY_MIB[-1]}"
+        )
+    if not 0 < request.timeout_ms <= MAX_TIMEOUT_MS:
+        raise CallerError(f"timeout_ms is {request.timeout_ms}; give 1 to {MAX_TIMEOUT_MS}")
+    for name in ("image", "template_id"):
+        value = getattr(request, name)
+        if not 0 < len(value) <= MAX_NAME_LENGTH or not value.isprintable():
+            raise CallerError(f"{name} is {value[:80]!r}; give 1 to {MAX_NAME_LENGTH} characters")
+    for key, value in request.environment.items():
+        if not key or "=" in key or "\0" in key + value:
+            raise CallerError(f"environment variable {key[:80]!r} cannot be set; give another name")
+    return SandboxRequest(
+        sandbox_id=_checked_id(request.sandbox_id),
+        template_id=request.template_id,
+        image=request.image,
+        vcpus=request.vcpus,
+        memory_mib=request.memory_mib,
+        timeout_ms=request.timeout_ms,
+        environment=dict(request.environment),
+        access_token=request.access_token,
+        default_user=request.default_user,
+        allow_internet=request.allow_internet,
+    )
+
+
+def _checked_id(sandbox_id: str) -> str:
+    if not SANDBOX_ID.fullmatch(sandbox_id):
+        raise CallerError(f"{sandbox_id[:40]!r} is no sandbox id; one is 20 of a-z0-9")
+    return sandbox_id
+
+
+def serve(door: node_pb2_grpc.NodeServicer, socket_path: str, *, owner_uid: int) -> grpc.Server:
+    """A started server on `socket_path` that only root and `owner_uid` may dial.
+
+    The caller stops it. Raises HostError when the socket cannot be made.
+    """
+    os.makedirs(os.path.dirname(socket_path), mode=0o755, exist_ok=True)
+    if os.path.exists(socket_path):
+        os.unlink(socket_path)
+    server = grpc.server(
+        ThreadPoolExecutor(max_workers=DOOR_THREADS, thread_name_prefix="door"),
+        options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)],
+    )
+    node_pb2_grpc.add_NodeServicer_to_server(door, server)
+    old_mask = os.umask(0o117)
+    try:
+        server.add_insecure_port(f"unix://{socket_path}")
+        os.chown(socket_path, owner_uid, 0)
+    except (OSError, RuntimeError) as error:
+        raise HostError(f"cannot listen on {socket_path}: {error}") from error
+    finally:
+        os.umask(old_mask)
+    server.start()
+    return server

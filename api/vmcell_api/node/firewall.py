@@ -1,0 +1,184 @@
+"""The nftables table `inet vmcell`: what a sandbox may send, and to whom.
+
+The table is written whole in one transaction; afterwards a sandbox's policy is one element of the
+verdict map `egress`, keyed by its TAP. Sandbox to sandbox, to the host, to private ranges and to
+metadata addresses is closed whatever the map says; a slot that the map does not name is closed.
+Written and applied as libnftables JSON (libnftables-json(5)).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+
+from vmcell_api.node.slot_plan import TAP_PREFIX, Slot
+from vmcell_protos.errors import HostError
+
+TABLE = {"family": "inet", "table": "vmcell"}
+# IANA's special-purpose registry (RFC 6890): nothing of it is the internet. 100.64/10 and
+# 169.254/16 hold the metadata services of clouds.
+CLOSED_RANGES = (
+    *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16"),
+    *("172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.168.0.0/16", "198.18.0.0/15"),
+    *("198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
+)
+NFT_TIMEOUT_S = 30
+
+Statement = dict[str, object]
+
+
+def table_commands(
+    network: str, slots: Iterable[Slot], closed_taps: Iterable[str]
+) -> list[Statement]:
+    """The commands that replace the whole table; `closed_taps` get no internet."""
+    slots, closed = list(slots), set(closed_taps)
+    return [
+        {"add": {"table": {"family": "inet", "name": "vmcell"}}},
+        {"delete": {"table": {"family": "inet", "name": "vmcell"}}},
+        {"add": {"table": {"family": "inet", "name": "vmcell"}}},
+        *_sets(slots, closed),
+        _chain("spoofed", "prerouting", -300),
+        _chain("forward", "forward", 0),
+        _chain("input", "input", 0),
+        _chain("masquerade", "postrouting", 100, kind="nat"),
+        *_spoofed_rules(),
+        *_forward_rules(),
+        *_input_rules(),
+        *_masquerade_rules(network),
+    ]
+
+
+def egress_commands(tap: str, *, allow_internet: bool, known: bool) -> list[Statement]:
+    """The commands that set one slot's verdict; `known`: the map names it already."""
+    commands: list[Statement] = []
+    if known:
+        commands.append({"delete": {"element": {**TABLE, "name": "egress", "elem": [tap]}}})
+    if allow_internet:
+        element = [[tap, {"accept": None}]]
+        commands.append({"add": {"element": {**TABLE, "name": "egress", "elem": element}}})
+    return commands
+
+
+def remove_commands() -> list[Statement]:
+    """The commands that remove the table, whether or not it is there."""
+    name = {"family": "inet", "name": "vmcell"}
+    return [{"add": {"table": name}}, {"delete": {"table": name}}]
+
+
+def apply(commands: list[Statement]) -> None:
+    """Runs the commands as one transaction; raises HostError with nft's own words."""
+    if not commands:
+        return
+    text = json.dumps({"nftables": [{"metainfo": {"json_schema_version": 1}}, *commands]})
+    try:
+        done = subprocess.run(
+            ["nft", "-j", "-f", "-"],
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=NFT_TIMEOUT_S,
+            check=False,
+        )
+    except FileNotFoundError as error:
+        raise HostError("nft is not installed; install the package nftables") from error
+    except subprocess.TimeoutExpired as error:
+        raise HostError(f"nft did not end within {NFT_TIMEOUT_S} s") from error
+    if done.returncode:
+        words = (done.stderr or done.stdout).strip()[:500]
+        raise HostError(f"nft refused the rules of table inet vmcell: {words}")
+
+
+def _sets(slots: list[Slot], closed: set[str]) -> list[Statement]:
+    own = [{"concat": [slot.tap, slot.guest_mac, slot.guest_address]} for slot in slots]
+    opened = [[slot.tap, {"accept": None}] for slot in slots if slot.tap not in closed]
+    ranges = []
+    for text in CLOSED_RANGES:
+        address, _, length = text.partition("/")
+        ranges.append({"prefix": {"addr": address, "len": int(length)}})
+    return [
+        _set("own", ["ifname", "ether_addr", "ipv4_addr"], own),
+        _set("closed", "ipv4_addr", ranges, flags=["interval"]),
+        {"add": {"map": {**TABLE, "name": "egress", "type": "ifname", "map": "verdict"}}},
+        *([_elements("egress", opened)] if opened else []),
+    ]
+
+
+def _set(
+    name: str, kind: object, elements: Sequence[object], flags: list[str] | None = None
+) -> Statement:
+    body: dict[str, object] = {**TABLE, "name": name, "type": kind, "elem": elements}
+    if flags:
+        body["flags"] = flags
+    return {"add": {"set": body}}
+
+
+def _elements(name: str, elements: Sequence[object]) -> Statement:
+    return {"add": {"element": {**TABLE, "name": name, "elem": elements}}}
+
+
+def _chain(name: str, hook: str, priority: int, kind: str = "filter") -> Statement:
+    body = {**TABLE, "name": name, "type": kind, "hook": hook, "prio": priority, "policy": "accept"}
+    return {"add": {"chain": body}}
+
+
+def _rule(chain: str, *expressions: Mapping[str, object]) -> Statement:
+    return {"add": {"rule": {**TABLE, "chain": chain, "expr": list(expressions)}}}
+
+
+def _match(left: object, right: object, operator: str = "==") -> Statement:
+    return {"match": {"op": operator, "left": left, "right": right}}
+
+
+def _from_sandbox() -> Statement:
+    return _match({"meta": {"key": "iifname"}}, f"{TAP_PREFIX}*")
+
+
+def _to_sandbox(operator: str = "==") -> Statement:
+    return _match({"meta": {"key": "oifname"}}, f"{TAP_PREFIX}*", operator)
+
+
+def _ip(field: str, protocol: str = "ip") -> dict[str, object]:
+    return {"payload": {"protocol": protocol, "field": field}}
+
+
+_DROP: Statement = {"drop": None}
+_ACCEPT: Statement = {"accept": None}
+_REPLY = _match({"ct": {"key": "state"}}, ["established", "related"], "in")
+
+
+def _spoofed_rules() -> list[Statement]:
+    """A frame must carry the MAC and the IPv4 address of its slot; IPv6 is not routed."""
+    sender = {"concat": [{"meta": {"key": "iifname"}}, _ip("saddr", "ether"), _ip("saddr")]}
+    return [
+        _rule("spoofed", _from_sandbox(), _match({"meta": {"key": "nfproto"}}, "ipv6"), _DROP),
+        _rule("spoofed", _from_sandbox(), _match(sender, "@own", "!="), _DROP),
+    ]
+
+
+def _forward_rules() -> list[Statement]:
+    verdict = {"vmap": {"key": {"meta": {"key": "iifname"}}, "data": "@egress"}}
+    return [
+        _rule("forward", _from_sandbox(), _to_sandbox(), _DROP),
+        _rule("forward", _from_sandbox(), _match(_ip("daddr"), "@closed"), _DROP),
+        _rule("forward", _from_sandbox(), verdict),
+        _rule("forward", _from_sandbox(), _DROP),
+        _rule("forward", _to_sandbox(), _REPLY, _ACCEPT),
+        _rule("forward", _to_sandbox(), _DROP),
+    ]
+
+
+def _input_rules() -> list[Statement]:
+    """The host answers a sandbox only on connections it opened itself."""
+    return [
+        _rule("input", _from_sandbox(), _REPLY, _ACCEPT),
+        _rule("input", _from_sandbox(), _DROP),
+    ]
+
+
+def _masquerade_rules(network: str) -> list[Statement]:
+    address, _, length = network.partition("/")
+    source = {"prefix": {"addr": address, "len": int(length)}}
+    return [
+        _rule("masquerade", _match(_ip("saddr"), source), _to_sandbox("!="), {"masquerade": None})
+    ]

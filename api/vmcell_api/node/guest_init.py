@@ -1,0 +1,61 @@
+"""envd in the guest: handing over token and environment, and asking whether it is well.
+
+Source: E2B envd's `POST /init` and `GET /health` on port 49983; both are closed to clients.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+
+from vmcell_protos.errors import HostError
+
+ENVD_PORT = 49983
+
+
+def initialise(
+    address: str,
+    *,
+    access_token: str,
+    environment: dict[str, str],
+    default_user: str,
+    timeout_s: float,
+) -> None:
+    """Gives envd its token, environment, user and the time, then checks its health.
+
+    Raises HostError when it does not answer with success in time.
+    """
+    body: dict[str, object] = {
+        "envVars": environment,
+        "defaultUser": default_user,
+        "timestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    if access_token:
+        body["accessToken"] = access_token
+    deadline = time.monotonic() + timeout_s
+    _ask(address, "POST", "/init", json.dumps(body).encode(), deadline)
+    _ask(address, "GET", "/health", None, deadline)
+
+
+def _ask(address: str, method: str, path: str, body: bytes | None, deadline: float) -> None:
+    left_s = max(1.0, deadline - time.monotonic())
+    connection = http.client.HTTPConnection(address, ENVD_PORT, timeout=left_s)
+    headers = {"Content-Type": "application/json"} if body is not None else {}
+    try:
+        connection.request(method, path, body=body, headers=headers)
+        answer = connection.getresponse()
+        text = answer.read(4096)
+    except (OSError, http.client.HTTPException) as error:
+        raise HostError(
+            f"envd of the sandbox at {address} did not answer {method} {path}: "
+            f"{error or type(error).__name__}; see the guest's console log"
+        ) from error
+    finally:
+        connection.close()
+    if answer.status not in (200, 204):
+        words = text.decode("utf-8", "replace")[:200]
+        raise HostError(
+            f"envd of the sandbox at {address} answered {method} {path} with {answer.status}: "
+            f"{words}"
+        )

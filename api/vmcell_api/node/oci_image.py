@@ -1,0 +1,113 @@
+"""What an image's JSON says: which manifest fits, which layers, how its process wants to run.
+
+Source: OCI image-spec 1.0 (image-index, manifest, config) and Docker's schema 2 twins of them,
+which share the fields read here. Images are input from strangers: every field is checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+
+from vmcell_protos.errors import CallerError
+
+INDEX_TYPES = (
+    "application/vnd.oci.image.index.v1+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+)
+MAX_JSON_BYTES = 8 << 20
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """`chain_id` names the committed snapshot of all layers; `environment` is the image's own."""
+
+    chain_id: str
+    environment: tuple[str, ...] = ()
+    working_directory: str = "/"
+
+
+def chain_id(diff_ids: list[str]) -> str:
+    """The chain id of layers, lowest first (OCI image-spec, config, "Layer ChainID")."""
+    chain = diff_ids[0]
+    for diff_id in diff_ids[1:]:
+        chain = "sha256:" + hashlib.sha256(f"{chain} {diff_id}".encode()).hexdigest()
+    return chain
+
+
+def manifest_digest(index: bytes, image: str, *, architecture: str = "amd64") -> str:
+    """The digest of the manifest for linux on `architecture` in an image index.
+
+    Raises CallerError when there is none or the JSON is not an index.
+    """
+    for entry in _list(_table(index, image), "manifests", image):
+        if not isinstance(entry, dict):
+            continue
+        platform = entry.get("platform") or {"os": "linux", "architecture": architecture}
+        if not isinstance(platform, dict):
+            continue
+        if (platform.get("os"), platform.get("architecture")) == ("linux", architecture):
+            return _digest(entry.get("digest"), image)
+    raise CallerError(
+        f"image {image} has no linux/{architecture} variant; import one that has",
+        code="failed_precondition",
+    )
+
+
+def config_digest(manifest: bytes, image: str) -> str:
+    """The digest of the config blob that a manifest names; raises CallerError."""
+    config = _table(manifest, image).get("config")
+    return _digest(config.get("digest") if isinstance(config, dict) else None, image)
+
+
+def parse_config(config: bytes, image: str) -> ImageConfig:
+    """The part of an image config that a sandbox needs; raises CallerError."""
+    table = _table(config, image)
+    rootfs = table.get("rootfs")
+    diff_ids = _list(rootfs if isinstance(rootfs, dict) else {}, "diff_ids", image)
+    if not diff_ids:
+        raise _broken(image, "it has no layers")
+    process = table.get("config") or {}
+    if not isinstance(process, dict):
+        raise _broken(image, "its config is not an object")
+    environment = process.get("Env") or []
+    if not isinstance(environment, list):
+        raise _broken(image, "its Env is not a list")
+    directory = process.get("WorkingDir") or "/"
+    return ImageConfig(
+        chain_id=chain_id([_digest(diff_id, image) for diff_id in diff_ids]),
+        environment=tuple(row for row in environment if isinstance(row, str) and "=" in row),
+        working_directory=directory if isinstance(directory, str) else "/",
+    )
+
+
+def _table(data: bytes, image: str) -> dict[str, object]:
+    try:
+        table = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise _broken(image, f"not JSON: {error}") from error
+    if not isinstance(table, dict):
+        raise _broken(image, "not a JSON object")
+    return table
+
+
+def _list(table: dict[str, object], key: str, image: str) -> list[object]:
+    value = table.get(key)
+    if not isinstance(value, list):
+        raise _broken(image, f"it has no list {key!r}")
+    return value
+
+
+def _digest(value: object, image: str) -> str:
+    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+        raise _broken(image, f"{value!r} is not a digest")
+    return value
+
+
+def _broken(image: str, why: str) -> CallerError:
+    return CallerError(
+        f"image {image} cannot be read: {why}; import it again", code="failed_precondition"
+    )

@@ -1,0 +1,78 @@
+"""A sandbox as noded knows it, and the same thing as labels on its container.
+
+The labels are the only record: noded that starts anew reads them back. `state` says how far a
+create came; everything but `running` is removed at the next start.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+from vmcell_protos.errors import HostError
+
+PREFIX = "io.vmcell."
+SANDBOX_LABEL = PREFIX + "sandbox"
+STATE_LABEL = PREFIX + "state"
+END_LABEL = PREFIX + "end-at"
+STARTED_LABEL = PREFIX + "started-at"
+CREATING, RUNNING = "creating", "running"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sandbox:
+    """Times are unix milliseconds; `slot_number` is that of the network slot."""
+
+    sandbox_id: str
+    template_id: str
+    image: str
+    vcpus: int
+    memory_mib: int
+    slot_number: int
+    allow_internet: bool
+    address: str
+    started_at_unix_ms: int = 0
+    end_at_unix_ms: int = 0
+
+    def labels(self, state: str) -> dict[str, str]:
+        """What `from_labels` reads back; containerd allows 4096 bytes for a key and its value."""
+        return {
+            SANDBOX_LABEL: self.sandbox_id,
+            STATE_LABEL: state,
+            PREFIX + "template": self.template_id,
+            PREFIX + "vcpus": str(self.vcpus),
+            PREFIX + "memory-mib": str(self.memory_mib),
+            PREFIX + "slot": str(self.slot_number),
+            PREFIX + "internet": "yes" if self.allow_internet else "no",
+            PREFIX + "address": self.address,
+            STARTED_LABEL: str(self.started_at_unix_ms),
+            END_LABEL: str(self.end_at_unix_ms),
+        }
+
+    def ending_at(self, end_at_unix_ms: int) -> Sandbox:
+        """The same sandbox with another deadline."""
+        return replace(self, end_at_unix_ms=end_at_unix_ms)
+
+
+def from_labels(labels: dict[str, str], image: str) -> Sandbox:
+    """The sandbox that `labels` describe; raises HostError when noded did not write them."""
+    try:
+        return Sandbox(
+            sandbox_id=labels[SANDBOX_LABEL],
+            template_id=labels[PREFIX + "template"],
+            image=image,
+            vcpus=int(labels[PREFIX + "vcpus"]),
+            memory_mib=int(labels[PREFIX + "memory-mib"]),
+            slot_number=int(labels[PREFIX + "slot"]),
+            allow_internet=labels[PREFIX + "internet"] == "yes",
+            address=labels[PREFIX + "address"],
+            started_at_unix_ms=int(labels[STARTED_LABEL]),
+            end_at_unix_ms=int(labels[END_LABEL]),
+        )
+    except (KeyError, ValueError) as error:
+        raise HostError(f"container labels {labels} are not noded's: {error}") from error
+
+
+def unix_ms_now() -> int:
+    """The wall clock in milliseconds."""
+    return time.time_ns() // 1_000_000

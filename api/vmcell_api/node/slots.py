@@ -1,0 +1,152 @@
+"""The pool of network slots: TAPs made ahead, so that a create costs no netlink work.
+
+TAPs are persistent and named by their number, so they outlive noded and are found again. Every
+sandbox address is a permanent neighbour: the host never asks a guest by ARP, and a guest cannot
+answer for another. The pool's own state is a set of free numbers; who holds a slot is written on
+the container's labels.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from vmcell_api.node import firewall
+from vmcell_api.node.slot_plan import TAP_PREFIX, Slot, slot_at
+from vmcell_protos.errors import HostError
+
+
+class SlotPool:
+    """Owns the TAPs and the nftables table. Thread-safe.
+
+    `open()` makes what is missing; `close_all()` removes everything again (teardown only: TAPs and
+    table stay when noded merely ends, because sandboxes outlive it).
+    """
+
+    def __init__(self, *, network: str, slot_count: int) -> None:
+        self.network = network
+        self.slot_count = slot_count
+        self._slots = {n: slot_at(network, n) for n in range(1, slot_count + 1)}
+        self._free: list[int] = []
+        self._closed_taps: set[str] = set()
+        self._lock = threading.Lock()
+
+    def open(self, taken: dict[int, bool]) -> None:
+        """Makes TAPs and table; `taken` maps slot numbers in use to "internet allowed".
+
+        A number above `slot_count` (the pool was larger once) is kept until it is released.
+        Raises HostError.
+        """
+        with self._lock:
+            for number in taken:
+                self._slots.setdefault(number, slot_at(self.network, number))
+            self._closed_taps = {
+                self._slots[number].tap for number, allowed in taken.items() if not allowed
+            }
+            _make_taps(list(self._slots.values()))
+            _enable_forwarding()
+            firewall.apply(
+                firewall.table_commands(self.network, self._slots.values(), self._closed_taps)
+            )
+            numbers = range(self.slot_count, 0, -1)
+            self._free = [number for number in numbers if number not in taken]
+
+    @property
+    def free_count(self) -> int:
+        """How many sandboxes still fit."""
+        with self._lock:
+            return len(self._free)
+
+    def at(self, number: int) -> Slot:
+        """The slot of that number."""
+        return self._slots[number]
+
+    def claim(self, *, allow_internet: bool) -> Slot:
+        """Takes a free slot; raises HostError (unavailable) when all are in use."""
+        with self._lock:
+            if not self._free:
+                raise HostError(
+                    f"all {self.slot_count} sandbox slots of this node are in use; "
+                    "try again when a sandbox has ended"
+                )
+            slot = self._slots[self._free.pop()]
+            try:
+                self._set_egress(slot, allow_internet)
+            except HostError:
+                self._free.append(slot.number)
+                raise
+            return slot
+
+    def release(self, number: int) -> None:
+        """Gives a slot back with its default policy; a free slot stays free."""
+        with self._lock:
+            if number in self._free:
+                return
+            self._set_egress(self._slots[number], True)
+            if number <= self.slot_count:
+                self._free.append(number)
+
+    def close_all(self) -> None:
+        """Removes the table and every TAP of the naming scheme, in use or not."""
+        with self._lock:
+            firewall.apply(firewall.remove_commands())
+            _remove_taps()
+            self._free = []
+
+    def _set_egress(self, slot: Slot, allow_internet: bool) -> None:
+        was_allowed = slot.tap not in self._closed_taps
+        if was_allowed == allow_internet:
+            return
+        firewall.apply(
+            firewall.egress_commands(slot.tap, allow_internet=allow_internet, known=was_allowed)
+        )
+        (self._closed_taps.discard if allow_internet else self._closed_taps.add)(slot.tap)
+
+
+def _make_taps(slots: list[Slot]) -> None:
+    try:
+        with IPRoute() as netlink:
+            present = {link.get_attr("IFLA_IFNAME"): link["index"] for link in netlink.get_links()}
+            for slot in slots:
+                _make_tap(netlink, slot, present.get(slot.tap))
+    except (NetlinkError, OSError) as error:
+        raise HostError(
+            f"cannot make the sandbox network ({error}); noded needs root, /dev/net/tun and the "
+            "kernel module tun"
+        ) from error
+
+
+def _make_tap(netlink: IPRoute, slot: Slot, index: int | None) -> None:
+    if index is None:
+        flags = {"no_pi": True, "vnet_hdr": True}
+        netlink.link("add", ifname=slot.tap, kind="tuntap", mode="tap", ifr=flags)
+        index = netlink.link_lookup(ifname=slot.tap)[0]
+    netlink.link("set", index=index, address=slot.host_mac, state="up")
+    Path(f"/proc/sys/net/ipv6/conf/{slot.tap}/disable_ipv6").write_text("1")
+    netlink.addr("replace", index=index, address=slot.host_address, prefixlen=31)
+    netlink.neigh(
+        "replace", dst=slot.guest_address, lladdr=slot.guest_mac, ifindex=index, state="permanent"
+    )
+
+
+def _remove_taps() -> None:
+    try:
+        with IPRoute() as netlink:
+            for link in netlink.get_links():
+                name = link.get_attr("IFLA_IFNAME")
+                if name.startswith(TAP_PREFIX) and name[len(TAP_PREFIX) :].isdigit():
+                    netlink.link("del", index=link["index"])
+    except (NetlinkError, OSError) as error:
+        raise HostError(f"cannot remove the sandbox network: {error}") from error
+
+
+def _enable_forwarding() -> None:
+    path = Path("/proc/sys/net/ipv4/ip_forward")
+    try:
+        if path.read_text().strip() != "1":
+            path.write_text("1")
+    except OSError as error:
+        raise HostError(f"cannot set net.ipv4.ip_forward to 1: {error}") from error

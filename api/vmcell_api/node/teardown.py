@@ -1,0 +1,56 @@
+"""Removing a sandbox, however much of it there is.
+
+One path serves a kill, a failed create, an expired or dead sandbox and what an earlier noded left
+behind: every step is fine with finding nothing, so the whole may be repeated until it succeeds.
+"""
+
+from __future__ import annotations
+
+import grpc
+
+from vmcell_api.node import sandbox_files
+from vmcell_api.node.containerd import Containerd, translate
+from vmcell_api.node.slots import SlotPool
+from vmcell_protos.errors import HostError
+
+LEASE_PREFIX = "vmcell-create-"
+END_TIMEOUT_S = 15.0
+
+
+def tear_down(
+    containerd: Containerd,
+    slots: SlotPool,
+    state_dir: str,
+    *,
+    sandbox_id: str,
+    slot_number: int | None,
+) -> None:
+    """Kills and removes in the order that containerd wants: task, container, snapshot, the rest.
+
+    Raises HostError or CallerError at the first step that fails; what was removed stays removed.
+    """
+    _end_task(containerd, sandbox_id)
+    containerd.delete_container(sandbox_id)
+    containerd.remove_snapshot(sandbox_id)
+    containerd.delete_lease(LEASE_PREFIX + sandbox_id)
+    sandbox_files.remove(state_dir, sandbox_id)
+    if slot_number is not None:
+        slots.release(slot_number)
+
+
+def _end_task(containerd: Containerd, sandbox_id: str) -> None:
+    """Kills the task, waits for its end and deletes it."""
+    ended = containerd.wait_task(sandbox_id)
+    try:
+        containerd.kill_task(sandbox_id)
+        ended.result(timeout=END_TIMEOUT_S)
+    except grpc.FutureTimeoutError as error:
+        raise HostError(
+            f"the task of sandbox {sandbox_id} did not end within {END_TIMEOUT_S:.0f} s of SIGKILL"
+        ) from error
+    except grpc.RpcError as error:
+        if error.code() is not grpc.StatusCode.NOT_FOUND:
+            raise translate(error, f"waiting for the end of sandbox {sandbox_id}") from error
+    finally:
+        ended.cancel()
+    containerd.delete_task(sandbox_id)
