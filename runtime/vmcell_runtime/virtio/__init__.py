@@ -13,4 +13,5 @@ mmio       the register window: features, queues, status, interrupts
 rng        entropy
 pmem       where a read-only image is mapped
 blk        a raw disk
+vsock      streams between guest ports and host sockets
 """
