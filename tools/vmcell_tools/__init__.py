@@ -1,6 +1,7 @@
 """The `vmcell` command: setup and checks of a host, kernel and image builds, the dev VM, the demo.
 
 Reading order:
+host_packages    Debian packages by purpose, and their installation
 progress         what a long command is doing, on standard error
 build_cache      builds by the digest of what they were made from
 build_step       one external tool, with its deadline and log
