@@ -13,5 +13,9 @@ mmio       the register window: features, queues, status, interrupts
 rng        entropy
 pmem       where a read-only image is mapped
 blk        a raw disk
+host_abi   numbers of <linux/if_tun.h> and <linux/vhost.h>
+host_ioctl  ioctl on TAP and vhost descriptors, sizes checked
+vhost_net  the kernel's own path between the queues and a TAP
+net        a network interface over a TAP
 vsock      streams between guest ports and host sockets
 """

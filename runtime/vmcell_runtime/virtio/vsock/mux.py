@@ -12,7 +12,7 @@ import socket
 import time
 from collections import deque
 from functools import partial
-from select import EPOLLHUP, EPOLLIN
+from select import EPOLLERR, EPOLLHUP, EPOLLIN
 
 from vmcell_protos.errors import GuestError, HostError
 from vmcell_runtime.loop import EventLoop
@@ -38,6 +38,7 @@ MAX_STREAMS = 256
 MAX_CONTROL_PACKETS = 1024
 FIRST_HOST_PORT = 1 << 30  # host ports that streams dialled by the host come from
 RX, TX, EVENT = 0, 1, 2
+GONE = EPOLLHUP | EPOLLERR
 
 Listeners = dict[int, deque[socket.socket]]
 """Host port → sockets, each to be joined to one connection of the guest."""
@@ -195,9 +196,9 @@ class Mux:
         if stream.closed:
             return
         stream.flush()
-        if events & EPOLLHUP:
+        if events & GONE:
             stream.drop_pending()
-        if events & (EPOLLIN | EPOLLHUP) and stream.connection.may_send:
+        if events & (EPOLLIN | GONE):
             self._pump(stream)
         self._look_after(stream)
         self._finish()

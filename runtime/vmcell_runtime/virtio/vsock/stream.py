@@ -42,7 +42,7 @@ class Stream:
         self.connect_timer: Timer | None = None
         self._sock = sock
         self._loop = loop
-        self._watched = 0
+        self._watched: int | None = None
         self._pending = bytearray()
         self._end_when_flushed = False
         self._close_when_flushed = False
@@ -114,27 +114,32 @@ class Stream:
         self.flush()
 
     def watch(self, *, read: bool) -> None:
-        """Registers for what is awaited: room for kept bytes always, bytes to read if `read`."""
-        if self.closed:
+        """Registers for what is awaited: bytes to read if `read`, room for what is kept.
+
+        Waiting for nothing still hears of a hang-up, unless the host side is known to be gone.
+        """
+        if self.closed or self.on_ready is None:
             return
-        wanted = (READABLE if read else 0) | (WRITABLE if self._pending else 0)
-        if wanted == self._watched or self.on_ready is None:
+        wanted: int | None = (READABLE if read else 0) | (WRITABLE if self._pending else 0)
+        if not wanted and self.deaf:
+            wanted = None
+        if wanted == self._watched:
             return
-        if not self._watched:
-            self._loop.add(self.fd, self.on_ready, wanted)
-        elif wanted:
-            self._loop.modify(self.fd, wanted)
-        else:
+        if wanted is None:
             self._loop.remove(self.fd)
+        elif self._watched is None:
+            self._loop.add(self.fd, self.on_ready, wanted)
+        else:
+            self._loop.modify(self.fd, wanted)
         self._watched = wanted
 
     def close(self) -> None:
         """Closes the socket at once; idempotent. The host side sees a clean end of file."""
         if self.closed:
             return
-        if self._watched:
+        if self._watched is not None:
             self._loop.remove(self.fd)
-            self._watched = 0
+            self._watched = None
         self._shut(socket.SHUT_RDWR)
         # A unix socket closed with bytes unread gives its peer ECONNRESET instead of the end.
         try:
