@@ -1,0 +1,49 @@
+"""PID 1 of the guest: prepare the machine, dial the host, serve, reset."""
+
+from __future__ import annotations
+
+import gc
+import socket
+
+from vmcell_agent import abi, machine
+from vmcell_agent.guest import Places, Transports, serve
+from vmcell_agent.log import KernelLog
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import NoReturn
+
+CONTROL_PORT = 1024  # on the host
+STREAM_PORT = 1025  # on the guest
+_BACKLOG = 64
+
+
+def _load_envd() -> Callable[[Callable[[], None]], NoReturn]:
+    """Imported in the child alone: PID 1 itself never pays for it."""
+    from vmcell_agent.envd.server import run
+
+    return lambda ready: run(ready=ready)
+
+
+def _from_the_host(address: object) -> bool:
+    return isinstance(address, tuple) and address[0] == abi.VMADDR_CID_HOST
+
+
+def main() -> None:
+    """Never returns in a guest: the machine is reset at the end."""
+    machine.prepare()
+    log = KernelLog()
+    listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    listener.bind((socket.VMADDR_CID_ANY, STREAM_PORT))
+    listener.listen(_BACKLOG)
+    control = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    control.connect((abi.VMADDR_CID_HOST, CONTROL_PORT))
+    gc.freeze()  # what is loaded by now lives as long as the guest; forks need not copy it
+    places = Places(machine.CGROUP_ROOT, machine.STATE_DIRECTORY, machine.DEVICE_DIRECTORY)
+    serve(Transports(control, listener, _from_the_host), places, {"envd": _load_envd}, log.write)
+    machine.reset()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""The life of a forked child up to execve: a container's init, or a process added to it.
+
+Everything that is needed is in memory before the fork: once the child has left the guest's own
+file system it can import nothing. A child never returns into the agent's loop; whatever goes wrong
+is told over the report channel and ends it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from typing import NamedTuple
+
+from vmcell_agent import (
+    abi,
+    containerfs,
+    copyin,
+    credentials,
+    program,
+    report,
+    syscalls,
+    terminal,
+)
+from vmcell_agent.attempt import attempt
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import NoReturn
+
+    from vmcell_agent.ociprocess import ProcessSpec
+    from vmcell_agent.ocispec import ContainerSpec
+    from vmcell_protos.agent import FileCopy
+
+CONTAINER_NAMESPACES = abi.CLONE_NEWNS | abi.CLONE_NEWUTS | abi.CLONE_NEWIPC | abi.CLONE_NEWCGROUP
+_EXIT_NOT_STARTED = 127
+_LAST_SIGNAL = 64
+_NULL_DEVICE = os.makedev(1, 3)
+
+
+class Stdio(NamedTuple):
+    """Descriptors that become 0, 1 and 2; with a terminal they are replaced by its slave."""
+
+    stdin: int
+    stdout: int
+    stderr: int
+    terminal: bool
+    rows: int = 0
+    columns: int = 0
+
+
+class Launch(NamedTuple):
+    """What every child needs."""
+
+    process: ProcessSpec
+    stdio: Stdio
+    channel: socket.socket  # the child's end of the report channel
+    cgroup_procs: int  # "0" written here moves the child into the container's cgroup
+
+
+class InitLaunch(NamedTuple):
+    """What a container's init needs beside that."""
+
+    spec: ContainerSpec
+    root: str
+    root_read_only: bool
+    files: list[FileCopy]
+    # Runs instead of a program when set: envd. Imported before the fork's file system changes.
+    load_builtin: Callable[[], Callable[[Callable[[], None]], NoReturn]] | None
+
+
+def run_init(launch: Launch, init: InitLaunch) -> NoReturn:
+    """Become the container's init. The caller has forked into a new pid namespace."""
+    with _last_words(launch.channel):
+        _prepare(launch)
+        builtin = init.load_builtin() if init.load_builtin is not None else None
+        with attempt("make the container's namespaces"):
+            syscalls.unshare(CONTAINER_NAMESPACES)
+        _build(init, launch)
+        credentials.become(launch.process)
+        if builtin is None:
+            program.become(launch.process.args, _environment(launch.process))
+        syscalls.set_process_name("envd")
+        os.environ.clear()
+        os.environ.update(_environment(launch.process))
+        builtin(lambda: _ready(launch.channel))
+    os._exit(_EXIT_NOT_STARTED)
+
+
+def run_added(launch: Launch, init_pidfd: int) -> NoReturn:
+    """Become a process beside the init, into whose pid namespace the caller has forked."""
+    with _last_words(launch.channel):
+        _prepare(launch, init_pidfd)
+        # Until execve this process is the agent's copy: the container must not look into it.
+        syscalls.prctl(abi.PR_SET_DUMPABLE, 0)
+        with attempt("join the container's namespaces"):
+            syscalls.setns(init_pidfd, CONTAINER_NAMESPACES)
+        os.close(init_pidfd)
+        if launch.stdio.terminal:
+            _open_terminal(launch)
+        _enter_directory(launch.process.cwd)
+        _own_stdio(launch)
+        credentials.become(launch.process)
+        program.become(launch.process.args, _environment(launch.process))
+    os._exit(_EXIT_NOT_STARTED)
+
+
+class _last_words:
+    """Whatever exception arrives here is reported, and the child ends."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        try:
+            if error is not None:
+                report.send_error(self._channel, error)
+        finally:
+            os._exit(_EXIT_NOT_STARTED)
+
+
+def _prepare(launch: Launch, *keep: int) -> None:
+    """Default signals, own session, standard streams, nothing else of the agent's left open."""
+    signal.set_wakeup_fd(-1)
+    for number in range(1, _LAST_SIGNAL + 1):
+        if number not in (signal.SIGKILL, signal.SIGSTOP, 32, 33):  # 32, 33: glibc's own
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    os.umask(0o022)
+    os.setsid()
+    with attempt("set up standard streams"):
+        for target, fd in enumerate(launch.stdio[:3]):
+            os.dup2(fd, target, inheritable=True)
+    _close_all_but((0, 1, 2, launch.channel.fileno(), launch.cgroup_procs, *keep))
+    with attempt("join the container's cgroup"):
+        os.write(launch.cgroup_procs, b"0")
+        os.close(launch.cgroup_procs)
+    credentials.set_oom_score(launch.process.oom_score_adj)
+
+
+def _close_all_but(kept: tuple[int, ...]) -> None:
+    previous = -1
+    for fd in sorted(kept):
+        os.closerange(previous + 1, fd)
+        previous = fd
+    os.closerange(previous + 1, 1 << 20)
+
+
+def _build(init: InitLaunch, launch: Launch) -> None:
+    """The container's view of the system, ending in its working directory."""
+    spec = init.spec
+    containerfs.enter_root(init.root, spec.root_propagation)
+    read_only_mounts = containerfs.mount_all(spec.mounts)
+    containerfs.make_devices(spec.devices)
+    copyin.copy_in(init.files)
+    with attempt(f"set hostname {spec.hostname!r}"):
+        if spec.hostname:
+            socket.sethostname(spec.hostname)
+        if spec.domainname:
+            syscalls.setdomainname(spec.domainname)
+    containerfs.write_sysctls(spec.sysctls)
+    if launch.stdio.terminal:
+        containerfs.bind_console(_open_terminal(launch))
+    with attempt(f"make working directory {launch.process.cwd}"):
+        containerfs.make_directory(launch.process.cwd)
+    containerfs.lock_down(spec, read_only_mounts, root_read_only=init.root_read_only)
+    _enter_directory(launch.process.cwd)
+    _own_stdio(launch)
+
+
+def _open_terminal(launch: Launch) -> str:
+    """Terminal as standard streams and controlling terminal; its master goes to the agent."""
+    master, slave, path = terminal.open_pair()
+    if launch.stdio.rows or launch.stdio.columns:
+        terminal.set_size(master, launch.stdio.rows, launch.stdio.columns)
+    report.send_master(launch.channel, master)
+    os.close(master)
+    for target in range(3):
+        os.dup2(slave, target, inheritable=True)
+    os.close(slave)
+    terminal.make_controlling(0)
+    return path
+
+
+def _enter_directory(cwd: str) -> None:
+    with attempt(f"enter working directory {cwd}", code="invalid_argument"):
+        os.chdir(cwd)
+
+
+def _own_stdio(launch: Launch) -> None:
+    """Let the user open /dev/stdout and the like; the null device stays root's."""
+    with attempt("own the standard streams"):
+        for fd in range(3):
+            if os.fstat(fd).st_rdev != _NULL_DEVICE:
+                os.fchown(fd, launch.process.uid, -1)
+
+
+def _environment(process: ProcessSpec) -> dict[str, str]:
+    if "HOME" in process.env:
+        return process.env
+    return {**process.env, "HOME": credentials.home_directory(process.uid)}
+
+
+def _ready(channel: socket.socket) -> None:
+    """envd listens: tell the agent once, then nothing of the channel is left in the container."""
+    report.send_ready(channel)
+    channel.close()

@@ -1,0 +1,259 @@
+"""One container: its root, its cgroup, its processes, and their removal in the right order."""
+
+from __future__ import annotations
+
+import re
+
+from vmcell_agent import copyin, ociprocess, ocispec
+from vmcell_agent.cgroup import Cgroup
+from vmcell_agent.child import InitLaunch
+from vmcell_agent.jsonfields import parse_object
+from vmcell_agent.process import DECLARED, ENDED, FAILED, RUNNING, Process
+from vmcell_agent.rootfs import RootFilesystem
+from vmcell_protos.agent import Streams
+from vmcell_protos.errors import CallerError, HostError, VmcellError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import NoReturn
+
+    from vmcell_agent.eventloop import Loop
+    from vmcell_agent.ociprocess import ProcessSpec
+    from vmcell_agent.ocispec import ContainerSpec
+    from vmcell_agent.reaper import Reaper
+    from vmcell_agent.spawn import Child, Spawner
+    from vmcell_agent.streamdoor import StreamDoor
+    from vmcell_protos.agent import AddProcessRequest, CreateContainerRequest, FileCopy
+
+    Builtin = Callable[[], Callable[[Callable[[], None]], NoReturn]]
+
+MAX_PROCESSES = 64
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", re.ASCII)
+_REMOVE_SECONDS, _REMOVE_STEP_SECONDS = 5.0, 0.02
+
+
+def check_id(value: str, what: str) -> None:
+    """Raise CallerError unless `value` can be a file's name and nothing else."""
+    if not _ID.fullmatch(value):
+        raise CallerError(f"{what} {value[:160]!r} must be letters, digits, '.', '_' or '-'")
+
+
+class Surroundings:
+    """What every container of an agent shares."""
+
+    __slots__ = ("builtins", "cgroup_root", "device_directory", "door", "loop", "reaper", "spawner",
+                 "state_directory")  # fmt: skip
+
+    def __init__(
+        self,
+        *,
+        loop: Loop,
+        door: StreamDoor,
+        reaper: Reaper,
+        spawner: Spawner,
+        cgroup_root: str,
+        state_directory: str,
+        device_directory: str,
+        builtins: dict[str, Builtin],
+    ) -> None:
+        """`builtins`: programs of the agent's own that can be a container's init, by name."""
+        self.loop = loop
+        self.door = door
+        self.reaper = reaper
+        self.spawner = spawner
+        self.cgroup_root = cgroup_root
+        self.state_directory = state_directory
+        self.device_directory = device_directory
+        self.builtins = builtins
+
+
+class Container:
+    """Made whole or not at all; `remove` gives everything back."""
+
+    def __init__(self, around: Surroundings, request: CreateContainerRequest) -> None:
+        """Raises CallerError or HostError; then nothing is left behind."""
+        check_id(request.container_id, "container id")
+        builtin = _builtin(around, request.init)
+        spec = ocispec.parse_spec(request.spec_json, needs_args=builtin is None)
+        copyin.check(request.files)
+        if request.rootfs is None:
+            raise CallerError("rootfs is missing; name the container's devices")
+        self.id = request.container_id
+        self.spec: ContainerSpec = spec
+        self._around = around
+        self._builtin = builtin
+        self._files: list[FileCopy] = request.files
+        self._cgroup = Cgroup(f"{around.cgroup_root}/{self.id}")
+        self._root = RootFilesystem(f"{around.state_directory}/{self.id}")
+        self._processes: dict[str, Process] = {}
+        process = spec.process
+        if builtin is not None:  # envd switches users itself, so it starts as root
+            process = process._replace(uid=0, gid=0, additional_gids=())
+        self._declare("", process, request.streams, says_ready=builtin is not None)
+        try:
+            self._cgroup.create(spec.cgroup_files)
+            try:
+                self._root.mount(
+                    device_directory=around.device_directory,
+                    lower_device=request.rootfs.lower_device,
+                    upper_device=request.rootfs.upper_device,
+                )
+            except VmcellError:
+                self._cgroup.remove()
+                raise
+        except VmcellError:
+            self._processes.pop("").close()
+            raise
+
+    def _declare(
+        self,
+        exec_id: str,
+        spec: ProcessSpec,
+        streams: Streams | None,
+        *,
+        says_ready: bool = False,
+    ) -> None:
+        kind = f"process {exec_id!r}" if exec_id else "init"
+        name = f"{kind} of container {self.id!r}"
+        self._processes[exec_id] = Process(
+            self._around.loop,
+            self._around.door,
+            name,
+            spec,
+            streams or Streams(),
+            says_ready=says_ready,
+        )
+
+    @property
+    def init(self) -> Process:
+        return self._processes[""]
+
+    def process(self, exec_id: str) -> Process:
+        """The process of that id ("": init); raises CallerError(not_found)."""
+        found = self._processes.get(exec_id)
+        if found is None:
+            raise CallerError(
+                f"container {self.id!r} has no process {exec_id[:160]!r}", code="not_found"
+            )
+        return found
+
+    def add(self, request: AddProcessRequest) -> None:
+        """Declare one more process; raises CallerError."""
+        check_id(request.exec_id, "exec id")
+        if request.exec_id in self._processes:
+            raise CallerError(
+                f"container {self.id!r} has a process {request.exec_id!r} already",
+                code="already_exists",
+            )
+        if len(self._processes) > MAX_PROCESSES:
+            raise CallerError(
+                f"container {self.id!r} has {MAX_PROCESSES} added processes; delete one first",
+                code="resource_exhausted",
+            )
+        self._check_running()
+        spec = ociprocess.parse_process(parse_object(request.process_json, "process"))
+        self._declare(request.exec_id, spec, request.streams)
+
+    def _check_running(self) -> None:
+        if self.init.state != RUNNING:
+            raise CallerError(
+                f"container {self.id!r} is not running; its init is {self.init.state}",
+                code="failed_precondition",
+            )
+
+    def start(self, exec_id: str, answer: Callable[[int | VmcellError], None]) -> None:
+        """Start init or an added process; answers with its pid in the guest."""
+        process = self.process(exec_id)
+        if exec_id:
+            self._check_running()
+        process.start(lambda: self._spawn(process), answer)
+
+    def _spawn(self, process: Process) -> Child:
+        if process is self.init:
+            place: InitLaunch | int = InitLaunch(
+                spec=self.spec,
+                root=self._root.path,
+                root_read_only=self.spec.root_read_only or not self._root.writable,
+                files=self._files,
+                load_builtin=self._builtin,
+            )
+        else:
+            self._check_running()
+            place = self.init.pid
+        child = self._around.spawner.spawn(
+            process.spec, process.streams, process.window, self._cgroup, place
+        )
+        self._around.reaper.expect(child.pid, process.reaped)
+        return child
+
+    def signal(self, exec_id: str, number: int, *, everyone: bool) -> None:
+        """Signal one process, or with `everyone` every process of the container."""
+        process = self.process(exec_id)
+        if everyone and self.init.state == RUNNING:
+            self._cgroup.signal_all(number)
+        else:
+            process.signal(number)
+
+    def pids(self) -> list[tuple[int, str]]:
+        """Pids in the guest with the exec id of those that were started by request."""
+        known = {
+            process.pid: exec_id
+            for exec_id, process in self._processes.items()
+            if process.state == RUNNING
+        }
+        return [(pid, known.get(pid, "")) for pid in self._cgroup.pids()]
+
+    @property
+    def cgroup(self) -> Cgroup:
+        return self._cgroup
+
+    def forget(self, exec_id: str) -> None:
+        """Forget an added process that is not running; raises CallerError."""
+        process = self.process(exec_id)
+        if process.state not in (DECLARED, ENDED, FAILED):
+            raise CallerError(
+                f"{process.name} is {process.state}; kill it first", code="failed_precondition"
+            )
+        del self._processes[exec_id]
+        process.close()
+
+    def remove(self, done: Callable[[VmcellError | None], None]) -> None:
+        """Kill what is left, give back cgroup and mounts; raises CallerError while init lives."""
+        if self.init.state not in (DECLARED, ENDED, FAILED):
+            raise CallerError(
+                f"{self.init.name} is {self.init.state}; kill it first", code="failed_precondition"
+            )
+        self._cgroup.signal_all(9)
+        self._remove_step(done, _REMOVE_SECONDS)
+
+    def _remove_step(self, done: Callable[[VmcellError | None], None], seconds: float) -> None:
+        if not self._cgroup.populated() and self._cgroup.remove():
+            try:
+                self.close()
+            except HostError as error:
+                done(error)
+            else:
+                done(None)
+        elif seconds <= 0:
+            done(HostError(f"container {self.id!r} still has processes", code="unavailable"))
+        else:
+            self._around.loop.call_later(
+                _REMOVE_STEP_SECONDS,
+                lambda: self._remove_step(done, seconds - _REMOVE_STEP_SECONDS),
+            )
+
+    def close(self) -> None:
+        """Forget processes and unmount, whatever runs; raises HostError. Idempotent."""
+        for process in self._processes.values():
+            process.close()
+        self._root.close()
+
+
+def _builtin(around: Surroundings, name: str) -> Builtin | None:
+    if not name:
+        return None
+    if name not in around.builtins:
+        known = ", ".join(around.builtins) or "none"
+        raise CallerError(f"init is {name[:64]!r}; this agent has {known}")
+    return around.builtins[name]

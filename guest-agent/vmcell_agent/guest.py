@@ -1,0 +1,79 @@
+"""The agent whole: everything wired to one loop, given its two transports and its places.
+
+The transports come from outside (vsock in a guest, unix sockets in a test); what is served and how
+it ends is the same.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import NamedTuple
+
+from vmcell_agent.container import Surroundings
+from vmcell_agent.control import ControlConnection
+from vmcell_agent.eventloop import Loop
+from vmcell_agent.reaper import Reaper
+from vmcell_agent.service import AgentService
+from vmcell_agent.spawn import Spawner
+from vmcell_agent.streamdoor import StreamDoor
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from vmcell_agent.container import Builtin
+
+
+class Places(NamedTuple):
+    """Where the agent keeps things: a cgroup v2 directory, a state directory, device nodes."""
+
+    cgroup_root: str
+    state_directory: str
+    device_directory: str
+
+
+class Transports(NamedTuple):
+    """The connected control stream, the listener for streams, and who may dial it."""
+
+    control: socket.socket
+    stream_listener: socket.socket
+    accepts_peer: Callable[[object], bool]
+
+
+def serve(
+    transports: Transports,
+    places: Places,
+    builtins: dict[str, Builtin],
+    log: Callable[[str], None],
+) -> None:
+    """Serve until the host is gone or asks for shutdown; containers are gone when it returns."""
+    with ExitStack() as stack:
+        loop = Loop()
+        stack.callback(loop.close)
+        reaper = Reaper(loop)
+        stack.callback(reaper.close)
+        door = StreamDoor(loop, transports.stream_listener, transports.accepts_peer)
+        stack.callback(door.close)
+        spawner = Spawner()
+        stack.callback(spawner.close)
+        around = Surroundings(
+            loop=loop,
+            door=door,
+            reaper=reaper,
+            spawner=spawner,
+            cgroup_root=places.cgroup_root,
+            state_directory=places.state_directory,
+            device_directory=places.device_directory,
+            builtins=builtins,
+        )
+        service = AgentService(around, loop.stop)
+
+        def lost(reason: str) -> None:
+            log(f"{reason}; shutting down")
+            loop.stop()
+
+        control = ControlConnection(loop, transports.control, service.dispatch, lost)
+        stack.callback(control.close)
+        stack.callback(service.close)
+        loop.run()

@@ -1,0 +1,195 @@
+"""An OCI runtime spec (config.json) as one immutable description of a container.
+
+The container always gets pid, mount, uts, ipc and cgroup namespaces of its own; its network is the
+guest's own. What the spec says about the host's kernel (seccomp, AppArmor, SELinux, device cgroup,
+Intel RDT, block and network controllers) has no meaning here and is ignored: the boundary is the
+virtual machine. What would change the meaning of the container and cannot be done is refused by
+name. Unknown fields are ignored, as the OCI specification asks (config.md, "Extensibility").
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+from typing import NamedTuple
+
+from vmcell_agent.jsonfields import parse_object
+from vmcell_agent.mountoptions import PROPAGATION, Mount, parse_mount
+from vmcell_agent.ociprocess import MAX_ID, ProcessSpec, parse_process
+from vmcell_protos.errors import CallerError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmcell_agent.jsonfields import Object
+
+_I64 = (1 << 63) - 1
+_OWN_NAMESPACES = ("pid", "mount", "uts", "ipc", "cgroup")
+_REFUSED_LINUX = ("uidMappings", "gidMappings", "personality", "timeOffsets", "netDevices")
+_GUEST_HOOKS = ("createContainer", "startContainer")
+# Character devices whose numbers mean the same in every kernel (admin-guide/devices.txt); any
+# other number would name another device of the guest than of the host.
+_DEVICES = {
+    (1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2), (10, 200), (10, 229),
+}  # fmt: skip
+_SYSCTLS = re.compile(
+    r"kernel\.(msgmax|msgmnb|msgmni|sem|shmall|shmmax|shmmni|shm_rmid_forced|domainname)"
+    r"|fs\.mqueue\.[a-z_]+|net(\.[A-Za-z0-9_/-]+)+",
+    re.ASCII,
+)
+_CGROUP_FILE = re.compile(r"(cpu|memory|pids|cpuset|io|hugetlb)(\.[a-z0-9_]+)+", re.ASCII)
+
+
+class Device(NamedTuple):
+    """A device node the spec asks for beside the default ones."""
+
+    path: str
+    mode: int
+    major: int
+    minor: int
+    uid: int
+    gid: int
+
+
+class ContainerSpec(NamedTuple):
+    """What a container is to be."""
+
+    process: ProcessSpec
+    hostname: str
+    domainname: str
+    root_read_only: bool
+    root_propagation: int
+    mounts: tuple[Mount, ...]
+    devices: tuple[Device, ...]
+    masked_paths: tuple[str, ...]
+    read_only_paths: tuple[str, ...]
+    sysctls: dict[str, str]  # file below /proc/sys → value
+    cgroup_files: dict[str, str]  # file of the container's cgroup → value
+
+
+def parse_spec(data: bytes, *, needs_args: bool = True) -> ContainerSpec:
+    """The description in config.json; raises CallerError with the field's name."""
+    spec = parse_object(data, "spec")
+    linux = spec.object("linux")
+    for key in _REFUSED_LINUX:
+        if linux.has(key):
+            raise CallerError(f"spec.linux.{key} is not supported")
+    for key in _GUEST_HOOKS:
+        if spec.object("hooks").has(key):
+            raise CallerError(f"spec.hooks.{key} would have to run in the guest: not supported")
+    _check_namespaces(linux)
+    return ContainerSpec(
+        process=parse_process(spec.object("process"), needs_args=needs_args),
+        hostname=_hostname(spec, "hostname"),
+        domainname=_hostname(spec, "domainname"),
+        root_read_only=spec.object("root").flag("readonly"),
+        root_propagation=_root_propagation(linux),
+        mounts=tuple(
+            parse_mount(row.text("destination"), row.text("type"), row.texts("options"), row.path)
+            for row in spec.objects("mounts")
+        ),
+        devices=tuple(_device(row) for row in linux.objects("devices")),
+        masked_paths=_absolute_paths(linux, "maskedPaths"),
+        read_only_paths=_absolute_paths(linux, "readonlyPaths"),
+        sysctls=_sysctls(linux),
+        cgroup_files=_cgroup_files(linux.object("resources")),
+    )
+
+
+def _check_namespaces(linux: Object) -> None:
+    for row in linux.objects("namespaces"):
+        kind = row.text("type")
+        if kind == "network":  # the guest's own, whichever of the host's was named
+            continue
+        if kind not in _OWN_NAMESPACES:
+            raise CallerError(f"{row.path}: namespace {kind!r} is not supported")
+        if row.text("path"):
+            raise CallerError(
+                f"{row.path}: {kind} namespace {row.text('path')!r} is the host's; "
+                "a container in a microVM has its own"
+            )
+
+
+def _hostname(spec: Object, key: str) -> str:
+    name = spec.text(key)
+    if len(name.encode()) > 64:
+        raise CallerError(f"spec.{key} has {len(name.encode())} bytes; Linux keeps 64")
+    return name
+
+
+def _root_propagation(linux: Object) -> int:
+    name = linux.text("rootfsPropagation")
+    if name and name not in PROPAGATION:
+        raise CallerError(f"spec.linux.rootfsPropagation is {name!r}; no such propagation")
+    return PROPAGATION[name] if name else 0
+
+
+def _absolute_paths(linux: Object, key: str) -> tuple[str, ...]:
+    paths = linux.texts(key)
+    for path in paths:
+        if not path.startswith("/"):
+            raise CallerError(f"spec.linux.{key} holds {path!r}; it must be absolute")
+    return tuple(paths)
+
+
+def _device(row: Object) -> Device:
+    path, kind = row.text("path"), row.text("type")
+    major = row.number("major", 0, 0xFFF) or 0
+    minor = row.number("minor", 0, 0xFFFFF) or 0
+    if not path.startswith("/dev/") or ".." in path:
+        raise CallerError(f"{row.path}.path is {path!r}; it must lie below /dev")
+    if kind not in ("c", "u") or (major, minor) not in _DEVICES:
+        raise CallerError(
+            f"{row.path}: {path} ({kind} {major}:{minor}) is a device of the host; "
+            "a microVM cannot have it"
+        )
+    mode = row.number("fileMode", 0, 0o177777)
+    return Device(
+        path,
+        stat.S_IFCHR | (0o666 if mode is None else mode & 0o7777),
+        major,
+        minor,
+        row.number("uid", 0, MAX_ID) or 0,
+        row.number("gid", 0, MAX_ID) or 0,
+    )
+
+
+def _sysctls(linux: Object) -> dict[str, str]:
+    """Dots separate, and a slash inside a name stands for a dot (sysctl.d(5))."""
+    files: dict[str, str] = {}
+    for name, value in linux.text_map("sysctl").items():
+        if not _SYSCTLS.fullmatch(name) or ".." in name:
+            raise CallerError(f"spec.linux.sysctl {name!r} is not one a container has of its own")
+        files[name.replace(".", "\0").replace("/", ".").replace("\0", "/")] = value
+    return files
+
+
+def _cgroup_files(resources: Object) -> dict[str, str]:
+    """cgroup v2 files from v1-shaped limits; the weights follow runc's conversion table."""
+    files: dict[str, str] = {}
+    memory, cpu = resources.object("memory"), resources.object("cpu")
+    limit = memory.number("limit", -1, _I64)
+    if limit:
+        files["memory.max"] = "max" if limit < 0 else str(limit)
+    reservation = memory.number("reservation", -1, _I64)
+    if reservation:
+        files["memory.low"] = "max" if reservation < 0 else str(reservation)
+    swap = memory.number("swap", -1, _I64)
+    if swap:  # v1 counts memory and swap together
+        files["memory.swap.max"] = "max" if swap < 0 else str(max(0, swap - max(0, limit or 0)))
+    pids = resources.object("pids").number("limit", -1, _I64)
+    if pids:
+        files["pids.max"] = "max" if pids < 0 else str(pids)
+    shares = cpu.number("shares", 0, 1 << 20)
+    if shares:
+        files["cpu.weight"] = str(1 + ((max(2, min(shares, 262144)) - 2) * 9999) // 262142)
+    quota, period = cpu.number("quota", -1, _I64), cpu.number("period", 0, 1_000_000)
+    if quota or period:
+        files["cpu.max"] = f"{quota if quota and quota > 0 else 'max'} {period or 100_000}"
+    for key in ("cpus", "mems"):
+        if cpu.text(key):
+            files[f"cpuset.{key}"] = cpu.text(key)
+    for name, value in resources.text_map("unified").items():
+        if not _CGROUP_FILE.fullmatch(name):
+            raise CallerError(f"spec.linux.resources.unified names {name!r}; no file of cgroup v2")
+        files[name] = value
+    return files

@@ -1,0 +1,234 @@
+"""The methods of agent.proto: one function each, in the order of the service.
+
+A method answers through a callback, at once or later; an error of ours becomes a status, an OSError
+that nothing turned into a sentence becomes "internal". Anything else is a bug and ends PID 1, which
+panics the guest with the traceback on its console.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from vmcell_agent import machine, network
+from vmcell_agent.container import Container
+from vmcell_agent.process import Exit
+from vmcell_protos import agent as messages
+from vmcell_protos.errors import CallerError, HostError, VmcellError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from vmcell_agent.container import Surroundings
+    from vmcell_protos.wire import Message
+
+    Answer = Callable[[Message | VmcellError], None]
+
+SERVICE = "vmcell.agent.v1.Agent"
+MAX_CONTAINERS = 16
+_MAX_SIGNAL = 64
+_COMMAND_BYTES = 1024
+_TERM_SECONDS = 1.0
+
+
+class AgentService:
+    """Owns the containers. `stop` is called when the machine is to be reset."""
+
+    def __init__(self, around: Surroundings, stop: Callable[[], None]) -> None:
+        self._around = around
+        self._stop = stop
+        self._containers: dict[str, Container] = {}
+        self._removing: set[str] = set()
+
+    def dispatch(self, service: str, method: str, payload: bytes, answer: Answer) -> None:
+        """Serve one call; `answer` is called once, now or later."""
+        row = _METHODS.get(method) if service == SERVICE else None
+        try:
+            if row is None:
+                name = f"{service}/{method}"[:200]
+                raise CallerError(f"no method {name!r}", code="unimplemented")
+            kind, function = row
+            function(self, kind.decode(payload), answer)
+        except VmcellError as error:
+            answer(error)
+        except OSError as error:
+            answer(HostError(f"{method}: {error}", code="internal"))
+
+    def close(self) -> None:
+        """Kill and unmount every container; errors do not stop it. Idempotent."""
+        for container in self._containers.values():
+            try:
+                container.cgroup.signal_all(signal.SIGKILL)
+                container.close()
+            except HostError:
+                continue  # a mount that is busy: the machine is reset next
+        self._containers.clear()
+
+    # -- the guest
+
+    def hello(self, request: messages.HelloRequest, answer: Answer) -> None:
+        answer(
+            messages.HelloResponse(
+                agent_version=machine.AGENT_VERSION, kernel_release=os.uname().release
+            )
+        )
+
+    def configure_guest(self, request: messages.ConfigureGuestRequest, answer: Answer) -> None:
+        if request.unix_time_ns:
+            machine.set_clock(request.unix_time_ns)
+        if request.entropy:
+            machine.add_entropy(request.entropy)
+        if request.hostname:
+            machine.set_hostname(request.hostname)
+        for interface in request.interfaces:
+            network.configure(interface)
+        answer(messages.Empty())
+
+    def shutdown(self, request: messages.Empty, answer: Answer) -> None:
+        answer(messages.Empty())
+        running = False
+        for container in self._containers.values():
+            if container.cgroup.populated():
+                container.cgroup.signal_all(signal.SIGTERM)
+                running = True
+        self._around.loop.call_later(_TERM_SECONDS if running else 0, self._stop)
+
+    # -- containers
+
+    def create_container(self, request: messages.CreateContainerRequest, answer: Answer) -> None:
+        if request.container_id in self._containers:
+            raise CallerError(
+                f"container {request.container_id!r} exists already", code="already_exists"
+            )
+        if len(self._containers) >= MAX_CONTAINERS:
+            raise CallerError(
+                f"the guest has {MAX_CONTAINERS} containers already", code="resource_exhausted"
+            )
+        self._containers[request.container_id] = Container(self._around, request)
+        answer(messages.Empty())
+
+    def _container(self, container_id: str) -> Container:
+        found = self._containers.get(container_id)
+        if found is None or container_id in self._removing:
+            raise CallerError(f"no container {container_id[:160]!r}", code="not_found")
+        return found
+
+    def container_stats(self, request: messages.ContainerRef, answer: Answer) -> None:
+        cgroup = self._container(request.container_id).cgroup
+        answer(
+            messages.ContainerStatsResponse(
+                cpu=cgroup.cpu(),
+                memory=cgroup.memory(),
+                memory_usage_bytes=cgroup.value("memory.current"),
+                memory_limit_bytes=cgroup.value("memory.max"),
+                memory_peak_bytes=cgroup.value("memory.peak"),
+                memory_events=cgroup.memory_events(),
+                pids_current=cgroup.value("pids.current"),
+                pids_limit=cgroup.value("pids.max"),
+            )
+        )
+
+    def list_processes(self, request: messages.ContainerRef, answer: Answer) -> None:
+        rows = [
+            messages.ListProcessesResponseProcess(
+                guest_pid=pid, exec_id=exec_id, command=_command(pid)
+            )
+            for pid, exec_id in self._container(request.container_id).pids()
+        ]
+        answer(messages.ListProcessesResponse(processes=rows))
+
+    # -- processes
+
+    def add_process(self, request: messages.AddProcessRequest, answer: Answer) -> None:
+        self._container(request.container_id).add(request)
+        answer(messages.Empty())
+
+    def start_process(self, request: messages.ProcessRef, answer: Answer) -> None:
+        def started(result: int | VmcellError) -> None:
+            if isinstance(result, int):
+                answer(messages.StartProcessResponse(guest_pid=result))
+            else:
+                answer(result)
+
+        self._container(request.container_id).start(request.exec_id, started)
+
+    def wait_process(self, request: messages.ProcessRef, answer: Answer) -> None:
+        def ended(result: Exit | VmcellError) -> None:
+            if isinstance(result, Exit):
+                answer(
+                    messages.WaitProcessResponse(
+                        exit_status=result.status, exited_at_unix_ns=result.unix_ns
+                    )
+                )
+            else:
+                answer(result)
+
+        self._container(request.container_id).process(request.exec_id).wait(ended)
+
+    def signal_process(self, request: messages.SignalProcessRequest, answer: Answer) -> None:
+        if not 1 <= request.signal <= _MAX_SIGNAL:
+            raise CallerError(f"signal is {request.signal}; it must be 1 to {_MAX_SIGNAL}")
+        container = self._container(request.container_id)
+        container.signal(request.exec_id, request.signal, everyone=request.all)
+        answer(messages.Empty())
+
+    def resize_pty(self, request: messages.ResizePtyRequest, answer: Answer) -> None:
+        if request.rows > 0xFFFF or request.columns > 0xFFFF:
+            raise CallerError(f"terminal of {request.columns}x{request.rows} is too large")
+        process = self._container(request.container_id).process(request.exec_id)
+        process.resize(request.rows, request.columns)
+        answer(messages.Empty())
+
+    def close_stdin(self, request: messages.ProcessRef, answer: Answer) -> None:
+        self._container(request.container_id).process(request.exec_id).close_input()
+        answer(messages.Empty())
+
+    def delete_process(self, request: messages.ProcessRef, answer: Answer) -> None:
+        container = self._container(request.container_id)
+        if request.exec_id:
+            container.forget(request.exec_id)
+            answer(messages.Empty())
+            return
+
+        def removed(error: VmcellError | None) -> None:
+            self._removing.discard(container.id)
+            if error is None:
+                del self._containers[container.id]
+            answer(messages.Empty() if error is None else error)
+
+        container.remove(removed)
+        if container.id in self._containers:
+            self._removing.add(container.id)
+
+
+def _command(pid: int) -> str:
+    """The command line as ps shows it, "" when the process has ended."""
+    try:
+        fd = os.open(f"/proc/{pid}/cmdline", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return ""
+    try:
+        return os.read(fd, _COMMAND_BYTES).replace(b"\0", b" ").decode("utf-8", "replace").strip()
+    except ProcessLookupError:
+        return ""
+    finally:
+        os.close(fd)
+
+
+_METHODS: dict[str, tuple[type[Message], Callable[[AgentService, Any, Answer], None]]] = {
+    "Hello": (messages.HelloRequest, AgentService.hello),
+    "ConfigureGuest": (messages.ConfigureGuestRequest, AgentService.configure_guest),
+    "CreateContainer": (messages.CreateContainerRequest, AgentService.create_container),
+    "AddProcess": (messages.AddProcessRequest, AgentService.add_process),
+    "StartProcess": (messages.ProcessRef, AgentService.start_process),
+    "WaitProcess": (messages.ProcessRef, AgentService.wait_process),
+    "SignalProcess": (messages.SignalProcessRequest, AgentService.signal_process),
+    "ResizePty": (messages.ResizePtyRequest, AgentService.resize_pty),
+    "CloseStdin": (messages.ProcessRef, AgentService.close_stdin),
+    "ListProcesses": (messages.ContainerRef, AgentService.list_processes),
+    "ContainerStats": (messages.ContainerRef, AgentService.container_stats),
+    "DeleteProcess": (messages.ProcessRef, AgentService.delete_process),
+    "Shutdown": (messages.Empty, AgentService.shutdown),
+}
