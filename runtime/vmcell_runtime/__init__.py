@@ -4,7 +4,21 @@ The guest is an attacker from its first instruction. What it can do wrong is a `
 at its device; anything unexpected ends the process with a reason. Standard library only.
 
 Reading order:
-memory  guest RAM and read-only file windows, reached by guest address and length only
-irq     interrupt lines, and the recorder tests pass instead
-loop    the device thread's event loop: descriptors, timers, calls from other threads
+memory   guest RAM and read-only file windows, reached by guest address and length only
+kvm      declarations, the one checked ioctl, owners of KVM's descriptors
+layout   every guest physical address the VMM decides, drawn once
+config   what may be asked for: frozen records, their limits, their JSON
+control  messages between the shim and its VMM; no I/O
+irq      interrupt lines, and the recorder tests pass instead
+bus      addresses to devices, for ports and for memory-mapped windows
+loop     the device thread's event loop: descriptors, timers, calls from other threads
+boot     everything that stands in memory and registers before the first instruction
+devices  the few PC devices a Linux without ACPI and PCI wants
+virtio   virtio-mmio devices: images, disks, network, sockets, entropy
+ending   why a machine ends: the first cause, and what the kernel said
+vcpu     one thread per vCPU: exits to the bus, kicks, what an exit means
+machine  a microVM that exists: run it, count, close
+build    the recipe for a machine
+vmm      the process around one machine
+handle   the host's side of that process
 """

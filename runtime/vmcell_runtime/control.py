@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import ClassVar, TypeVar
 
-from vmcell_protos.errors import CODES, CallerError
+from vmcell_protos.errors import CODES, CallerError, GuestError, HostError, VmcellError
 from vmcell_runtime.config import MachineConfig, from_json
 
 M = TypeVar("M")
@@ -75,11 +75,13 @@ class Failed:
 
 @dataclass(frozen=True, kw_only=True)
 class VsockConnected:
-    """VMM: the answer to ConnectVsock; `refusal` is empty if the guest accepted."""
+    """VMM: the answer to ConnectVsock; no error if the guest accepted, else as in Failed."""
 
     kind: ClassVar[str] = "vsock_connected"
     request_id: int
-    refusal: str
+    error: str = ""
+    code: str = ""
+    message: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,11 @@ Event = Running | Failed | VsockConnected | Exited
 
 _REQUESTS: dict[str, type[Request]] = {m.kind: m for m in (Boot, ConnectVsock, ListenVsock)}
 _EVENTS: dict[str, type[Event]] = {m.kind: m for m in (Running, Failed, VsockConnected, Exited)}
+_ERRORS: dict[str, type[VmcellError]] = {
+    "GuestError": GuestError,
+    "CallerError": CallerError,
+    "HostError": HostError,
+}
 _TYPES: dict[str, type] = {"int": int, "str": str}
 _FIELD_LIMITS = {"request_id": 2**63, "port": 2**32}
 
@@ -127,9 +134,24 @@ def decode_event(datagram: bytes) -> Event:
     event = _make(_EVENTS[kind], fields)
     if isinstance(event, Exited) and event.reason not in END_REASONS:
         raise CallerError(f"the VMM gave the unknown end reason {event.reason!r}")
-    if isinstance(event, Failed) and event.code not in CODES:
-        raise CallerError(f"the VMM gave the unknown error code {event.code!r}")
+    if isinstance(event, Failed):
+        error_of(event)
+    if isinstance(event, VsockConnected) and event.error:
+        error_of(event)
     return event
+
+
+def failed(error: VmcellError) -> Failed:
+    """The message that carries `error` over."""
+    name = next(name for name, kind in _ERRORS.items() if isinstance(error, kind))
+    return Failed(error=name, code=error.code, message=cut(str(error)))
+
+
+def error_of(event: Failed | VsockConnected) -> VmcellError:
+    """The error that an event carries, to be raised on this side."""
+    if event.error not in _ERRORS or event.code not in CODES:
+        raise CallerError(f"the VMM gave the unknown error {event.error!r} code {event.code!r}")
+    return _ERRORS[event.error](event.message, code=event.code)
 
 
 def cut(text: str) -> str:

@@ -1,0 +1,242 @@
+"""The recipe for a machine: boot. The only place that knows every part.
+
+Fixed order of virtio devices: pmem, blk, net, vsock, entropy; the first stands at the first window.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from vmcell_protos.errors import CallerError
+from vmcell_runtime import layout
+from vmcell_runtime.boot.entry import ENTRY_MSRS, entry_fpu, entry_regs, entry_sregs
+from vmcell_runtime.boot.linux import load_linux
+from vmcell_runtime.bus import Bus
+from vmcell_runtime.config import MachineConfig
+from vmcell_runtime.devices.cmos import Cmos
+from vmcell_runtime.devices.console import ConsoleLog
+from vmcell_runtime.devices.i8042 import I8042
+from vmcell_runtime.devices.serial import Serial
+from vmcell_runtime.ending import Ending
+from vmcell_runtime.irq import IrqLine
+from vmcell_runtime.kvm.cpuid import guest_cpuid, physical_address_bits
+from vmcell_runtime.kvm.system import System
+from vmcell_runtime.kvm.vcpu import Vcpu
+from vmcell_runtime.kvm.vm import Vm
+from vmcell_runtime.loop import EventLoop
+from vmcell_runtime.machine import Machine
+from vmcell_runtime.memory import GuestMemory
+from vmcell_runtime.vcpu import VcpuThread
+from vmcell_runtime.virtio.blk import Blk
+from vmcell_runtime.virtio.device import VirtioDevice
+from vmcell_runtime.virtio.mmio import MmioTransport
+from vmcell_runtime.virtio.pmem import Pmem
+from vmcell_runtime.virtio.rng import Rng
+from vmcell_runtime.virtio.vsock.device import Vsock
+
+NOTIFY_OFFSET = 0x50  # QueueNotify, virtio 1.2 § 4.2.2
+NOTIFY_BYTES = 4
+
+Report = Callable[[str], None]
+"""Takes one line for the operator's log."""
+
+
+class Descriptors:
+    """The descriptors that came with a configuration. Owns those not given away; idempotent."""
+
+    def __init__(self, fds: Sequence[int]) -> None:
+        self._fds: dict[int, int] = dict(enumerate(fds))
+
+    def use(self, index: int) -> int:
+        """The descriptor, still ours; KeyError once it was given away."""
+        return self._fds[index]
+
+    def give(self, index: int) -> int:
+        """The descriptor, now the taker's to close."""
+        return self._fds.pop(index)
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Board:
+    """What every device is plugged into."""
+
+    vm: Vm
+    memory: GuestMemory
+    loop: EventLoop
+    ports: Bus
+    windows: Bus
+    report: Report
+    resources: ExitStack
+
+
+def boot(
+    config: MachineConfig,
+    descriptors: Descriptors,
+    kvm_fd: int,
+    listeners: Sequence[socket.socket],
+    report: Report,
+) -> Machine:
+    """A machine whose first instruction is the kernel's entry; nothing runs yet.
+
+    Takes what it keeps from `descriptors`, and owns `kvm_fd` and `listeners` (one for each of
+    `config.vsock.listen_ports`) also when it raises. One of the three errors says what was wrong.
+    """
+    with ExitStack() as resources:
+        for sock in listeners:
+            resources.callback(sock.close)
+        system = System(kvm_fd)
+        resources.callback(system.close)
+        board = _make_board(config, descriptors, system, report, resources)
+        ending, serial = _add_legacy_devices(config, descriptors, board)
+        vsock, windows = _add_virtio_devices(config, descriptors, board, listeners)
+        kernel_fd = descriptors.use(config.kernel_descriptor)
+        entry = load_linux(board.memory, kernel_fd, config.command_line, windows, config.vcpu_count)
+        vcpus = _make_vcpus(config.vcpu_count, entry, system, board, ending)
+        return Machine(
+            loop=board.loop,
+            ending=ending,
+            vcpus=vcpus,
+            ports=board.ports,
+            windows=board.windows,
+            serial=serial,
+            vsock=vsock,
+            resources=resources.pop_all(),
+        )
+
+
+def _make_board(
+    config: MachineConfig,
+    descriptors: Descriptors,
+    system: System,
+    report: Report,
+    resources: ExitStack,
+) -> _Board:
+    """Guest memory with the pmem windows in it, and a VM that has both."""
+    memory = GuestMemory(config.memory_mib << 20)
+    resources.callback(memory.close)
+    _map_pmem(config, descriptors, system, memory)
+    loop = EventLoop()
+    resources.callback(loop.close)
+    vm = Vm(system.create_vm())
+    resources.callback(vm.close)
+    vm.set_tss(layout.TSS_GPA)
+    vm.set_identity_map(layout.IDENTITY_MAP_GPA)
+    vm.create_irqchip()
+    vm.set_memory(memory)
+    return _Board(
+        vm=vm,
+        memory=memory,
+        loop=loop,
+        ports=Bus(),
+        windows=Bus(),
+        report=report,
+        resources=resources,
+    )
+
+
+def _map_pmem(
+    config: MachineConfig, descriptors: Descriptors, system: System, memory: GuestMemory
+) -> None:
+    gpa = layout.first_pmem_gpa(memory.ram_bytes)
+    for pmem in config.pmem:
+        length = memory.map_file(descriptors.use(pmem.descriptor), gpa)
+        gpa = layout.align_pmem(gpa + length)
+    bits = physical_address_bits(system.supported_cpuid())
+    if gpa > 1 << bits:
+        raise CallerError(
+            f"memory and images reach up to {gpa:#x}, but this processor has {bits} address bits; "
+            "give the guest less memory"
+        )
+
+
+def _add_legacy_devices(
+    config: MachineConfig, descriptors: Descriptors, board: _Board
+) -> tuple[Ending, Serial]:
+    ending = Ending(board.loop)
+    console_fd = None
+    if config.console_descriptor is not None:
+        console_fd = descriptors.give(config.console_descriptor)
+        board.resources.callback(os.close, console_fd)
+    irq = _add_irq(board, layout.SERIAL_GSI)
+    serial = Serial(irq, ConsoleLog(console_fd, ending.words.line))
+    board.ports.add(layout.SERIAL_PORT, layout.SERIAL_PORTS, serial)
+    reset = I8042(lambda: ending.end("guest_reset", "the guest pulled the reset line"))
+    board.ports.add(layout.KEYBOARD_PORT, layout.KEYBOARD_PORTS, reset)
+    board.ports.add(layout.CMOS_PORT, layout.CMOS_PORTS, Cmos())
+    return ending, serial
+
+
+def _add_virtio_devices(
+    config: MachineConfig,
+    descriptors: Descriptors,
+    board: _Board,
+    listeners: Sequence[socket.socket],
+) -> tuple[Vsock | None, list[tuple[int, int]]]:
+    """Every device at its window, in the fixed order; the windows for the command line."""
+    devices: list[VirtioDevice] = []
+    images = board.memory.slots()[len(board.memory.ram_ranges) :]
+    devices += [Pmem(board.memory, image.gpa, image.length_bytes) for image in images]
+    for number, blk in enumerate(config.blk):
+        fd = descriptors.use(blk.descriptor)
+        devices.append(Blk(board.memory, fd, read_only=blk.read_only, serial=f"vmcell{number}"))
+        descriptors.give(blk.descriptor)
+    vsock = None
+    if config.vsock is not None:
+        vsock = Vsock(board.memory, board.loop, config.vsock.guest_cid)
+        for port, sock in zip(config.vsock.listen_ports, listeners, strict=True):
+            vsock.listen(port, sock)
+        devices.append(vsock)
+    devices.append(Rng(board.memory))
+    windows = [layout.virtio_window(number) for number in range(len(devices))]
+    for device, (gpa, gsi) in zip(devices, windows, strict=True):
+        _add_virtio_device(board, device, gpa, gsi)
+    return vsock, windows
+
+
+def _add_virtio_device(board: _Board, device: VirtioDevice, gpa: int, gsi: int) -> None:
+    irq = _add_irq(board, gsi)
+    transport = MmioTransport(device, board.memory, irq, board.loop, board.report)
+    board.resources.callback(transport.close)
+    board.windows.add(gpa, layout.VIRTIO_WINDOW_BYTES, transport)
+    for queue, fd in enumerate(transport.notify_fds):
+        board.vm.add_ioeventfd(fd, gpa + NOTIFY_OFFSET, NOTIFY_BYTES, datamatch=queue)
+
+
+def _add_irq(board: _Board, gsi: int) -> IrqLine:
+    irq = IrqLine(gsi)
+    board.resources.callback(irq.close)
+    board.vm.add_irqfd(irq.fd, gsi)
+    return irq
+
+
+def _make_vcpus(
+    count: int, entry: int, system: System, board: _Board, ending: Ending
+) -> list[VcpuThread]:
+    """vCPU 0 stands at the entry; the others wait for INIT and SIPI in the kernel's LAPICs."""
+    supported = system.supported_cpuid()
+    run_page_bytes = system.run_page_bytes()
+    threads = []
+    for number in range(count):
+        vcpu = Vcpu(board.vm.create_vcpu(number), run_page_bytes)
+        board.resources.callback(vcpu.close)
+        vcpu.set_cpuid(guest_cpuid(supported, number, count, tsc_deadline=system.tsc_deadline))
+        vcpu.set_msrs(ENTRY_MSRS)
+        if number == 0:
+            vcpu.set_sregs(entry_sregs(vcpu.get_sregs()))
+            vcpu.set_regs(entry_regs(entry))
+            vcpu.set_fpu(entry_fpu())
+        threads.append(
+            VcpuThread(
+                number, vcpu, ports=board.ports, windows=board.windows, end_machine=ending.end
+            )
+        )
+    return threads

@@ -1,0 +1,306 @@
+"""The host's side of a VMM: start the process, talk to it, learn how it ended.
+
+A thread reads what the VMM says, so any thread of the caller may use a handle. That the process is
+gone is learned from its socket and its pidfd, never by asking a number that may be someone else's.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+from vmcell_protos import errors
+from vmcell_protos.errors import CallerError, HostError
+from vmcell_runtime import memory
+from vmcell_runtime.config import MachineConfig
+from vmcell_runtime.control import (
+    MAX_MESSAGE_BYTES,
+    Boot,
+    ConnectVsock,
+    Event,
+    Exited,
+    Failed,
+    ListenVsock,
+    Request,
+    Running,
+    VsockConnected,
+    decode_event,
+    encode,
+    error_of,
+)
+from vmcell_runtime.kvm.host_kind import open_kvm, require_linux_host
+
+START_TIMEOUT_S = 60.0  # also where the dev VM's software CPU runs the interpreter
+CONNECT_TIMEOUT_S = 30.0
+CLOSE_TIMEOUT_S = 5.0
+_SHIM_FD = 3  # in the child
+
+_BOOTSTRAP = "import sys; sys.path[:0] = {roots!r}; from vmcell_runtime.vmm import main; main({fd})"
+
+
+class VmmExit(NamedTuple):
+    """How a VMM ended: one of `control.END_REASONS`, and a sentence or an empty string."""
+
+    reason: str
+    detail: str
+
+
+def spawn(config: MachineConfig, descriptors: Sequence[int], *, log_fd: int) -> VmmHandle:
+    """A VMM whose guest, a Linux, has started.
+
+    `descriptors` are those `config` names by index; they stay the caller's and may be closed when
+    this returns. The VMM writes its log to `log_fd`. Raises HostError where /dev/kvm cannot run
+    Linux, else whichever of the three errors kept the machine from starting; nothing is left then.
+    """
+    require_linux_host()
+    return launch(config, descriptors, log_fd=log_fd)
+
+
+def launch(config: MachineConfig, descriptors: Sequence[int], *, log_fd: int) -> VmmHandle:
+    """`spawn` for a kernel that is known to run on any /dev/kvm; it does not look at the host."""
+    config.check_descriptors(len(descriptors))
+    handle = _start_process(log_fd)
+    try:
+        handle.boot(config, descriptors)
+    except BaseException:
+        handle.close()
+        raise
+    return handle
+
+
+def _start_process(log_fd: int) -> VmmHandle:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    roots = [_source_root(module.__file__ or "") for module in (errors, memory)]
+    bootstrap = _BOOTSTRAP.format(roots=roots, fd=_SHIM_FD)
+    # -I -S: no site, no environment, no current directory; only these roots and the stdlib.
+    arguments = [sys.executable, "-I", "-S", "-c", bootstrap, "vmcell-vmm"]
+    actions = [
+        (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_DUP2, log_fd, 1),
+        (os.POSIX_SPAWN_DUP2, log_fd, 2),
+        (os.POSIX_SPAWN_DUP2, theirs.fileno(), _SHIM_FD),
+    ]
+    try:
+        pid = os.posix_spawn(
+            sys.executable, arguments, {"LANG": "C.UTF-8"}, file_actions=actions, setsid=True
+        )
+    except OSError as error:
+        ours.close()
+        raise HostError(f"starting the VMM process failed: {error.strerror}") from error
+    finally:
+        theirs.close()
+    return VmmHandle(pid, os.pidfd_open(pid), ours)
+
+
+def _source_root(module_file: str) -> str:
+    """Two up from a module of a top-level package: what sys.path must hold to import it."""
+    return os.path.dirname(os.path.dirname(os.path.abspath(module_file)))
+
+
+class VmmHandle:
+    """One VMM process. Owns the child, its pidfd and its socket; `close` is idempotent."""
+
+    def __init__(self, pid: int, pidfd: int, sock: socket.socket) -> None:
+        self.pid = pid
+        self._pidfd = pidfd
+        self._sock = sock
+        self._changed = threading.Condition()
+        self._listening: dict[int, socket.socket] = {}
+        self._answers: dict[int, VsockConnected] = {}
+        self._waiting: set[int] = set()
+        self._next_request_id = 1
+        self._running = False
+        self._failed: Failed | None = None
+        self._said: VmmExit | None = None
+        self._exit: VmmExit | None = None
+        self._closed = False
+        self._reader = threading.Thread(target=self._read, name=f"vmm-{pid}", daemon=True)
+        self._reader.start()
+
+    def boot(self, config: MachineConfig, descriptors: Sequence[int]) -> None:
+        """Sends the machine over and waits until it runs; for `launch` only."""
+        theirs: list[socket.socket] = []
+        kvm_fd = open_kvm()
+        try:
+            for port in config.vsock.listen_ports if config.vsock is not None else ():
+                self._listening[port], other = socket.socketpair()
+                theirs.append(other)
+            fds = [*descriptors, *(sock.fileno() for sock in theirs), kvm_fd]
+            self._send(Boot(config=config), fds)
+        finally:
+            os.close(kvm_fd)
+            for sock in theirs:
+                sock.close()
+        self._wait_started()
+
+    def connect_vsock(self, port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.socket:
+        """A stream to `port` of the guest, the caller's to close.
+
+        GuestError if nothing listens there, HostError if the guest does not answer or is gone.
+        """
+        ours, theirs = socket.socketpair()
+        try:
+            with self._changed:
+                request_id = self._next_request_id
+                self._next_request_id += 1
+                self._waiting.add(request_id)
+            with theirs:
+                self._send(ConnectVsock(request_id=request_id, port=port), [theirs.fileno()])
+            answer = self._wait_answer(request_id, port, timeout_s)
+            if answer.error:
+                raise error_of(answer)
+        except BaseException:
+            ours.close()
+            raise
+        return ours
+
+    def accept_vsock(self, port: int) -> socket.socket:
+        """The host's end of the guest's next connection to host port `port`; the caller's to close.
+
+        Comes at once: what is written waits for the guest, and reading waits for it. The guest
+        finds the port open from its first instruction if `config.vsock.listen_ports` has it.
+        """
+        with self._changed:
+            prepared = self._listening.pop(port, None)
+        if prepared is not None:
+            return prepared
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                self._send(ListenVsock(port=port), [theirs.fileno()])
+        except BaseException:
+            ours.close()
+            raise
+        return ours
+
+    def wait_exit(self, timeout_s: float | None = None) -> VmmExit:
+        """How the VMM ended, once its process is gone; TimeoutError if that takes longer."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._exit is not None, timeout_s)
+            if self._exit is None:
+                raise TimeoutError(f"VMM {self.pid} did not end within {timeout_s} s")
+            return self._exit
+
+    def kill(self) -> None:
+        """Ends the VMM now (SIGKILL); `wait_exit` then says killed. No error if it has ended."""
+        if self._exit is None and not self._closed:
+            try:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                return
+
+    def close(self) -> None:
+        """Ends the VMM if it still runs, waits for it and gives everything back."""
+        if self._closed:
+            return
+        with suppress(OSError):  # the VMM may have been first
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._reader.join(CLOSE_TIMEOUT_S)
+        if self._reader.is_alive():
+            self.kill()
+            self._reader.join()
+        self._closed = True
+        os.close(self._pidfd)
+        self._sock.close()
+        for sock in self._listening.values():
+            sock.close()
+        self._listening.clear()
+
+    # The reader's thread
+
+    def _read(self) -> None:
+        while True:
+            try:
+                datagram = self._sock.recv(MAX_MESSAGE_BYTES + 1)
+            except ConnectionResetError:
+                break
+            if not datagram:
+                break
+            try:
+                event = decode_event(datagram)
+            except CallerError:
+                # A VMM that talks nonsense is broken or taken over.
+                self.kill()
+                break
+            self._note(event)
+        status = self._reap()
+        with self._changed:
+            self._exit = self._said or status
+            self._changed.notify_all()
+
+    def _note(self, event: Event) -> None:
+        with self._changed:
+            match event:
+                case Running():
+                    self._running = True
+                case Failed():
+                    self._failed = event
+                case Exited():
+                    self._said = VmmExit(event.reason, event.detail)
+                case VsockConnected():
+                    # An answer nobody waits for any more is dropped.
+                    if event.request_id in self._waiting:
+                        self._waiting.discard(event.request_id)
+                        self._answers[event.request_id] = event
+            self._changed.notify_all()
+
+    def _reap(self) -> VmmExit:
+        """Waits for the process; what its wait status alone says."""
+        try:
+            info = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        except ChildProcessError:
+            return VmmExit("killed", "somebody else took the VMM's wait status")
+        if info is None:
+            raise AssertionError("unreachable: waitid without WNOHANG")
+        if info.si_code == os.CLD_EXITED:
+            return VmmExit("vmm_error", f"the VMM ended with exit code {info.si_status}")
+        return VmmExit("killed", f"signal {info.si_status} ended the VMM")
+
+    # The callers' threads
+
+    def _send(self, request: Request, fds: Sequence[int]) -> None:
+        try:
+            socket.send_fds(self._sock, [encode(request)], list(fds), socket.MSG_DONTWAIT)
+        except BlockingIOError as error:
+            raise HostError(f"VMM {self.pid} takes no more messages; is it stuck?") from error
+        except OSError as error:
+            raise self._gone(f"could not be asked ({error.strerror})") from error
+
+    def _wait_started(self) -> None:
+        with self._changed:
+            over = self._changed.wait_for(
+                lambda: self._running or self._failed or self._exit, START_TIMEOUT_S
+            )
+            if self._failed is not None:
+                raise error_of(self._failed)
+            if not over:
+                raise HostError(f"VMM {self.pid} did not start within {START_TIMEOUT_S} s")
+            if not self._running:
+                raise self._gone("did not start")
+
+    def _wait_answer(self, request_id: int, port: int, timeout_s: float) -> VsockConnected:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: request_id in self._answers or self._exit is not None, timeout_s
+            )
+            self._waiting.discard(request_id)
+            answer = self._answers.pop(request_id, None)
+            if answer is None and self._exit is not None:
+                raise self._gone(f"was to connect to vsock port {port}")
+        if answer is None:
+            raise HostError(
+                f"VMM {self.pid} did not answer for vsock port {port} within {timeout_s} s",
+                code="deadline_exceeded",
+            )
+        return answer
+
+    def _gone(self, what: str) -> HostError:
+        said = self._exit or self._said
+        ending = f" and ended: {said.reason}: {said.detail}" if said else ""
+        return HostError(f"VMM {self.pid} {what}{ending}")

@@ -1,0 +1,155 @@
+"""The VMM process: one message in, a machine, one message out.
+
+Its ends, in the order of what counts:
+- the guest ended: Exited with the reason, exit code 0;
+- the machine could not be made: Failed with the error, exit code 1;
+- anything unexpected, in any thread: Exited with vmm_error at once, exit code 70;
+- its shim's socket closed: nobody to tell, exit code 0.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import sys
+import threading
+import traceback
+from functools import partial
+from types import TracebackType
+from typing import NoReturn
+
+from vmcell_protos.errors import VmcellError
+from vmcell_runtime.build import Descriptors, boot
+from vmcell_runtime.config import MAX_DESCRIPTORS, MAX_LISTEN_PORTS
+from vmcell_runtime.control import (
+    MAX_MESSAGE_BYTES,
+    Boot,
+    ConnectVsock,
+    Event,
+    Exited,
+    ListenVsock,
+    Running,
+    VsockConnected,
+    cut,
+    decode_request,
+    encode,
+    failed,
+)
+from vmcell_runtime.loop import HANGUP, READABLE
+from vmcell_runtime.machine import Machine
+from vmcell_runtime.vcpu import prepare_kicks
+
+EXIT_FAILED = 1
+EXIT_UNEXPECTED = 70  # EX_SOFTWARE
+_MAX_FDS = MAX_DESCRIPTORS + MAX_LISTEN_PORTS + 1
+
+
+def main(shim_fd: int) -> NoReturn:
+    """Serves the shim at the other end of `shim_fd` until the machine's end; never returns."""
+    os.closerange(shim_fd + 1, os.sysconf("SC_OPEN_MAX"))
+    shim = socket.socket(fileno=shim_fd)
+    _end_process_on_surprise(shim)
+    prepare_kicks()
+    try:
+        machine = _boot(shim)
+    except VmcellError as error:
+        _log(f"boot failed: {error}")
+        _send(shim, failed(error))
+        os._exit(EXIT_FAILED)
+    if machine is None:
+        os._exit(0)
+    machine.loop.add(shim.fileno(), partial(_on_shim, shim, machine), READABLE | HANGUP)
+    gc.collect()
+    gc.freeze()
+    _send(shim, Running())
+    end = machine.run()
+    counts = " ".join(f"{name}={count}" for name, count in machine.statistics().items())
+    _log(f"ended: {end.reason}: {end.detail} ({counts})")
+    machine.loop.remove(shim.fileno())
+    machine.close()
+    _send(shim, Exited(reason=end.reason, detail=cut(end.detail)))
+    os._exit(0)  # all is closed and flushed; the interpreter's own end would only take time
+
+
+def _boot(shim: socket.socket) -> Machine | None:
+    """None if the shim went away before it asked for anything."""
+    datagram, fds, _, _ = socket.recv_fds(shim, MAX_MESSAGE_BYTES + 1, _MAX_FDS)
+    if not datagram:
+        return None
+    request = decode_request(datagram)
+    if not isinstance(request, Boot):
+        raise ValueError(f"the shim's first message is {request.kind}, not {Boot.kind}")
+    config = request.config
+    ports = config.vsock.listen_ports if config.vsock is not None else ()
+    count = len(fds) - len(ports) - 1
+    if count < 0:
+        raise ValueError(f"{len(fds)} descriptors came with the boot message; too few")
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    config.check_descriptors(count)
+    listeners = [socket.socket(fileno=fd) for fd in fds[count:-1]]
+    descriptors = Descriptors(fds[:count])
+    try:
+        return boot(config, descriptors, fds[-1], listeners, _log)
+    finally:
+        descriptors.close()
+
+
+def _on_shim(shim: socket.socket, machine: Machine, _events: int) -> None:
+    datagram, fds, _, _ = socket.recv_fds(shim, MAX_MESSAGE_BYTES + 1, 1)
+    if not datagram:
+        # Nobody is left to tell and nobody will come: the kernel takes back the rest.
+        os._exit(0)
+    request = decode_request(datagram)
+    if isinstance(request, Boot) or machine.vsock is None or len(fds) != 1:
+        raise ValueError(f"the shim sent {request.kind} with {len(fds)} descriptors")
+    sock = socket.socket(fileno=fds[0])
+    if isinstance(request, ListenVsock):
+        machine.vsock.listen(request.port, sock)
+    else:
+        machine.vsock.connect(request.port, sock, partial(_tell_result, shim, request))
+
+
+def _tell_result(shim: socket.socket, request: ConnectVsock, error: VmcellError | None) -> None:
+    if error is None:
+        _send(shim, VsockConnected(request_id=request.request_id))
+        return
+    said = failed(error)
+    answer = VsockConnected(
+        request_id=request.request_id, error=said.error, code=said.code, message=said.message
+    )
+    _send(shim, answer)
+
+
+def _send(shim: socket.socket, event: Event) -> None:
+    try:
+        shim.send(encode(event))
+    except (BrokenPipeError, ConnectionResetError):
+        os._exit(0)  # as on its end of file
+
+
+def _end_process_on_surprise(shim: socket.socket) -> None:
+    """From here on an exception nobody caught, in any thread, is vmm_error and the end."""
+
+    def end(
+        kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        traceback.print_exception(kind, error, trace)
+        sys.stderr.flush()
+        detail = cut(f"{kind.__name__}: {error}")
+        try:
+            shim.send(encode(Exited(reason="vmm_error", detail=detail)), socket.MSG_DONTWAIT)
+        finally:
+            os._exit(EXIT_UNEXPECTED)
+
+    def end_thread(args: threading.ExceptHookArgs) -> None:
+        end(args.exc_type, args.exc_value, args.exc_traceback)
+
+    sys.excepthook = end
+    threading.excepthook = end_thread
+
+
+def _log(line: str) -> None:
+    sys.stderr.write(f"vmm {os.getpid()}: {line}\n")
+    sys.stderr.flush()
