@@ -11,13 +11,15 @@ debian_tree      Debian packages as a directory tree
 base_image       the guest's base image
 message_codegen  protobuf messages from .proto files
 grpc_stubs       gRPC stubs for containerd
+setup_host       config.toml and the shim on this host
+dev_config       the same inside a dev VM
 dev_state        files and processes of a dev VM on the host
 dev_kernel       Debian's cloud kernel, unpacked
 dev_initramfs    the newc archive format
 dev_image        what goes into a dev VM's initramfs
 dev_qemu         command lines of QEMU and virtiofsd
 dev_ssh          keys and the shared connection
-dev_sync         the checkout in the VM as it is on the host
+dev_sync         checkout, builds and configuration as they are on the host
 dev_vm           up, down, status
 dev_run          one command in the dev VM
 leak_check       what sandboxes have on a machine

@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 
 from vmcell_protos.errors import CallerError, HostError
 from vmcell_tools import dev_ssh, dev_sync
+from vmcell_tools.dev_config import vm_configuration
 from vmcell_tools.dev_state import DevVm
 from vmcell_tools.dev_vm import running_vm
+from vmcell_tools.progress import Progress
 
 TIMEOUT_STATUS = 124
 SSH_FAILED_STATUS = 255
@@ -47,7 +49,7 @@ def run(name: str, command: Command) -> int:
         raise CallerError("vmcell dev run needs a command: vmcell dev run -- uname -a")
     vm = running_vm(name)
     dev_ssh.open_connection(vm.directory, vm.ssh_port)
-    dev_sync.push_changes(vm)
+    dev_sync.push_changes(vm, vm_configuration(Progress("vmcell dev", quiet=True)))
     terminal = command.terminal
     if terminal is None:
         terminal = sys.stdin.isatty() and sys.stdout.isatty()

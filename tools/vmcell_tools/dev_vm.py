@@ -19,6 +19,7 @@ from pathlib import Path
 from vmcell_protos.errors import CallerError, HostError
 from vmcell_runtime.kvm.host_kind import host_kind
 from vmcell_tools import dev_ssh, dev_sync
+from vmcell_tools.dev_config import vm_configuration
 from vmcell_tools.dev_image import (
     GUEST_API_PORT,
     GUEST_DATA_PORT,
@@ -150,7 +151,6 @@ def _start(request: Request, progress: Progress) -> DevVm:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     machine, ssh_port = _prepare(request, directory, progress)
-    dev_sync.remember(directory, dev_sync.scan(dev_sync.CHECKOUT))
     deadline = time.monotonic() + request.deadline_s
     progress.step(f"starting QEMU ({machine.accelerator}, {machine.memory_mib} MiB)")
     with ExitStack() as on_failure:
@@ -195,6 +195,8 @@ def _prepare(request: Request, directory: Path, progress: Progress) -> tuple[Mac
         accelerator = "kvm" if nested_kvm_works() else "tcg"
     kernel = find_kernel(progress)
     progress.step("making the initramfs")
+    configuration = vm_configuration(progress)
+    dev_sync.remember(directory, dev_sync.take_manifest(configuration))
     archive = initramfs(
         name=request.name,
         kernel=kernel,
@@ -202,7 +204,7 @@ def _prepare(request: Request, directory: Path, progress: Progress) -> tuple[Mac
         kvm_driver=host_kvm_driver() if accelerator == "kvm" else "kvm-amd",
         memory_mib=request.memory_mib,
         lifetime_s=request.lifetime_s,
-        files={},
+        files=configuration,
     )
     initramfs_path = directory / "initramfs.cpio"
     initramfs_path.write_bytes(archive)

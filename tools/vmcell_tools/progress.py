@@ -18,14 +18,18 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """Prints the steps of `title`; `step` begins one and thereby ends the one before."""
+    """Prints the steps of `title`; `step` begins one and thereby ends the one before.
 
-    def __init__(self, title: str) -> None:
+    `quiet` prints nothing, for callers whose standard error is another program's.
+    """
+
+    def __init__(self, title: str, *, quiet: bool = False) -> None:
         self._title = title
+        self._quiet = quiet
         self._step = ""
         self._step_started = 0.0
         self._status: Status | None = None
-        self._is_terminal = sys.stderr.isatty()
+        self._is_terminal = sys.stderr.isatty() and not quiet
 
     def __enter__(self) -> Self:
         if self._is_terminal:
@@ -71,6 +75,8 @@ class Progress:
         self._step = ""
 
     def _line(self, text: str) -> None:
+        if self._quiet:
+            return
         if self._status is not None:
             self._status.console.print(f"{self._title}: {text}", markup=False, highlight=False)
         else:
