@@ -16,7 +16,7 @@ from vmcell_runtime import layout
 from vmcell_runtime.boot.entry import ENTRY_MSRS, entry_fpu, entry_regs, entry_sregs
 from vmcell_runtime.boot.linux import load_linux
 from vmcell_runtime.bus import Bus
-from vmcell_runtime.config import MachineConfig
+from vmcell_runtime.config import MachineConfig, NetConfig
 from vmcell_runtime.devices.cmos import Cmos
 from vmcell_runtime.devices.console import ConsoleLog
 from vmcell_runtime.devices.i8042 import I8042
@@ -34,8 +34,10 @@ from vmcell_runtime.vcpu import VcpuThread
 from vmcell_runtime.virtio.blk import Blk
 from vmcell_runtime.virtio.device import VirtioDevice
 from vmcell_runtime.virtio.mmio import MmioTransport
+from vmcell_runtime.virtio.net import Net
 from vmcell_runtime.virtio.pmem import Pmem
 from vmcell_runtime.virtio.rng import Rng
+from vmcell_runtime.virtio.vhost_net import VhostNet
 from vmcell_runtime.virtio.vsock.device import Vsock
 
 NOTIFY_OFFSET = 0x50  # QueueNotify, virtio 1.2 § 4.2.2
@@ -182,28 +184,49 @@ def _add_virtio_devices(
     listeners: Sequence[socket.socket],
 ) -> tuple[Vsock | None, list[tuple[int, int]]]:
     """Every device at its window, in the fixed order; the windows for the command line."""
-    devices: list[VirtioDevice] = []
+    count = len(config.pmem) + len(config.blk) + len(config.net) + bool(config.vsock) + 1
+    windows = [layout.virtio_window(number) for number in range(count)]
+    irqs = [_add_irq(board, gsi) for _, gsi in windows]
     images = board.memory.slots()[len(board.memory.ram_ranges) :]
-    devices += [Pmem(board.memory, image.gpa, image.length_bytes) for image in images]
+    devices: list[VirtioDevice] = [
+        Pmem(board.memory, image.gpa, image.length_bytes) for image in images
+    ]
     for number, blk in enumerate(config.blk):
         fd = descriptors.use(blk.descriptor)
-        devices.append(Blk(board.memory, fd, read_only=blk.read_only, serial=f"vmcell{number}"))
+        disk = Blk(board.memory, fd, read_only=blk.read_only, serial=f"vmcell{number}")
         descriptors.give(blk.descriptor)
+        board.resources.callback(disk.close)
+        devices.append(disk)
+    for net in config.net:
+        devices.append(_make_net(net, descriptors, board, irqs[len(devices)]))
     vsock = None
     if config.vsock is not None:
         vsock = Vsock(board.memory, board.loop, config.vsock.guest_cid)
+        board.resources.callback(vsock.close)
         for port, sock in zip(config.vsock.listen_ports, listeners, strict=True):
             vsock.listen(port, sock)
         devices.append(vsock)
     devices.append(Rng(board.memory))
-    windows = [layout.virtio_window(number) for number in range(len(devices))]
-    for device, (gpa, gsi) in zip(devices, windows, strict=True):
-        _add_virtio_device(board, device, gpa, gsi)
+    for device, (gpa, _), irq in zip(devices, windows, irqs, strict=True):
+        _add_virtio_device(board, device, gpa, irq)
     return vsock, windows
 
 
-def _add_virtio_device(board: _Board, device: VirtioDevice, gpa: int, gsi: int) -> None:
-    irq = _add_irq(board, gsi)
+def _make_net(net: NetConfig, descriptors: Descriptors, board: _Board, irq: IrqLine) -> Net:
+    vhost = None
+    if net.vhost_descriptor is not None:
+        vhost_fd = descriptors.use(net.vhost_descriptor)
+        vhost = VhostNet(board.memory, vhost_fd, irq.fd)
+        descriptors.give(net.vhost_descriptor)
+        board.resources.callback(vhost.close)
+    tap_fd = descriptors.use(net.tap_descriptor)
+    device = Net(board.memory, board.loop, tap_fd, mac=net.mac_bytes, mtu=net.mtu, vhost=vhost)
+    descriptors.give(net.tap_descriptor)
+    board.resources.callback(device.close)
+    return device
+
+
+def _add_virtio_device(board: _Board, device: VirtioDevice, gpa: int, irq: IrqLine) -> None:
     transport = MmioTransport(device, board.memory, irq, board.loop, board.report)
     board.resources.callback(transport.close)
     board.windows.add(gpa, layout.VIRTIO_WINDOW_BYTES, transport)

@@ -24,6 +24,7 @@ MAX_DESCRIPTORS = 64
 MIN_GUEST_CID = 3  # 0 to 2 are reserved, virtio 1.2 § 5.10.4
 MAX_GUEST_CID = 0xFFFF_FFFE
 MAX_LISTEN_PORTS = 16
+MIN_MTU, MAX_MTU = 576, 65535  # from what IPv4 needs to what the device can say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,18 +51,26 @@ class BlkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NetConfig:
-    """A TAP (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR, attached) as virtio-net.
+    """A TAP (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR, non-blocking, attached) as virtio-net.
 
-    `mac` is six pairs of lower-case hex digits; `vhost_descriptor` is an open /dev/vhost-net, or
-    None for the user-space path.
+    `mac` is six pairs of lower-case hex digits. With `in_kernel` the host's kernel moves the frames
+    where /dev/vhost-net opens: `VmmHandle` opens it and fills in `vhost_descriptor`.
     """
 
     tap_descriptor: int
     mac: str
+    mtu: int = 1500
+    in_kernel: bool = True
     vhost_descriptor: int | None = None
+
+    @property
+    def mac_bytes(self) -> bytes:
+        return bytes.fromhex(self.mac.replace(":", ""))
 
     def __post_init__(self) -> None:
         _check_descriptor("net.tap_descriptor", self.tap_descriptor)
+        _check_range("net.mtu", self.mtu, MIN_MTU, MAX_MTU)
+        _check_type("net.in_kernel", self.in_kernel, bool)
         if self.vhost_descriptor is not None:
             _check_descriptor("net.vhost_descriptor", self.vhost_descriptor)
         _check_mac(self.mac)

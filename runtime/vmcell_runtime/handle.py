@@ -12,7 +12,8 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import NamedTuple
 
 from vmcell_protos import errors
@@ -65,13 +66,34 @@ def spawn(config: MachineConfig, descriptors: Sequence[int], *, log_fd: int) -> 
 def launch(config: MachineConfig, descriptors: Sequence[int], *, log_fd: int) -> VmmHandle:
     """`spawn` for a kernel that is known to run on any /dev/kvm; it does not look at the host."""
     config.check_descriptors(len(descriptors))
-    handle = _start_process(log_fd)
-    try:
-        handle.boot(config, descriptors)
-    except BaseException:
-        handle.close()
-        raise
-    return handle
+    with ExitStack() as opened:
+        config, vhost_fds = _open_vhost(config, len(descriptors), opened)
+        handle = _start_process(log_fd)
+        try:
+            handle.boot(config, [*descriptors, *vhost_fds])
+        except BaseException:
+            handle.close()
+            raise
+        return handle
+
+
+def _open_vhost(
+    config: MachineConfig, count: int, opened: ExitStack
+) -> tuple[MachineConfig, list[int]]:
+    """A /dev/vhost-net for each interface that wants one, where the host has it."""
+    nets = list(config.net)
+    fds: list[int] = []
+    for number, net in enumerate(nets):
+        if not net.in_kernel or net.vhost_descriptor is not None:
+            continue
+        try:
+            fd = os.open("/dev/vhost-net", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            break  # the user-space path gives the guest the same view
+        opened.callback(os.close, fd)
+        nets[number] = replace(net, vhost_descriptor=count + len(fds))
+        fds.append(fd)
+    return replace(config, net=tuple(nets)), fds
 
 
 def _start_process(log_fd: int) -> VmmHandle:
