@@ -1,0 +1,32 @@
+"""envd: the E2B data plane inside a sandbox, on port 49983; pid 1 of its container.
+
+One thread, one epoll loop, no blocking call but short ones on files. `serve.run` is the entry.
+
+Reading order:
+wire                what is read and written, without I/O
+accounts            the container's /etc/passwd and /etc/group
+identity            acting with a user's rights
+paths               which absolute path a client means
+loop                epoll, timers, deferred calls
+settings            what /init told: token, environment, defaults
+exchange            one request and its response
+connection          HTTP/1.1 on one socket
+rpc                 Connect calls
+spawn               fork and exec of one command
+stdin               writing to a child that may not read
+process             one process, its listeners, its end
+process_table       all processes; reaping
+process_service     process.Process
+entry               EntryInfo of a path
+job                 long work on files in slices
+tree                make, list, remove, move
+filesystem_service  filesystem.Filesystem
+file_access         who may use /files, and which file is meant
+download            GET /files
+upload              POST /files
+initialise          POST /init
+metrics             GET /metrics
+cors                cross-origin rules
+router              which endpoint serves a request
+serve               listening sockets, signals, `run`
+"""

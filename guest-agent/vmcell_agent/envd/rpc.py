@@ -1,0 +1,220 @@
+"""Connect calls on exchanges: unary, server stream and client stream, JSON codec.
+
+Connect protocol (connectrpc.com/docs/protocol). Unary errors are an HTTP status and a JSON body,
+errors of streams are the last frame of a 200. A method that cannot answer at once keeps its call
+and answers later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+from vmcell_protos.errors import CODES, CallerError
+
+from .accounts import Account
+from .exchange import BodyReader, Exchange, HttpError, WholeBody
+from .loop import Loop, Timer
+from .settings import Settings
+from .wire.envelope import (
+    FLAG_COMPRESSED,
+    FLAG_END_STREAM,
+    EnvelopeDecoder,
+    encode_end,
+    encode_envelope,
+)
+from .wire.fields import Fields, dump_message, parse_message
+from .wire.headers import basic_user, timeout_seconds
+
+MAX_MESSAGE_BYTES = 32 * 1024 * 1024
+UNARY_TYPE = "application/json"
+STREAM_TYPE = "application/connect+json"
+_DEFAULT_KEEPALIVE_SECONDS = 90
+
+_HTTP_TO_CODE = {400: "invalid_argument", 401: "unauthenticated", 404: "not_found"}
+
+
+class Call:
+    """One call being answered: `reply` (unary), or `send`... and `finish` (streams).
+
+    `account` is the user the call names, else the default one; reading it may raise CallerError
+    unauthenticated. `timeout_s` is the caller's deadline, counted from the call's arrival.
+    """
+
+    def __init__(self, exchange: Exchange, loop: Loop, settings: Settings) -> None:
+        headers = exchange.request.headers
+        self.exchange = exchange
+        self.loop = loop
+        self._settings = settings
+        try:
+            self._user = basic_user(headers.get("authorization"))
+        except ValueError as error:
+            raise CallerError(str(error), code="unauthenticated") from None
+        try:
+            self.timeout_s = timeout_seconds(headers.get("connect-timeout-ms"))
+        except ValueError as error:
+            raise CallerError(str(error)) from None
+        self.keepalive_s = _keepalive_seconds(headers.get("keepalive-ping-interval"))
+        self.user_agent = headers.get("user-agent", "")
+
+    @property
+    def account(self) -> Account:
+        return self._settings.account(self._user)
+
+    def reply(self, message: dict[str, object]) -> None:
+        self.exchange.reply(200, [("Content-Type", UNARY_TYPE)], dump_message(message))
+
+    def send(self, message: dict[str, object]) -> None:
+        self.send_frame(encode_envelope(dump_message(message)))
+
+    def send_frame(self, frame: bytes) -> None:
+        """A frame made by `encode_envelope`; the first one sends the head too."""
+        self.exchange.begin(200, [("Content-Type", STREAM_TYPE)])
+        self.exchange.write(frame)
+
+    def finish(self, code: str | None = None, message: str = "") -> None:
+        self.send_frame(encode_end(code, message))
+        self.exchange.end()
+
+    def fail(self, error: CallerError) -> None:
+        self.exchange.fail(error)
+
+    def at_deadline(self, action: Callable[[], None]) -> Timer | None:
+        return None if self.timeout_s is None else self.loop.after(self.timeout_s, action)
+
+
+Unary = Callable[[Call, Fields], None]
+
+
+class MessageReader(Protocol):
+    """A client stream's messages: `feed` each, `finish` at the end; may raise CallerError."""
+
+    def feed(self, message: Fields) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Method(NamedTuple):
+    """How a method is called: exactly one of the three is set."""
+
+    unary: Unary | None = None
+    server_stream: Unary | None = None
+    client_stream: Callable[[Call], MessageReader] | None = None
+
+
+def _keepalive_seconds(text: str | None) -> int:
+    if text and text.isascii() and text.isdigit() and 0 < len(text) <= 6 and int(text) > 0:
+        return int(text)
+    return _DEFAULT_KEEPALIVE_SECONDS
+
+
+def open_call(method: Method, exchange: Exchange, loop: Loop, settings: Settings) -> BodyReader:
+    """Check the call's headers and return what reads its messages.
+
+    Raises HttpError 405 and 415, CallerError for the rest, after setting how errors are told.
+    """
+    request = exchange.request
+    if request.method != "POST":
+        raise HttpError(405, "Connect calls are POST requests", [("Allow", "POST")])
+    wanted = UNARY_TYPE if method.unary is not None else STREAM_TYPE
+    _check_content_type(request.headers.get("content-type", ""), wanted)
+    streaming = method.unary is None
+    exchange.fail_with = lambda error: _fail(exchange, error, streaming=streaming)
+    _check_protocol(request.headers, streaming=streaming)
+    call = Call(exchange, loop, settings)
+    if method.unary is not None:
+        return WholeBody(MAX_MESSAGE_BYTES, _unary_body(method.unary, call))
+    if method.server_stream is not None:
+        return _OneMessage(method.server_stream, call)
+    assert method.client_stream is not None
+    return _ManyMessages(method.client_stream(call))
+
+
+def _check_content_type(given: str, wanted: str) -> None:
+    media_type, _, parameters = given.partition(";")
+    charset = parameters.strip().lower().replace('"', "")
+    if media_type.strip().lower() == wanted and charset in ("", "charset=utf-8"):
+        return
+    raise HttpError(
+        415,
+        f"content type {given!r} is not supported here: use {wanted}",
+        [("Accept-Post", wanted)],
+    )
+
+
+def _check_protocol(headers: Mapping[str, str], *, streaming: bool) -> None:
+    version = headers.get("connect-protocol-version")
+    if version not in (None, "1"):
+        raise CallerError(f'Connect-Protocol-Version must be "1", not {version!r}')
+    name = "connect-content-encoding" if streaming else "content-encoding"
+    encoding = headers.get(name, "identity")
+    if encoding not in ("", "identity"):
+        raise CallerError(
+            f"unknown compression {encoding!r}: supported encodings are identity",
+            code="unimplemented",
+        )
+
+
+def _fail(exchange: Exchange, error: HttpError | CallerError, *, streaming: bool) -> None:
+    if isinstance(error, HttpError):
+        code = _HTTP_TO_CODE.get(error.status, "internal")
+    else:
+        code = error.code
+    if streaming:
+        exchange.begin(200, [("Content-Type", STREAM_TYPE)])
+        exchange.write(encode_end(code, str(error)))
+        exchange.end()
+    elif exchange.begun:
+        exchange.cut()
+    else:
+        body: dict[str, object] = {"code": code, "message": str(error)}
+        exchange.reply(CODES[code].http, [("Content-Type", UNARY_TYPE)], dump_message(body))
+
+
+def _unary_body(method: Unary, call: Call) -> Callable[[bytes], None]:
+    return lambda body: method(call, parse_message(body))
+
+
+def _payload(flags: int, payload: bytes) -> Fields:
+    if flags & FLAG_COMPRESSED:
+        raise CallerError("a compressed message came without Connect-Content-Encoding")
+    if flags & FLAG_END_STREAM:
+        raise CallerError("a request stream has no end-of-stream message")
+    return parse_message(payload)
+
+
+class _OneMessage:
+    """The body of a server stream's request: exactly one frame."""
+
+    def __init__(self, method: Unary, call: Call) -> None:
+        self._method = method
+        self._call = call
+        self._decoder = EnvelopeDecoder(MAX_MESSAGE_BYTES)
+        self._messages: list[Fields] = []
+
+    def feed(self, chunk: bytes) -> None:
+        self._messages += [_payload(*frame) for frame in self._decoder.feed(chunk)]
+        if len(self._messages) > 1:
+            raise CallerError("unary request has multiple messages", code="unimplemented")
+
+    def finish(self) -> None:
+        if self._decoder.pending_bytes or not self._messages:
+            raise CallerError("the request's body ends before its message does")
+        self._method(self._call, self._messages[0])
+
+
+class _ManyMessages:
+    """The body of a client stream."""
+
+    def __init__(self, reader: MessageReader) -> None:
+        self._reader = reader
+        self._decoder = EnvelopeDecoder(MAX_MESSAGE_BYTES)
+
+    def feed(self, chunk: bytes) -> None:
+        for frame in self._decoder.feed(chunk):
+            self._reader.feed(_payload(*frame))
+
+    def finish(self) -> None:
+        if self._decoder.pending_bytes:
+            raise CallerError("the request's body ends inside a message")
+        self._reader.finish()

@@ -1,0 +1,11 @@
+"""What envd reads and writes, as bytes in and values out; nothing here does I/O.
+
+Reading order:
+target     a request target's path and query
+fields     proto3 JSON messages, field by field
+envelope   Connect's frames on a stream
+multipart  multipart/form-data in bounded memory
+headers    HTTP dates, ranges, content types, Basic credentials
+signature  signed file URLs
+gotext     Go's texts: FileMode, RFC 3339 times, `signal: killed`
+"""
