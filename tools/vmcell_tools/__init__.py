@@ -12,6 +12,7 @@ base_image       the guest's base image
 message_codegen  protobuf messages from .proto files
 grpc_stubs       gRPC stubs for containerd
 setup_host       config.toml and the shim on this host
+doctor           what this host has, and what to do
 dev_config       the same inside a dev VM
 dev_state        files and processes of a dev VM on the host
 dev_kernel       Debian's cloud kernel, unpacked

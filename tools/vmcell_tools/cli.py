@@ -28,6 +28,13 @@ def print_json(value: object) -> None:
     click.echo(json.dumps(value, indent=1, default=str))
 
 
+PLAIN_WIDTH = 160
+DOCTOR_MARKS = {
+    "ok": "[green]ok[/green]",
+    "warn": "[yellow]warn[/yellow]",
+    "fail": "[red]fail[/red]",
+}
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 name_option = click.option(
     "--name", default="default", show_default=True, help="Which dev VM; several can be up."
@@ -148,3 +155,78 @@ def dev_status(name: str, as_json: bool) -> None:
         return
     for key, value in dev_vm.report(vm).items():
         click.echo(f"{key:14} {value}")
+
+
+@main.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Check this host; exit status 1 when something needed is missing."""
+    from dataclasses import asdict
+
+    from vmcell_tools.doctor import Host, examine
+
+    rows = examine(Host())
+    if as_json:
+        print_json([asdict(row) for row in rows])
+    else:
+        _print_table(
+            ("", "what", "found", "what to do"),
+            [(DOCTOR_MARKS[row.status], row.what, row.found, row.advice) for row in rows],
+        )
+    sys.exit(any(row.status == "fail" for row in rows))
+
+
+@main.command()
+@click.option("--kernel", type=click.Path(exists=True, dir_okay=False, resolve_path=True))
+@click.option("--base-image", type=click.Path(exists=True, dir_okay=False, resolve_path=True))
+@click.option("--vcpus", type=click.IntRange(1, 8), help="Default of a container.")
+@click.option("--memory-mib", type=click.IntRange(64, 262144), help="Default of a container.")
+@click.option("--packages", is_flag=True, help="Also install the Debian packages to run on.")
+@click.option("--uninstall", is_flag=True, help="Remove what setup wrote.")
+@json_option
+def setup(
+    kernel: str | None,
+    base_image: str | None,
+    vcpus: int | None,
+    memory_mib: int | None,
+    packages: bool,
+    uninstall: bool,
+    as_json: bool,
+) -> None:
+    """Write /etc/vmcell/config.toml and put the shim on containerd's PATH."""
+    from pathlib import Path
+
+    from vmcell_tools import setup_host
+    from vmcell_tools.progress import Progress
+
+    root = Path("/")
+    if uninstall:
+        done = setup_host.uninstall(root)
+    else:
+        if packages:
+            from vmcell_tools import host_packages
+
+            missing = host_packages.missing_packages(host_packages.packages_for(["run"]))
+            if missing:
+                host_packages.install(missing)
+        with Progress("vmcell setup") as progress:
+            artifacts = setup_host.chosen_artifacts(kernel, base_image, progress)
+        done = setup_host.install(root, artifacts, vcpus=vcpus, memory_mib=memory_mib)
+    if as_json:
+        print_json(done)
+    else:
+        for line in done or ["nothing to do"]:
+            click.echo(line)
+
+
+def _print_table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    # A pipe or a log has no width of its own.
+    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)

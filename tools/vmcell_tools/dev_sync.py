@@ -15,6 +15,7 @@ import os
 import shlex
 import subprocess
 import tarfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -104,6 +105,7 @@ def archive(root: Path, paths: Sequence[str], contents: Mapping[str, bytes]) -> 
         for path, content in contents.items():
             member = tarfile.TarInfo(path.lstrip("/"))
             member.size = len(content)
+            member.mtime = int(time.time())
             member.mode = 0o755 if content.startswith(b"#!") else 0o644
             tar.addfile(member, io.BytesIO(content))
     return buffer.getvalue()

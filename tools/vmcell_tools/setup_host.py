@@ -50,6 +50,14 @@ def built_artifacts(progress: Progress) -> Artifacts:
     return Artifacts(kernel=str(kernel), base_image=str(base_image))
 
 
+def chosen_artifacts(kernel: str | None, base_image: str | None, progress: Progress) -> Artifacts:
+    """The given paths, the newest build for each that is None."""
+    if kernel is not None and base_image is not None:
+        return Artifacts(kernel=kernel, base_image=base_image)
+    built = built_artifacts(progress)
+    return Artifacts(kernel=kernel or built.kernel, base_image=base_image or built.base_image)
+
+
 def render_shim(template: str, *, interpreter: str, roots: tuple[str, ...]) -> str:
     """The shim's executable: the template's `#!` line and SOURCE_ROOTS with this host's paths.
 

@@ -1,0 +1,296 @@
+"""`vmcell doctor`: what this host has of what vmcell needs, and what to do about the rest.
+
+Each check is a function from a `Host` to one `Row`; none changes anything beyond a file of its own
+that it removes. Paths are looked up below `Host.root`, so that a test can offer another tree.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from vmcell_protos.errors import HostError
+from vmcell_runtime.kvm.host_kind import host_kind
+from vmcell_shim.config import DEFAULT_PATH, ShimConfig, parse_config
+from vmcell_tools.setup_host import SHIM_DIRECTORY, SHIM_NAME, shim_executable
+
+Status = Literal["ok", "warn", "fail"]
+# _IOW(0x94, 9, int), linux/fs.h
+FICLONE = 0x40049409
+CONTAINERD_SOCKET = "run/containerd/containerd.sock"
+OLDEST_CONTAINERD = (1, 6)
+CGROUP_CONTROLLERS = ("cpu", "memory", "pids")
+FREE_GIB_FAIL, FREE_GIB_WARN = 1, 10
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+COMMAND_DEADLINE_S = 20
+KVM_ADVICE = {
+    "missing": "load kvm-amd or kvm-intel and enable virtualisation in the firmware or the cloud's"
+    " machine type; for development use: vmcell dev up",
+    "forbidden": "run as root, or join the group that owns /dev/kvm",
+    "pvm": "nothing on this machine changes that; use the dev VM: vmcell dev up",
+    "no-hardware": "enable virtualisation in the firmware or nested virtualisation in the cloud;"
+    " for development use: vmcell dev up",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """Where to look: the root of the tree, and the PATH of programs in the real one."""
+
+    root: Path = Path("/")
+    path: str = SYSTEM_PATH
+
+    def at(self, path: str) -> Path:
+        return self.root / path.lstrip("/")
+
+    def program(self, name: str) -> str | None:
+        return shutil.which(name, path=self.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table; `advice` is empty when the status is ok."""
+
+    what: str
+    found: str
+    status: Status
+    advice: str = ""
+
+
+def kvm(host: Host) -> Row:
+    kind = host_kind(str(host.root))
+    if kind.runs_linux:
+        return Row(what="KVM", found=kind.reason, status="ok")
+    return Row(what="KVM", found=kind.reason, status="fail", advice=KVM_ADVICE[kind.kind])
+
+
+def containerd(host: Host) -> Row:
+    output = _output(host, "containerd", "--version")
+    if output is None:
+        return Row(
+            what="containerd",
+            found="not installed",
+            status="fail",
+            advice="apt-get install containerd runc",
+        )
+    version = output.split()[2].lstrip("v") if len(output.split()) > 2 else output
+    parts = version.replace("~", ".").split(".")
+    if not all(part.isdigit() for part in parts[:2]):
+        return Row(what="containerd", found=version, status="warn", advice="expected 1.6 or later")
+    if tuple(int(part) for part in parts[:2]) < OLDEST_CONTAINERD:
+        return Row(what="containerd", found=version, status="fail", advice="install 1.6 or later")
+    return Row(what="containerd", found=version, status="ok")
+
+
+def containerd_socket(host: Host) -> Row:
+    path = host.at(CONTAINERD_SOCKET)
+    what = "containerd socket"
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(5)
+        try:
+            probe.connect(str(path))
+        except OSError as error:
+            return Row(
+                what=what,
+                found=f"{path}: {error.strerror or error}",
+                status="fail",
+                advice="start containerd (systemctl start containerd), or use: vmcell dev up",
+            )
+    return Row(what=what, found=str(path), status="ok")
+
+
+def shim(host: Host) -> Row:
+    path = host.at(f"{SHIM_DIRECTORY}/{SHIM_NAME}")
+    advice = "vmcell setup"
+    try:
+        text = path.read_text()
+    except OSError:
+        return Row(what="shim", found=f"no {path}", status="fail", advice=advice)
+    if text != shim_executable():
+        found = f"{path} is of another checkout or version"
+        return Row(what="shim", found=found, status="warn", advice=advice)
+    return Row(what="shim", found=str(path), status="ok")
+
+
+def configuration(host: Host) -> Row:
+    try:
+        _config(host)
+    except HostError as error:
+        return Row(what="config.toml", found=str(error), status="fail", advice="vmcell setup")
+    return Row(what="config.toml", found=str(host.at(DEFAULT_PATH)), status="ok")
+
+
+def kernel(host: Host) -> Row:
+    return _artifact(host, "kernel", "vmcell kernel build && vmcell setup")
+
+
+def base_image(host: Host) -> Row:
+    return _artifact(host, "base_image", "vmcell image base && vmcell setup")
+
+
+def cgroup(host: Host) -> Row:
+    try:
+        found = host.at("sys/fs/cgroup/cgroup.controllers").read_text().split()
+    except FileNotFoundError:
+        return Row(
+            what="cgroup v2",
+            found="/sys/fs/cgroup is not the unified hierarchy",
+            status="fail",
+            advice="boot with systemd.unified_cgroup_hierarchy=1",
+        )
+    missing = [name for name in CGROUP_CONTROLLERS if name not in found]
+    if missing:
+        return Row(
+            what="cgroup v2",
+            found=f"without {', '.join(missing)}",
+            status="fail",
+            advice="enable the controllers: remove cgroup_disable from the kernel command line",
+        )
+    return Row(what="cgroup v2", found=" ".join(found), status="ok")
+
+
+def nftables(host: Host) -> Row:
+    if _output(host, "nft", "--version") is None:
+        advice = "apt-get install nftables"
+        return Row(what="nftables", found="nft is missing", status="fail", advice=advice)
+    if _output(host, "nft", "list", "tables") is None:
+        advice = "run as root; modprobe nf_tables"
+        return Row(what="nftables", found="nft list fails", status="fail", advice=advice)
+    return Row(what="nftables", found="works", status="ok")
+
+
+def tun(host: Host) -> Row:
+    return _device(host, "TAP", "dev/net/tun", "fail", "modprobe tun; guests get no network")
+
+
+def vhost_net(host: Host) -> Row:
+    advice = "modprobe vhost_net; without it guests' packets go through the monitor"
+    return _device(host, "vhost-net", "dev/vhost-net", "warn", advice)
+
+
+def image_tools(host: Host) -> Row:
+    needed = {"mkfs.erofs": "erofs-utils", "mkfs.ext4": "e2fsprogs"}
+    missing = {name: package for name, package in needed.items() if not host.program(name)}
+    if missing:
+        return Row(
+            what="image tools",
+            found=f"no {', '.join(missing)}",
+            status="fail",
+            advice=f"apt-get install {' '.join(missing.values())}",
+        )
+    return Row(what="image tools", found=", ".join(needed), status="ok")
+
+
+def nginx(host: Host) -> Row:
+    if host.program("nginx") is None:
+        advice = "apt-get install nginx-light; only the E2B server needs it"
+        return Row(what="nginx", found="not installed", status="warn", advice=advice)
+    return Row(what="nginx", found="installed", status="ok")
+
+
+def reflink(host: Host) -> Row:
+    directory = _cache_directory(host)
+    try:
+        with (
+            tempfile.TemporaryFile(dir=directory) as source,
+            tempfile.TemporaryFile(dir=directory) as copy,
+        ):
+            source.write(bytes(4096))
+            source.flush()
+            fcntl.ioctl(copy.fileno(), FICLONE, source.fileno())
+    except OSError as error:
+        return Row(
+            what="reflink",
+            found=f"{directory}: {error.strerror}",
+            status="warn",
+            advice="put cache_dir on XFS or btrfs; copies of disks cost time and space here",
+        )
+    return Row(what="reflink", found=f"works in {directory}", status="ok")
+
+
+def free_disk(host: Host) -> Row:
+    directory = _cache_directory(host)
+    status = os.statvfs(directory)
+    free_gib = status.f_bavail * status.f_frsize / 2**30
+    found = f"{free_gib:.1f} GiB in {directory}"
+    advice = f"free some; images and disks want {FREE_GIB_WARN} GiB"
+    if free_gib < FREE_GIB_FAIL:
+        return Row(what="free disk", found=found, status="fail", advice=advice)
+    if free_gib < FREE_GIB_WARN:
+        return Row(what="free disk", found=found, status="warn", advice=advice)
+    return Row(what="free disk", found=found, status="ok")
+
+
+CHECKS: tuple[Callable[[Host], Row], ...] = (
+    *(kvm, containerd, containerd_socket, shim, configuration, kernel, base_image),
+    *(cgroup, nftables, tun, vhost_net, image_tools, nginx, reflink, free_disk),
+)
+
+
+def examine(host: Host) -> list[Row]:
+    """All rows, in the order of the table."""
+    return [check(host) for check in CHECKS]
+
+
+def _config(host: Host) -> ShimConfig:
+    path = host.at(DEFAULT_PATH)
+    try:
+        return parse_config(path.read_text(), str(path))
+    except OSError as error:
+        raise HostError(f"{path}: {error.strerror}") from error
+
+
+def _artifact(host: Host, key: Literal["kernel", "base_image"], advice: str) -> Row:
+    what = key.replace("_", " ")
+    try:
+        path = getattr(_config(host), key)
+    except HostError:
+        return Row(what=what, found="not configured", status="fail", advice=advice)
+    if not host.at(path).is_file():
+        return Row(what=what, found=f"{path} is missing", status="fail", advice=advice)
+    return Row(what=what, found=path, status="ok")
+
+
+def _device(host: Host, what: str, path: str, status: Status, advice: str) -> Row:
+    device = host.at(path)
+    if not device.exists():
+        return Row(what=what, found=f"no {device}", status=status, advice=advice)
+    if not os.access(device, os.R_OK | os.W_OK):
+        return Row(what=what, found=f"{device} is closed", status=status, advice="run as root")
+    return Row(what=what, found=str(device), status="ok")
+
+
+def _cache_directory(host: Host) -> Path:
+    """cache_dir of the configuration, or its nearest parent that exists."""
+    try:
+        configured = _config(host).cache_dir
+    except HostError:
+        configured = "/var/lib/vmcell"
+    path = host.at(configured)
+    return next(parent for parent in (path, *path.parents) if parent.is_dir())
+
+
+def _output(host: Host, name: str, *arguments: str) -> str | None:
+    """Standard output of a program; None when it is missing, fails or hangs."""
+    program = host.program(name)
+    if program is None:
+        return None
+    try:
+        done = subprocess.run(
+            [program, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_DEADLINE_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
