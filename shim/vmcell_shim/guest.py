@@ -1,0 +1,275 @@
+"""One microVM with the agent in it: booted, talked to, ended.
+
+The VMM is a process of its own; this owns its handle, the descriptors given to it and the control
+connection. Threads: one waits for the VMM's end. Nothing here holds a lock while a guest is slow,
+and kill() works from any thread at any time, also in the middle of boot().
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass
+
+from vmcell_protos.agent import (
+    ConfigureGuestRequest,
+    HelloRequest,
+    HelloResponse,
+    Interface,
+)
+from vmcell_protos.errors import HostError, VmcellError
+from vmcell_protos.wellknown import Empty
+from vmcell_runtime import handle
+from vmcell_runtime.config import BlkConfig, MachineConfig, NetConfig, PmemConfig, VsockConfig
+from vmcell_shim.annotations import TapNetwork
+from vmcell_shim.client import TtrpcClient
+from vmcell_shim.tap import open_tap
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+    from typing import TypeVar
+
+    from vmcell_protos.wire import Message
+    from vmcell_runtime.handle import VmmExit, VmmHandle
+    from vmcell_shim.journal import Journal
+
+    M = TypeVar("M", bound=Message)
+
+SERVICE = "vmcell.agent.v1.Agent"
+CONTROL_PORT, STREAM_PORT = 1024, 1025
+# Every VM has a vsock of its own, so all guests may have the same number.
+GUEST_CID = 3
+LOWER_DEVICE, UPPER_DEVICE = "pmem1", "vda"
+COMMAND_LINE = (
+    "root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro init=/usr/sbin/vmcell-init "
+    "console=ttyS0 loglevel=4 panic=-1"
+)
+_CONSOLE_LINES = 5
+_ENTROPY_BYTES = 64
+_REAP_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuestShape:
+    """What to boot: paths on the host, sizes, and what the guest is told about itself."""
+
+    kernel: str
+    base_image: str
+    root_image: str
+    disk: str
+    vcpus: int
+    memory_mib: int
+    network: TapNetwork | None
+    hostname: str
+    console_log: str
+    vmm_log: str
+
+
+class Guest:
+    """`on_end` runs once, in a thread of its own, when the VMM has ended."""
+
+    def __init__(self, journal: Journal, on_end: Callable[[], None]) -> None:
+        self._journal = journal
+        self._on_end = on_end
+        self._lock = threading.Lock()
+        self._handle: VmmHandle | None = None
+        self._agent: TtrpcClient | None = None
+        self._killed = False
+        self._stopping = False
+        self._closed = False
+        self.end: VmmExit | None = None
+        self.ended = threading.Event()
+
+    @property
+    def pid(self) -> int:
+        """The VMM's pid; 0 before there is one."""
+        return self._handle.pid if self._handle else 0
+
+    def boot(
+        self, shape: GuestShape, deadline: float, on_vmm: Callable[[int], None]
+    ) -> HelloResponse:
+        """Starts the VMM and waits until the agent is configured; `on_vmm` gets the VMM's pid.
+
+        `deadline` in time.monotonic() seconds. Raises VmcellError whose sentence carries the VMM's
+        end reason and the console's last lines; the VMM is ended then.
+        """
+        try:
+            vmm = self._spawn(shape)
+            on_vmm(vmm.pid)
+            return self._greet(vmm, shape, deadline)
+        except VmcellError as error:
+            self.kill()
+            if self._handle is not None:
+                # The reason arrives with the end of the process, a moment after its sockets.
+                self.ended.wait(5.0)
+            raise self._boot_error(shape, error) from error
+
+    def call(self, method: str, request: Message, answer: type[M], timeout_s: float | None) -> M:
+        """One call to the agent; raises as TtrpcClient.call does."""
+        agent = self._agent
+        if agent is None:
+            raise HostError(f"there is no guest to ask for {method}", code="failed_precondition")
+        return agent.call(SERVICE, method, request, answer, timeout_s)
+
+    def dial(self, stream_id: int) -> socket.socket:
+        """The vsock stream of that id; the caller owns it. Raises HostError."""
+        vmm = self._handle
+        if vmm is None or self.ended.is_set():
+            raise HostError("the microVM has ended; no stream can be opened")
+        stream = vmm.connect_vsock(STREAM_PORT)
+        try:
+            stream.sendall(stream_id.to_bytes(8, "little"))
+        except OSError as error:
+            stream.close()
+            raise HostError(f"the guest closed stream {stream_id} at once: {error}") from error
+        return stream
+
+    def kill(self) -> None:
+        """Ends the VMM at once, or makes a boot that has not begun fail. Idempotent."""
+        with self._lock:
+            self._killed = self._stopping = True
+            vmm = None if self._closed else self._handle
+        if vmm is not None and not self.ended.is_set():
+            vmm.kill()
+
+    def shut_down(self, timeout_s: float) -> None:
+        """Lets the guest write back its disk and end itself; kills it after `timeout_s`."""
+        self._stopping = True
+        until = time.monotonic() + timeout_s
+        try:
+            self.call("Shutdown", Empty(), Empty, timeout_s)
+        except VmcellError as error:
+            self._journal.warning(f"the guest did not take its shutdown: {error}")
+        if not self.ended.wait(max(0.0, until - time.monotonic())):
+            self._journal.warning(f"the guest has not ended {timeout_s:g} s after its shutdown")
+            self.kill()
+
+    def close(self) -> None:
+        """Nothing of the VM is left: killed, reaped, descriptors closed. Idempotent."""
+        self.kill()
+        vmm = self._handle
+        if vmm is None:
+            return
+        if not self.ended.wait(_REAP_S):
+            raise HostError(f"VMM {vmm.pid} does not end {_REAP_S:g} s after SIGKILL")
+        with self._lock:
+            first, self._closed = not self._closed, True
+        if first:
+            if self._agent is not None:
+                self._agent.close()
+            vmm.close()
+
+    def _spawn(self, shape: GuestShape) -> VmmHandle:
+        descriptors: list[int] = []
+        log = -1
+        try:
+            config = machine_config(shape, descriptors)
+            log = _open(shape.vmm_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, "")
+            vmm = handle.spawn(config, descriptors, log_fd=log)
+        finally:
+            for fd in (*descriptors, log):
+                if fd >= 0:
+                    os.close(fd)
+        with self._lock:
+            self._handle = vmm
+            killed = self._killed
+        threading.Thread(target=self._watch, args=(vmm,), name="vmm", daemon=True).start()
+        if killed:
+            raise HostError("it was killed while being created", code="aborted")
+        return vmm
+
+    def _watch(self, vmm: VmmHandle) -> None:
+        self.end = vmm.wait_exit()
+        self.ended.set()
+        self._journal.info(f"VMM {vmm.pid} ended: {self.end.reason}: {self.end.detail}")
+        self._on_end()
+
+    def _greet(self, vmm: VmmHandle, shape: GuestShape, deadline: float) -> HelloResponse:
+        self._agent = TtrpcClient(
+            vmm.accept_vsock(CONTROL_PORT), "the guest's agent", self._agent_lost
+        )
+        hello = self.call("Hello", HelloRequest(), HelloResponse, deadline - time.monotonic())
+        request = ConfigureGuestRequest(
+            unix_time_ns=time.time_ns(),
+            hostname=shape.hostname,
+            interfaces=[_interface(shape.network)] if shape.network else [],
+            entropy=os.urandom(_ENTROPY_BYTES),
+        )
+        self.call("ConfigureGuest", request, Empty, deadline - time.monotonic())
+        return hello
+
+    def _agent_lost(self) -> None:
+        """A guest whose agent hung up, or sent what is no ttrpc, is no use and not trusted."""
+        if not self._stopping and not self.ended.wait(1.0):
+            self._journal.error("the agent's connection ended while the microVM runs; killing it")
+            self.kill()
+
+    def _boot_error(self, shape: GuestShape, error: VmcellError) -> HostError:
+        text = f"cannot start the microVM: {error}"
+        if self.end is not None and self.end.reason != "killed":
+            text += f"; the VMM ended with {self.end.reason}: {self.end.detail}"
+        lines = _last_lines(shape.console_log)
+        if lines:
+            text += "; console: " + " | ".join(lines)
+        return HostError(text, code=error.code)
+
+
+def machine_config(shape: GuestShape, descriptors: list[int]) -> MachineConfig:
+    """The VMM's configuration; opens every file it names and appends it to `descriptors`, which
+    the caller closes, also after an error. Raises HostError."""
+
+    def opened(path: str, flags: int, hint: str = "") -> int:
+        descriptors.append(_open(path, flags, hint))
+        return len(descriptors) - 1
+
+    setup = "; run `vmcell setup`"
+    kernel = opened(shape.kernel, os.O_RDONLY, setup)
+    console = opened(shape.console_log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+    pmem = [
+        PmemConfig(descriptor=opened(shape.base_image, os.O_RDONLY, setup)),
+        PmemConfig(descriptor=opened(shape.root_image, os.O_RDONLY)),
+    ]
+    blk = [BlkConfig(descriptor=opened(shape.disk, os.O_RDWR))] if shape.disk else []
+    net = []
+    if shape.network is not None:
+        descriptors.append(open_tap(shape.network.tap))
+        net.append(NetConfig(tap_descriptor=len(descriptors) - 1, mac=shape.network.mac))
+    return MachineConfig(
+        vcpu_count=shape.vcpus,
+        memory_mib=shape.memory_mib,
+        kernel_descriptor=kernel,
+        command_line=COMMAND_LINE,
+        pmem=tuple(pmem),
+        blk=tuple(blk),
+        net=tuple(net),
+        vsock=VsockConfig(guest_cid=GUEST_CID, listen_ports=(CONTROL_PORT,)),
+        console_descriptor=console,
+    )
+
+
+def _open(path: str, flags: int, hint: str) -> int:
+    try:
+        return os.open(path, flags, 0o600)
+    except OSError as error:
+        raise HostError(f"cannot open {path}: {error.strerror}{hint}") from error
+
+
+def _interface(network: TapNetwork) -> Interface:
+    return Interface(
+        name="eth0", mac=network.mac, addresses=[network.address], gateway=network.gateway
+    )
+
+
+def _last_lines(console_log: str) -> list[str]:
+    """The console's last lines, printable only: they come from the guest."""
+    try:
+        with open(console_log, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 2048))
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    lines = ["".join(c for c in line if c.isprintable()).strip() for line in text.splitlines()]
+    return [line for line in lines if line][-_CONSOLE_LINES:]

@@ -1,0 +1,138 @@
+"""The files of one sandbox on the host, and their removal by whoever is left.
+
+<state_dir>/<namespace>/<id>/ holds `state.json` (which processes live, which files elsewhere are
+the sandbox's own) and the logs of console, shim and VMM. The bundle's link `vmcell` leads there, so
+that `delete` finds everything without the host's configuration. Every removal is idempotent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+from vmcell_protos.errors import HostError
+from vmcell_shim.living import Living, kill_and_wait
+
+BUNDLE_LINK = "vmcell"
+_LOGS = ("console.log", "shim.log", "vmm.log")
+
+
+class SandboxFiles:
+    """The state directory of one sandbox. Created by the shim, removed by the shim or `delete`."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self.shim: Living | None = None
+        self.vmm: Living | None = None
+        self.owned: list[str] = []
+        self.log_dir = ""
+
+    @property
+    def console_log(self) -> str:
+        return os.path.join(self.directory, "console.log")
+
+    @property
+    def vmm_log(self) -> str:
+        return os.path.join(self.directory, "vmm.log")
+
+    @property
+    def shim_log(self) -> str:
+        return os.path.join(self.directory, "shim.log")
+
+    def create(self, bundle: str) -> None:
+        """The directory, its first state file and the bundle's link; raises HostError."""
+        try:
+            os.makedirs(self.directory, mode=0o700, exist_ok=True)
+            self.save()
+            link = os.path.join(bundle, BUNDLE_LINK)
+            if os.path.islink(link):
+                os.unlink(link)
+            os.symlink(self.directory, link)
+        except OSError as error:
+            raise HostError(f"cannot make the state directory {self.directory}: {error}") from error
+
+    def save(self) -> None:
+        """Writes state.json anew; a reader sees the old or the new one, never half."""
+        state = {
+            "version": 1,
+            "shim": self.shim,
+            "vmm": self.vmm,
+            "owned": self.owned,
+            "log_dir": self.log_dir,
+        }
+        path = os.path.join(self.directory, "state.json")
+        with open(path + ".new", "w", encoding="utf-8") as file:
+            json.dump(state, file)
+        os.rename(path + ".new", path)
+
+    def remove(self) -> None:
+        """The sandbox's own files, then its directory; logs are kept in log_dir when that is set.
+
+        Raises HostError when something cannot be removed (after removing the rest).
+        """
+        failures: list[str] = []
+        if self.log_dir:
+            self._keep_logs(failures)
+        for path in [*self.owned, self.directory]:
+            _remove(path, failures)
+        for parent in {os.path.dirname(path) for path in [*self.owned, self.directory]}:
+            _remove_if_empty(parent)
+        if failures:
+            raise HostError(f"sandbox files are left behind: {'; '.join(failures)}")
+
+    def _keep_logs(self, failures: list[str]) -> None:
+        name = "-".join(self.directory.split("/")[-2:])
+        try:
+            os.makedirs(self.log_dir, mode=0o700, exist_ok=True)
+            for log in _LOGS:
+                source = os.path.join(self.directory, log)
+                if os.path.exists(source):
+                    shutil.copyfile(source, os.path.join(self.log_dir, f"{name}.{log}"))
+        except OSError as error:
+            failures.append(f"logs not kept in {self.log_dir}: {error}")
+
+
+def load(directory: str) -> SandboxFiles:
+    """What state.json in `directory` says; an absent or torn one says nothing is alive."""
+    files = SandboxFiles(directory)
+    try:
+        with open(os.path.join(directory, "state.json"), encoding="utf-8") as file:
+            state = json.load(file)
+        files.shim = Living(*state["shim"]) if state["shim"] else None
+        files.vmm = Living(*state["vmm"]) if state["vmm"] else None
+        files.owned = [str(path) for path in state["owned"]]
+        files.log_dir = str(state["log_dir"])
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError) as error:
+        raise HostError(f"{directory}/state.json is damaged: {error!r}") from error
+    return files
+
+
+def kill_survivors(files: SandboxFiles, timeout_s: float) -> int:
+    """SIGKILL for VMM and shim where they still live; returns the VMM's pid, 0 if never known."""
+    for process in (files.vmm, files.shim):
+        if process is not None and process.pid != os.getpid():
+            kill_and_wait(process, timeout_s)
+    return files.vmm.pid if files.vmm else 0
+
+
+def _remove(path: str, failures: list[str]) -> None:
+    try:
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        failures.append(str(error))
+
+
+def _remove_if_empty(directory: str) -> None:
+    try:
+        os.rmdir(directory)
+    except OSError:
+        # Another sandbox lives in it, or it is the root of all: both stay.
+        return

@@ -1,0 +1,42 @@
+"""The TAP interface an annotation names, as a descriptor for the VMM.
+
+The interface is made beforehand (by noded); attaching to a name that does not exist would make a
+new, unconnected one, so that is refused. Source: linux/if_tun.h, Documentation/networking/tuntap.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+
+from vmcell_protos.errors import HostError
+
+TUNSETIFF = 0x400454CA
+TUNSETVNETHDRSZ = 0x400454D8
+IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+_IFREQ = struct.Struct("16sH22x")
+# struct virtio_net_hdr_v1, with num_buffers (virtio 1.2 § 5.1.6).
+_HEADER_BYTES = 12
+
+
+def open_tap(name: str) -> int:
+    """A descriptor attached to the existing TAP `name`; the caller closes it. Raises HostError."""
+    if not os.path.exists(f"/sys/class/net/{name}/tun_flags"):
+        raise HostError(
+            f"TAP {name!r} does not exist in the host's network namespace; make it before the "
+            "container, with vnet_hdr on",
+            code="failed_precondition",
+        )
+    try:
+        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+        try:
+            request = _IFREQ.pack(name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
+            fcntl.ioctl(fd, TUNSETIFF, request)
+            fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", _HEADER_BYTES))
+        except OSError:
+            os.close(fd)
+            raise
+    except OSError as error:
+        raise HostError(f"cannot attach to TAP {name!r}: {error}") from error
+    return fd
