@@ -21,9 +21,12 @@ _BACKLOG = 64
 
 def _load_envd() -> Callable[[Callable[[], None]], NoReturn]:
     """Imported in the child alone: PID 1 itself never pays for it."""
-    from vmcell_agent.envd.server import run
+    from vmcell_agent.envd.serve import run
 
     return lambda ready: run(ready=ready)
+
+
+BUILTINS = {"envd": _load_envd}
 
 
 def _from_the_host(address: object) -> bool:

@@ -94,7 +94,7 @@ def run_added(launch: Launch, init_pidfd: int) -> NoReturn:
         _prepare(launch, init_pidfd)
         # Until execve this process is the agent's copy: the container must not look into it.
         syscalls.prctl(abi.PR_SET_DUMPABLE, 0)
-        with attempt("join the container's namespaces"):
+        with attempt("join the container's namespaces", code="failed_precondition"):
             syscalls.setns(init_pidfd, CONTAINER_NAMESPACES)
         os.close(init_pidfd)
         if launch.stdio.terminal:
@@ -116,11 +116,14 @@ class _last_words:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        status = _EXIT_NOT_STARTED
         try:
-            if error is not None:
+            if isinstance(error, SystemExit) and isinstance(error.code, int):
+                status = error.code
+            elif error is not None:
                 report.send_error(self._channel, error)
         finally:
-            os._exit(_EXIT_NOT_STARTED)
+            os._exit(status)
 
 
 def _prepare(launch: Launch, *keep: int) -> None:
@@ -143,11 +146,12 @@ def _prepare(launch: Launch, *keep: int) -> None:
 
 
 def _close_all_but(kept: tuple[int, ...]) -> None:
-    previous = -1
+    low = 0
     for fd in sorted(kept):
-        os.closerange(previous + 1, fd)
-        previous = fd
-    os.closerange(previous + 1, 1 << 20)
+        if low < fd:  # closerange(0, 0) would close everything
+            os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, 1 << 20)
 
 
 def _build(init: InitLaunch, launch: Launch) -> None:

@@ -113,14 +113,14 @@ class Spawner:
             launch = Launch(process, stdio, theirs, procs)
             pid = self._fork(launch, place, init_pidfd)
             # From here on the agent's ends belong to the caller.
-            channel = socket.socket(fileno=ours.detach())
+            channel = socket.socket(ours.family, ours.type, ours.proto, ours.detach())
             child_ = Child(pid, channel, *pipes.ours)
             pipes.ours = [-1, -1, -1]
             return child_
 
     def _fork(self, launch: Launch, place: InitLaunch | int, init_pidfd: int) -> int:
-        with attempt("fork a process into the container"):
-            if isinstance(place, int):
+        with attempt("fork a process into the container", code="failed_precondition"):
+            if isinstance(place, int):  # ESRCH, and ENOMEM at the fork: its init is just ending
                 syscalls.setns(init_pidfd, abi.CLONE_NEWPID)
             else:
                 syscalls.unshare(abi.CLONE_NEWPID)

@@ -1,0 +1,402 @@
+"""A real agent on this host: PID 1 of a pid and mount namespace, driven over unix sockets.
+
+It runs the code a guest runs, from the control protocol to execve, with the transports a guest has
+not: two unix sockets instead of vsock, loop devices instead of pmem and virtio-blk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from vmcell_protos import agent as messages
+from vmcell_protos.ttrpc import ClientConnection, Reply
+from vmcell_protos.wire import Message
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVICE = "vmcell.agent.v1.Agent"
+DEADLINE_SECONDS = 30.0
+UPPER_BYTES = 96 << 20
+ALL_CAPABILITIES = ["CAP_CHOWN", "CAP_KILL", "CAP_SETUID", "CAP_SETGID", "CAP_NET_BIND_SERVICE"]
+BUSYBOX = "/bin/busybox"
+
+_DRIVER = """
+import sys
+sys.path[:0] = {path!r}
+import os, socket
+from vmcell_agent.guest import Places, Transports, serve
+from vmcell_agent.__main__ import BUILTINS
+from vmcell_agent.log import KernelLog
+control = socket.socket(fileno={control})
+listener = socket.socket(fileno={listener})
+places = Places({cgroup!r}, {state!r}, {devices!r})
+serve(Transports(control, listener, lambda address: True), places, BUILTINS,
+      lambda line: print(line, file=sys.stderr, flush=True))
+"""
+
+
+def run(*command: str) -> str:
+    """The command's standard output; raises with its error output."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+def cgroup2_mount() -> str:
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, path, fstype = line.split()[:3]
+        if fstype == "cgroup2":
+            return path
+    raise RuntimeError("this machine has no cgroup2 mount; mount one on /sys/fs/cgroup/unified")
+
+
+def make_busybox_tree(tree: Path) -> None:
+    """A root file system of busybox and the usual directories."""
+    for name in ("bin", "dev", "etc", "proc", "sys", "tmp", "root", "home/user", "var/lib"):
+        (tree / name).mkdir(parents=True)
+    shutil.copy2(BUSYBOX, tree / "bin/busybox")
+    for applet in run(BUSYBOX, "--list").split():
+        if applet != "busybox":
+            (tree / "bin" / applet).symlink_to("busybox")
+    (tree / "tmp").chmod(0o1777)
+    (tree / "etc/passwd").write_text(
+        "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/home/user:/bin/sh\n"
+    )
+    (tree / "etc/group").write_text("root:x:0:\nuser:x:1000:\n")
+
+
+def make_erofs(tree: Path, image: Path) -> Path:
+    run("mkfs.erofs", "-E", "noinline_data", "--quiet", str(image), str(tree))
+    return image
+
+
+def process_spec(*args: str, **changes: Any) -> dict[str, Any]:
+    """`process` of an OCI spec that runs `args` as root with a few capabilities."""
+    process: dict[str, Any] = {
+        "args": list(args),
+        "env": ["PATH=/bin", "TERM=xterm"],
+        "cwd": "/",
+        "user": {"uid": 0, "gid": 0},
+        "capabilities": {
+            name: list(ALL_CAPABILITIES) for name in ("bounding", "effective", "permitted")
+        },
+        "noNewPrivileges": True,
+    }
+    process.update(changes)
+    return process
+
+
+def container_spec(process: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """What containerd writes for a plain container, in short."""
+    spec: dict[str, Any] = {
+        "ociVersion": "1.0.2",
+        "process": process,
+        "root": {"path": "rootfs"},
+        "hostname": "box",
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc",
+             "options": ["nosuid", "noexec", "nodev"]},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
+             "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
+            {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
+             "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]},
+            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
+             "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]},
+            {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue",
+             "options": ["nosuid", "noexec", "nodev"]},
+            {"destination": "/sys", "type": "sysfs", "source": "sysfs",
+             "options": ["nosuid", "noexec", "nodev", "ro"]},
+            {"destination": "/run", "type": "tmpfs", "source": "tmpfs",
+             "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
+        ],
+        "linux": {
+            "namespaces": [
+                {"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")
+            ],
+            "maskedPaths": ["/proc/kcore", "/proc/keys", "/proc/scsi"],
+            "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys",
+                              "/proc/sysrq-trigger"],
+            "resources": {"devices": [{"allow": False, "access": "rwm"}]},
+        },
+    }  # fmt: skip
+    spec.update(changes)
+    return spec
+
+
+class AgentClient:
+    """The host's side of the control protocol and of the streams. Every wait has a deadline."""
+
+    def __init__(self, control: socket.socket, stream_address: str) -> None:
+        self._control = control
+        self._stream_address = stream_address
+        self._protocol = ClientConnection()
+        self._replies: dict[int, Reply] = {}
+        self._next_stream = 1
+
+    def begin(self, method: str, request: Message) -> int:
+        """Send a call; `finish` waits for its answer."""
+        stream_id, data = self._protocol.call(SERVICE, method, request.encode())
+        self._control.sendall(data)
+        return stream_id
+
+    def answered(self, stream_id: int, seconds: float = 0.0) -> bool:
+        """Whether the answer has arrived, waiting at most `seconds`."""
+        end = time.monotonic() + seconds
+        while stream_id not in self._replies:
+            ready, _, _ = select.select([self._control], [], [], max(0.0, end - time.monotonic()))
+            if not ready:
+                return False
+            data = self._control.recv(1 << 20)
+            if not data:
+                raise ConnectionError("the agent closed the control connection")
+            for reply in self._protocol.receive(data):
+                self._replies[reply.stream_id] = reply
+        return True
+
+    def finish(self, stream_id: int, seconds: float = DEADLINE_SECONDS) -> bytes:
+        """The answer's payload; raises the agent's error."""
+        if not self.answered(stream_id, seconds):
+            raise TimeoutError(f"no answer to call {stream_id} within {seconds} s")
+        reply = self._replies.pop(stream_id)
+        if reply.error is not None:
+            raise reply.error
+        return reply.payload
+
+    def call(self, method: str, request: Message) -> bytes:
+        return self.finish(self.begin(method, request))
+
+    def dial(self, stream_id: int) -> socket.socket:
+        """Connect the stream `stream_id`."""
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(DEADLINE_SECONDS)
+        connection.connect(self._stream_address)
+        connection.sendall(struct.pack("<Q", stream_id))
+        return connection
+
+    def new_stream(self) -> int:
+        self._next_stream += 1
+        return self._next_stream
+
+
+class Running:
+    """A process the agent has started, and the host's ends of its streams."""
+
+    def __init__(
+        self, client: AgentClient, container_id: str, exec_id: str, streams: messages.Streams
+    ) -> None:
+        self.client = client
+        self.ref = messages.ProcessRef(container_id=container_id, exec_id=exec_id)
+        self.streams = streams
+        self.sockets: dict[str, socket.socket] = {}
+        self.pid = 0
+
+    def start(self) -> Running:
+        for name in ("stdin", "stdout", "stderr"):
+            if stream_id := getattr(self.streams, name):
+                self.sockets[name] = self.client.dial(stream_id)
+        payload = self.client.call("StartProcess", self.ref)
+        self.pid = messages.StartProcessResponse.decode(payload).guest_pid
+        return self
+
+    def read(self, name: str = "stdout") -> bytes:
+        """Everything up to the end of the stream."""
+        parts = []
+        while part := self.sockets[name].recv(1 << 16):
+            parts.append(part)
+        return b"".join(parts)
+
+    def read_until(self, marker: bytes, name: str = "stdout") -> bytes:
+        data = b""
+        while marker not in data:
+            part = self.sockets[name].recv(1 << 16)
+            if not part:
+                raise EOFError(f"stream ended before {marker!r}: {data!r}")
+            data += part
+        return data
+
+    def wait(self) -> int:
+        payload = self.client.call("WaitProcess", self.ref)
+        return messages.WaitProcessResponse.decode(payload).exit_status
+
+    def signal(self, number: int, *, everyone: bool = False) -> None:
+        self.client.call(
+            "SignalProcess",
+            messages.SignalProcessRequest(
+                container_id=self.ref.container_id,
+                exec_id=self.ref.exec_id,
+                signal=number,
+                all=everyone,
+            ),
+        )
+
+    def delete(self) -> None:
+        self.client.call("DeleteProcess", self.ref)
+
+    def close(self) -> None:
+        for connection in self.sockets.values():
+            connection.close()
+
+
+class AgentUnderTest:
+    """One agent process with its client; made by `running_agent`."""
+
+    def __init__(self, client: AgentClient, stack: ExitStack, process: subprocess.Popen[bytes],
+                 directory: Path, cgroup: str) -> None:  # fmt: skip
+        self.client = client
+        self.process = process
+        self.directory = directory
+        self.cgroup = cgroup
+        self._stack = stack
+        self._containers = 0
+
+    def attach_lower(self, image: Path, name: str = "pmem1") -> None:
+        """Let the agent see `image` as /dev/`name`."""
+        self._attach(image, name, "--read-only")
+
+    def attach_upper(self, name: str = "vda") -> None:
+        """A fresh ext4 disk."""
+        image = self.directory / f"{name}.ext4"
+        with image.open("wb") as file:
+            file.truncate(UPPER_BYTES)
+        run("mkfs.ext4", "-q", "-F", str(image))
+        self._attach(image, name)
+
+    def _attach(self, image: Path, name: str, *options: str) -> None:
+        device = run("losetup", "--find", "--show", *options, str(image))
+        self._stack.callback(run, "losetup", "--detach", device)
+        (self.directory / "devices" / name).symlink_to(device)
+
+    def create(
+        self,
+        spec: dict[str, Any],
+        *,
+        terminal: bool = False,
+        stdin: bool = False,
+        upper: str = "vda",
+        files: list[messages.FileCopy] | None = None,
+        init: str = "",
+        streams: messages.Streams | None = None,
+    ) -> Running:
+        """Create a container; not started yet."""
+        self._containers += 1
+        container_id = f"c{self._containers}"
+        streams = streams or self._streams(terminal=terminal, stdin=stdin)
+        self.client.call(
+            "CreateContainer",
+            messages.CreateContainerRequest(
+                container_id=container_id,
+                spec_json=json.dumps(spec).encode(),
+                rootfs=messages.Rootfs(lower_device="pmem1", upper_device=upper),
+                streams=streams,
+                files=files,
+                init=init,
+            ),
+        )
+        running = Running(self.client, container_id, "", streams)
+        self._stack.callback(running.close)
+        return running
+
+    def add(
+        self,
+        init: Running,
+        process: dict[str, Any],
+        exec_id: str,
+        *,
+        terminal: bool = False,
+        stdin: bool = False,
+    ) -> Running:
+        """Declare a process in a running container; not started yet."""
+        streams = self._streams(terminal=terminal, stdin=stdin)
+        self.client.call(
+            "AddProcess",
+            messages.AddProcessRequest(
+                container_id=init.ref.container_id,
+                exec_id=exec_id,
+                process_json=json.dumps(process).encode(),
+                streams=streams,
+            ),
+        )
+        running = Running(self.client, init.ref.container_id, exec_id, streams)
+        self._stack.callback(running.close)
+        return running
+
+    def _streams(self, *, terminal: bool, stdin: bool) -> messages.Streams:
+        if terminal:
+            return messages.Streams(stdout=self.client.new_stream(), terminal=True)
+        return messages.Streams(
+            stdin=self.client.new_stream() if stdin else 0,
+            stdout=self.client.new_stream(),
+            stderr=self.client.new_stream(),
+        )
+
+
+@contextmanager
+def running_agent() -> Iterator[AgentUnderTest]:
+    """An agent with no devices yet; everything of it is gone afterwards."""
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmcell-agent-")))
+        (directory / "devices").mkdir()
+        (directory / "state").mkdir()
+        cgroup = f"{cgroup2_mount()}/vmcell-test-{os.getpid()}-{time.monotonic_ns()}"
+        os.mkdir(cgroup)
+        stack.callback(_remove_cgroup, Path(cgroup))
+        ours, theirs = socket.socketpair()
+        stack.callback(ours.close)
+        listener = socket.socket(socket.AF_UNIX)
+        address = str(directory / "streams.sock")
+        listener.bind(address)
+        listener.listen(64)
+        code = _DRIVER.format(
+            path=[str(ROOT / "guest-agent"), str(ROOT / "protos")],
+            control=theirs.fileno(),
+            listener=listener.fileno(),
+            cgroup=cgroup,
+            state=str(directory / "state"),
+            devices=str(directory / "devices"),
+        )
+        process = subprocess.Popen(
+            ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--propagation", "private",
+             "--mount-proc", sys.executable, "-I", "-S", "-B", "-c", code],
+            pass_fds=(theirs.fileno(), listener.fileno()),
+        )  # fmt: skip
+        theirs.close()
+        listener.close()
+        stack.callback(_stop, process, ours)
+        yield AgentUnderTest(AgentClient(ours, address), stack, process, directory, cgroup)
+
+
+def _stop(process: subprocess.Popen[bytes], control: socket.socket) -> None:
+    """The end of the control connection ends the agent; what hangs is killed and fails the test."""
+    control.close()
+    try:
+        process.wait(timeout=10)
+    finally:
+        process.kill()
+        process.wait(timeout=10)
+
+
+def _remove_cgroup(path: Path) -> None:
+    end = time.monotonic() + 10
+    while True:
+        try:
+            for directory in sorted(path.glob("**/"), reverse=True):
+                directory.rmdir()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            (path / "cgroup.kill").write_text("1")
+        else:
+            return
