@@ -9,6 +9,10 @@ kernel_config    asked for against got, in kernel configurations
 kernel_build     the guest kernel
 debian_tree      Debian packages as a directory tree
 base_image       the guest's base image
+oci_layout       the format of OCI archives
+image_layers     root file systems of our images
+oci_image        our OCI images
+image_import     built images into containerd
 message_codegen  protobuf messages from .proto files
 grpc_stubs       gRPC stubs for containerd
 setup_host       config.toml and the shim on this host
@@ -25,6 +29,10 @@ dev_vm           up, down, status
 dev_run          one command in the dev VM
 leak_check       what sandboxes have on a machine
 demo             an E2B client against a real microVM
-cli              the words and options of `vmcell`
+cli_output       errors, JSON and tables of all commands
+cli_dev          words and options of `vmcell dev`
+cli_host         words and options of `vmcell setup` and `doctor`
+cli_build        words and options of `vmcell kernel` and `image`
+cli              the `vmcell` command
 __main__         `python -m vmcell_tools`
 """

@@ -14,7 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vmcell_protos.errors import HostError
-
 from vmcell_tools.build_cache import BuildCache, input_digest
 from vmcell_tools.build_step import run_step
 from vmcell_tools.debian_tree import Package, named_versions, package_files, unpack
@@ -173,7 +172,7 @@ def _add_agent(tree: Path, python: Path) -> None:
 
 
 def _compile(python: Path, tree: Path, folder: str) -> None:
-    """Byte code for `tree`/`folder` by the image's own interpreter, never checked against mtimes."""
+    """Byte code of `tree`/`folder` by the image's own interpreter, not checked against mtimes."""
     run_step(
         [
             python / "usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2",

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vmcell_protos.errors import HostError
-
 from vmcell_tools.progress import Progress
 
 LOCK_DEADLINE_S = 3600.0

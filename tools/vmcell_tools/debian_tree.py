@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vmcell_protos.errors import HostError
-
 from vmcell_tools.build_cache import BuildCache, input_digest
 from vmcell_tools.build_step import run_step
 from vmcell_tools.progress import Progress

@@ -24,7 +24,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     # The guest kernel and the images.
     "build": (
         *("linux-source-6.12", "gcc", "libc6-dev", "make", "binutils", "bc", "bison", "flex"),
-        *("libelf-dev", "xz-utils", "kmod", "erofs-utils", "e2fsprogs"),
+        *("libelf-dev", "xz-utils", "kmod", "erofs-utils", "e2fsprogs", "mmdebstrap"),
     ),
     # Running containers, on this host or in the dev VM, which has this host's files.
     "run": (

@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 
 from vmcell_protos.errors import HostError
-
 from vmcell_tools.build_cache import BuildCache, input_digest
 from vmcell_tools.build_step import run_step
 from vmcell_tools.kernel_config import canonical, differences, parse_config
