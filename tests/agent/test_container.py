@@ -245,14 +245,25 @@ def test_added_process_shares_everything_with_init(agent: AgentUnderTest) -> Non
     assert init.wait() == 137
 
 
-def test_signal_to_all_and_orphans(agent: AgentUnderTest) -> None:
-    script = "trap 'exit 9' TERM; (sleep 500 &) ; echo up; while :; do sleep 500 & wait; done"
+def test_signal_to_all(agent: AgentUnderTest) -> None:
+    script = "trap 'echo got' TERM; echo up; while :; do sleep 0.01; done"
     init = agent.create(container_spec(process_spec("sh", "-c", script))).start()
     init.read_until(b"up\n")
-    added = agent.add(init, process_spec("sleep", "500"), "e").start()
+    added = [agent.add(init, process_spec("sleep", "500"), name).start() for name in ("e1", "e2")]
     init.signal(signal.SIGTERM, everyone=True)
-    assert added.wait() == 143
-    assert init.wait() == 9
+    assert [process.wait() for process in added] == [143, 143]
+    init.read_until(b"got\n")
+    init.signal(signal.SIGKILL, everyone=True)
+    assert init.wait() == 137
+
+
+def test_an_orphan_goes_to_the_containers_init(agent: AgentUnderTest) -> None:
+    init = agent.create(container_spec(process_spec("sleep", "1000"))).start()
+    added = agent.add(init, process_spec("sh", "-c", "sleep 500 & echo $!"), "e").start()
+    pid = added.read_until(b"\n").decode().strip()
+    assert added.wait() == 0
+    look = agent.add(init, process_spec("grep", "PPid", f"/proc/{pid}/status"), "look").start()
+    assert look.read().split() == [b"PPid:", b"1"]
 
 
 def test_processes_of_a_dead_container_end_too(agent: AgentUnderTest) -> None:

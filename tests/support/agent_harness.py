@@ -38,7 +38,8 @@ sys.path[:0] = {path!r}
 import os, socket
 from vmcell_agent.guest import Places, Transports, serve
 from vmcell_agent.__main__ import BUILTINS
-from vmcell_agent.log import KernelLog
+from vmcell_agent import process
+process.DIAL_SECONDS = 2.0
 control = socket.socket(fileno={control})
 listener = socket.socket(fileno={listener})
 places = Places({cgroup!r}, {state!r}, {devices!r})
