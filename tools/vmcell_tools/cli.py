@@ -1,44 +1,16 @@
-"""The `vmcell` command: its words and options; each imports what it runs only when it is run.
-
-An error of ours is one sentence on standard error and exit status 1; wrong usage is status 2.
-"""
+"""The `vmcell` command: its groups; each command imports what it runs only when it is run."""
 
 from __future__ import annotations
 
-import json
+import os
 import sys
-from typing import Any
 
 import click
 
-from vmcell_protos.errors import VmcellError
-
-
-class OneSentenceGroup(click.Group):
-    """Turns the project's errors into click's, for all commands below."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except VmcellError as error:
-            raise click.ClickException(str(error)) from error
-
-
-def print_json(value: object) -> None:
-    click.echo(json.dumps(value, indent=1, default=str))
-
-
-PLAIN_WIDTH = 160
-DOCTOR_MARKS = {
-    "ok": "[green]ok[/green]",
-    "warn": "[yellow]warn[/yellow]",
-    "fail": "[red]fail[/red]",
-}
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-name_option = click.option(
-    "--name", default="default", show_default=True, help="Which dev VM; several can be up."
-)
+from vmcell_tools.cli_build import image, kernel
+from vmcell_tools.cli_dev import dev
+from vmcell_tools.cli_host import doctor, setup
+from vmcell_tools.cli_output import OneSentenceGroup
 
 
 @click.group(cls=OneSentenceGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -47,186 +19,19 @@ def main() -> None:
     """One microVM per container: setup, checks, images and the dev VM."""
 
 
-@main.group()
-def dev() -> None:
-    """The dev VM: real KVM on any machine."""
-
-
-@dev.command("up")
-@name_option
-@click.option("--accel", default="auto", help="auto, kvm, tcg or icount.", show_default=True)
-@click.option("--icount", is_flag=True, help="Count instructions as nanoseconds (--accel icount).")
-@click.option("--cpus", default=2, show_default=True, type=click.IntRange(1, 64))
-@click.option("--memory-mib", default=6144, show_default=True, type=int)
-@click.option("--api-port", type=click.IntRange(0, 65535), help="Default 3000; 0 is any free one.")
-@click.option("--data-port", type=click.IntRange(0, 65535), help="Default 3080; 0 is any free one.")
-@click.option("--deadline", default=180.0, show_default=True, help="Seconds until it must be up.")
-@click.option("--lifetime", default=14400, show_default=True, help="Seconds until it powers off.")
-@json_option
-def dev_up(
-    name: str,
-    accel: str,
-    icount: bool,
-    cpus: int,
-    memory_mib: int,
-    api_port: int | None,
-    data_port: int | None,
-    deadline: float,
-    lifetime: int,
-    as_json: bool,
-) -> None:
-    """Start the dev VM, or say that it is up already."""
-    from vmcell_tools import dev_vm
-    from vmcell_tools.progress import Progress
-
-    is_default = name == "default"
-    request = dev_vm.Request(
-        name=name,
-        accelerator="icount" if icount else accel,
-        cpu_count=cpus,
-        memory_mib=memory_mib,
-        # Only one VM can have the well-known ports; others take free ones.
-        api_port=api_port if api_port is not None else 3000 * is_default,
-        data_port=data_port if data_port is not None else 3080 * is_default,
-        deadline_s=deadline,
-        lifetime_s=lifetime,
-    )
-    with Progress("vmcell dev") as progress:
-        vm, started = dev_vm.up(request, progress)
-    if as_json:
-        print_json(dev_vm.report(vm))
-    else:
-        state = "is up" if started else "was up already"
-        click.echo(
-            f"dev VM {name!r} {state} ({vm.accelerator}): API on 127.0.0.1:{vm.api_port},"
-            f" data plane on 127.0.0.1:{vm.data_port}, logs in {vm.out_directory}"
-        )
-
-
-@dev.command("run", context_settings={"ignore_unknown_options": True})
-@name_option
-@click.option("-t", "--tty", is_flag=True, help="Give the command a terminal in any case.")
-@click.option("--timeout", type=float, help="Seconds after which it is ended, with status 124.")
-@click.option("-C", "--directory", help="Where to run; default: here.")
-@click.option("-e", "--env", "variables", multiple=True, metavar="NAME=VALUE")
-@click.argument("words", nargs=-1, type=click.UNPROCESSED)
-def dev_run(
-    name: str,
-    tty: bool,
-    timeout: float | None,
-    directory: str | None,
-    variables: tuple[str, ...],
-    words: tuple[str, ...],
-) -> None:
-    """Run a command in the dev VM: vmcell dev run -- uname -a."""
-    from vmcell_tools import dev_run as runner
-
-    pairs = [variable.partition("=") for variable in variables]
-    command = runner.Command(
-        words=words,
-        terminal=True if tty else None,
-        timeout_s=timeout,
-        directory=directory,
-        environment={key: value for key, _, value in pairs},
-    )
-    sys.exit(runner.run(name, command))
-
-
-@dev.command("down")
-@name_option
-def dev_down(name: str) -> None:
-    """End the dev VM and all its processes."""
-    from vmcell_tools import dev_vm
-
-    was_up = dev_vm.down(name)
-    click.echo(f"dev VM {name!r} {'is down' if was_up else 'was not up'}")
-
-
-@dev.command("status")
-@name_option
-@json_option
-def dev_status(name: str, as_json: bool) -> None:
-    """Say whether the dev VM is up, and its ports and logs; exit status 1 when it is not."""
-    from vmcell_tools import dev_vm
-
-    vm = dev_vm.running_vm(name)
-    if as_json:
-        print_json(dev_vm.report(vm))
-        return
-    for key, value in dev_vm.report(vm).items():
-        click.echo(f"{key:14} {value}")
+for command in (setup, doctor, kernel, image, dev):
+    main.add_command(command)
 
 
 @main.command()
-@json_option
-def doctor(as_json: bool) -> None:
-    """Check this host; exit status 1 when something needed is missing."""
-    from dataclasses import asdict
-
-    from vmcell_tools.doctor import Host, examine
-
-    rows = examine(Host())
-    if as_json:
-        print_json([asdict(row) for row in rows])
-    else:
-        _print_table(
-            ("", "what", "found", "what to do"),
-            [(DOCTOR_MARKS[row.status], row.what, row.found, row.advice) for row in rows],
-        )
-    sys.exit(any(row.status == "fail" for row in rows))
+def serve() -> None:
+    """Run noded, the API and nginx on this host, in the foreground."""
+    os.execv(sys.executable, [sys.executable, "-m", "vmcell_api.serve"])
 
 
 @main.command()
-@click.option("--kernel", type=click.Path(exists=True, dir_okay=False, resolve_path=True))
-@click.option("--base-image", type=click.Path(exists=True, dir_okay=False, resolve_path=True))
-@click.option("--vcpus", type=click.IntRange(1, 8), help="Default of a container.")
-@click.option("--memory-mib", type=click.IntRange(64, 262144), help="Default of a container.")
-@click.option("--packages", is_flag=True, help="Also install the Debian packages to run on.")
-@click.option("--uninstall", is_flag=True, help="Remove what setup wrote.")
-@json_option
-def setup(
-    kernel: str | None,
-    base_image: str | None,
-    vcpus: int | None,
-    memory_mib: int | None,
-    packages: bool,
-    uninstall: bool,
-    as_json: bool,
-) -> None:
-    """Write /etc/vmcell/config.toml and put the shim on containerd's PATH."""
-    from pathlib import Path
+def demo() -> None:
+    """Drive a real microVM with the E2B SDK, in the dev VM."""
+    from vmcell_tools.demo import run_demo
 
-    from vmcell_tools import setup_host
-    from vmcell_tools.progress import Progress
-
-    root = Path("/")
-    if uninstall:
-        done = setup_host.uninstall(root)
-    else:
-        if packages:
-            from vmcell_tools import host_packages
-
-            missing = host_packages.missing_packages(host_packages.packages_for(["run"]))
-            if missing:
-                host_packages.install(missing)
-        with Progress("vmcell setup") as progress:
-            artifacts = setup_host.chosen_artifacts(kernel, base_image, progress)
-        done = setup_host.install(root, artifacts, vcpus=vcpus, memory_mib=memory_mib)
-    if as_json:
-        print_json(done)
-    else:
-        for line in done or ["nothing to do"]:
-            click.echo(line)
-
-
-def _print_table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for title in titles:
-        table.add_column(title, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    # A pipe or a log has no width of its own.
-    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)
+    run_demo()

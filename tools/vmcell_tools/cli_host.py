@@ -1,0 +1,77 @@
+"""`vmcell setup` and `vmcell doctor`: the words and options for this host."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from vmcell_tools.cli_output import json_option, print_json, print_table
+
+DOCTOR_MARKS = {
+    "ok": "[green]ok[/green]",
+    "warn": "[yellow]warn[/yellow]",
+    "fail": "[red]fail[/red]",
+}
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Check this host; exit status 1 when something needed is missing."""
+    from dataclasses import asdict
+
+    from vmcell_tools.doctor import Host, examine
+
+    rows = examine(Host())
+    if as_json:
+        print_json([asdict(row) for row in rows])
+    else:
+        print_table(
+            ("", "what", "found", "what to do"),
+            [(DOCTOR_MARKS[row.status], row.what, row.found, row.advice) for row in rows],
+        )
+    sys.exit(any(row.status == "fail" for row in rows))
+
+
+@click.command()
+@click.option("--kernel", type=click.Path(exists=True, dir_okay=False, resolve_path=True))
+@click.option("--base-image", type=click.Path(exists=True, dir_okay=False, resolve_path=True))
+@click.option("--vcpus", type=click.IntRange(1, 8), help="Default of a container.")
+@click.option("--memory-mib", type=click.IntRange(64, 262144), help="Default of a container.")
+@click.option("--packages", is_flag=True, help="Also install the Debian packages to run on.")
+@click.option("--uninstall", is_flag=True, help="Remove what setup wrote.")
+@json_option
+def setup(
+    kernel: str | None,
+    base_image: str | None,
+    vcpus: int | None,
+    memory_mib: int | None,
+    packages: bool,
+    uninstall: bool,
+    as_json: bool,
+) -> None:
+    """Write /etc/vmcell/config.toml and put the shim on containerd's PATH."""
+    from pathlib import Path
+
+    from vmcell_tools import setup_host
+    from vmcell_tools.progress import Progress
+
+    root = Path("/")
+    if uninstall:
+        done = setup_host.uninstall(root)
+    else:
+        if packages:
+            from vmcell_tools import host_packages
+
+            missing = host_packages.missing_packages(host_packages.packages_for(["run"]))
+            if missing:
+                host_packages.install(missing)
+        with Progress("vmcell setup") as progress:
+            artifacts = setup_host.chosen_artifacts(kernel, base_image, progress)
+        done = setup_host.install(root, artifacts, vcpus=vcpus, memory_mib=memory_mib)
+    if as_json:
+        print_json(done)
+    else:
+        for line in done or ["nothing to do"]:
+            click.echo(line)

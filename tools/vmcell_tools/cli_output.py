@@ -1,0 +1,49 @@
+"""What all `vmcell` commands share: errors as one sentence, JSON, tables.
+
+An error of ours is one sentence on standard error and exit status 1; wrong usage is status 2.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from vmcell_protos.errors import VmcellError
+
+PLAIN_WIDTH = 160
+
+
+class OneSentenceGroup(click.Group):
+    """Turns the project's errors into click's, for all commands below."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except VmcellError as error:
+            raise click.ClickException(str(error)) from error
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def print_json(value: object) -> None:
+    """`value` on standard output, indented."""
+    click.echo(json.dumps(value, indent=1, default=str))
+
+
+def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A borderless table; cells may hold rich's markup."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    # A pipe or a log has no width of its own.
+    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)
