@@ -46,6 +46,8 @@ def _answering(verb: Callable) -> Callable:
         except Exception:
             log.exception("%s failed", verb.__name__)
             code, sentence = "internal", "noded failed; its log has the trace"
+        # Tells the API's client that noded itself said so, not the transport.
+        context.set_trailing_metadata((("vmcell-fault", "node"),))
         context.abort(_STATUS[CODES[code].ttrpc], sentence)
         raise AssertionError("abort returned")
 

@@ -65,12 +65,13 @@ class SlotPool:
         return self._slots[number]
 
     def claim(self, *, allow_internet: bool) -> Slot:
-        """Takes a free slot; raises HostError (unavailable) when all are in use."""
+        """Takes a free slot; raises HostError (resource_exhausted) when all are in use."""
         with self._lock:
             if not self._free:
                 raise HostError(
                     f"all {self.slot_count} sandbox slots of this node are in use; "
-                    "try again when a sandbox has ended"
+                    "try again when a sandbox has ended",
+                    code="resource_exhausted",
                 )
             slot = self._slots[self._free.pop()]
             try:

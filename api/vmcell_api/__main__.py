@@ -1,0 +1,58 @@
+"""The API under gunicorn: `python -m vmcell_api [--bind ADDRESS:PORT]`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import falcon
+
+from vmcell_api.app import create_app
+from vmcell_api.config import ApiConfig, load_config
+from vmcell_api.node_client import NodeClient
+from vmcell_api.store.database import check_version, migrate, open_engine
+from vmcell_api.store.records import Store
+from vmcell_api.web_server import WebServer, serve
+from vmcell_protos.errors import VmcellError
+
+CREATE_SLACK_S = 30.0
+
+
+def make_app(config: ApiConfig) -> falcon.App:
+    """The application of one worker; store and node live as long as the process."""
+    node = NodeClient(config.node_socket, create_timeout_s=config.start_timeout_s + CREATE_SLACK_S)
+    return create_app(Store(open_engine(config.database_url)), node, config)
+
+
+def main(arguments: list[str]) -> int:
+    """The command; answers its exit status."""
+    try:
+        config = load_config()
+        match arguments:
+            case []:
+                pass
+            case ["--bind", bind]:
+                config = replace(config, api_bind=bind)
+            case _:
+                sys.stderr.write("usage: python -m vmcell_api [--bind ADDRESS:PORT]\n")
+                return 2
+        migrate(config.database_url, owner_uid=config.api_uid)
+        engine = open_engine(config.database_url)
+        check_version(engine)
+        engine.dispose()
+    except VmcellError as error:
+        sys.stderr.write(f"vmcell_api: {error}\n")
+        return 1
+    server = WebServer(
+        name="vmcell-api",
+        bind=config.api_bind,
+        workers=config.workers,
+        threads=config.threads,
+        uid=config.api_uid,
+    )
+    serve(server, lambda: make_app(config))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

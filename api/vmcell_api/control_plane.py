@@ -1,0 +1,168 @@
+"""What the API does, without HTTP: joins what the node runs with what the store knows.
+
+The store's row is written before the node is asked, so no sandbox can run without an owner; rows
+whose sandbox is gone are dropped when they are met.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from vmcell_api.config import ApiConfig
+from vmcell_api.identifiers import new_access_token, new_sandbox_id, sandbox_id_of
+from vmcell_api.node_client import NewSandbox, NodeVerbs, RunningSandbox
+from vmcell_api.sandbox_bodies import CreateBody, ListQuery
+from vmcell_api.store.records import SandboxRecord, Store, Team, Template
+from vmcell_protos.errors import CallerError, VmcellError
+
+DEFAULT_VCPUS = 1
+DEFAULT_MEMORY_MIB = 512
+LOST_AFTER_MS = 60_000
+
+Pair = tuple[SandboxRecord, RunningSandbox]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """One page of a list; `following` is the last entry when more come after it."""
+
+    entries: list[Pair]
+    following: Pair | None
+    running_count: int
+
+
+class ControlPlane:
+    """The verbs of the API for one team at a time; thread-safe."""
+
+    def __init__(self, store: Store, node: NodeVerbs, config: ApiConfig) -> None:
+        self._store = store
+        self._node = node
+        self._config = config
+
+    def create(self, team: Team, body: CreateBody) -> Pair:
+        """Makes a sandbox; raises CallerError not_found for an unknown template."""
+        template = self._template(body.template)
+        record = SandboxRecord(
+            sandbox_id=new_sandbox_id(),
+            team_id=team.team_id,
+            template_id=template.name,
+            access_token=new_access_token() if body.secured else "",
+            metadata=body.metadata,
+            created_at_unix_ms=_now_ms(),
+        )
+        live = {running.sandbox_id for running in self._node.list()}
+        self._drop_lost(self._store.sandboxes(team_id=team.team_id), live)
+        self._store.add_sandbox(record, limit=team.sandbox_limit, live=live)
+        try:
+            running = self._node.create(self._order(record, template, body))
+        except VmcellError as error:
+            if error.code not in ("deadline_exceeded", "unavailable", "unknown"):
+                self._store.forget_sandboxes([record.sandbox_id])  # known to be undone
+            if error.code == "not_found":
+                raise CallerError(
+                    f"template {body.template!r} does not exist: {error}", code="not_found"
+                ) from error
+            raise
+        self._store.mark_built(record.sandbox_id)
+        return record, running
+
+    def kill(self, team: Team, sandbox_id: str) -> None:
+        """Ends a sandbox of the team; CallerError not_found."""
+        record = self._record(team, sandbox_id)
+        self._node.kill(record.sandbox_id)
+        self._store.forget_sandboxes([record.sandbox_id])
+
+    def get(self, team: Team, sandbox_id: str) -> Pair:
+        """A running sandbox of the team; CallerError not_found."""
+        record = self._record(team, sandbox_id)
+        return record, self._node.get(record.sandbox_id)
+
+    def set_timeout(
+        self, team: Team, sandbox_id: str, timeout_s: int, *, only_extend: bool = False
+    ) -> Pair:
+        """Moves the end of a sandbox to `timeout_s` from now; CallerError not_found."""
+        record = self._record(team, sandbox_id)
+        running = self._node.set_deadline(record.sandbox_id, timeout_s, only_extend=only_extend)
+        return record, running
+
+    def list(self, team: Team, query: ListQuery) -> Page:
+        """The team's running sandboxes that match, newest first unless asked otherwise."""
+        by_id = {running.sandbox_id: running for running in self._node.list()}
+        records = self._store.sandboxes(team_id=team.team_id)
+        self._drop_lost(records, by_id.keys())
+        pairs = [(record, by_id[key]) for key, record in records.items() if key in by_id]
+        matching = [pair for pair in pairs if _matches(pair, query)]
+        matching.sort(key=_position, reverse=not query.ascending)
+        if query.after is not None:
+            matching = [pair for pair in matching if _comes_after(pair, query)]
+        page = matching[: query.limit]
+        more = len(matching) > len(page)
+        return Page(entries=page, following=page[-1] if more else None, running_count=len(pairs))
+
+    def _template(self, name: str) -> Template:
+        """A template of the store, else the imported image of that name with default sizes."""
+        plain = name.removesuffix(":default")
+        found = self._store.template(plain)
+        return found or Template(
+            name=name, image=name, vcpus=DEFAULT_VCPUS, memory_mib=DEFAULT_MEMORY_MIB
+        )
+
+    def _order(self, record: SandboxRecord, template: Template, body: CreateBody) -> NewSandbox:
+        return NewSandbox(
+            sandbox_id=record.sandbox_id,
+            template_id=template.name,
+            image=template.image,
+            vcpus=template.vcpus,
+            memory_mib=template.memory_mib,
+            timeout_s=body.timeout_s,
+            environment=body.environment,
+            access_token=record.access_token,
+            default_user=self._config.default_user,
+            allow_internet=body.allow_internet,
+        )
+
+    def _record(self, team: Team, text: str) -> SandboxRecord:
+        """The team's row; another team's sandbox is as unknown as none at all."""
+        sandbox_id = sandbox_id_of(text)
+        record = sandbox_id and self._store.sandbox(sandbox_id, team_id=team.team_id)
+        if not record:
+            raise CallerError(f"sandbox {text[:60]!r} was not found", code="not_found")
+        return record
+
+    def _drop_lost(self, records: dict[str, SandboxRecord], live: Collection[str]) -> None:
+        """Forgets rows whose sandbox ended by itself; fresh ones may still be in the making."""
+        newest_ms = _now_ms() - self._config.start_timeout_s * 1000 - LOST_AFTER_MS
+        lost = [
+            key
+            for key, record in records.items()
+            if key not in live and record.created_at_unix_ms < newest_ms
+        ]
+        if lost:
+            self._store.forget_sandboxes(lost)
+
+
+def _position(pair: Pair) -> tuple[int, str]:
+    return pair[1].started_at_unix_ms, pair[0].sandbox_id
+
+
+def _comes_after(pair: Pair, query: ListQuery) -> bool:
+    assert query.after is not None
+    if query.ascending:
+        return _position(pair) > query.after
+    return _position(pair) < query.after
+
+
+def _matches(pair: Pair, query: ListQuery) -> bool:
+    record, running = pair
+    return (
+        "running" in query.states
+        and running.started_at_unix_ms >= query.started_after_unix_ms
+        and query.template in ("", record.template_id)
+        and query.metadata.items() <= record.metadata.items()
+    )
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

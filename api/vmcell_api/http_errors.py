@@ -1,0 +1,76 @@
+"""Every error of the API as E2B's body: `{"code": <status>, "message": <sentence>}`.
+
+SDKs retry 429, 502, 503 and 504 unless `Should-Retry: false` stands in the answer; it does wherever
+asking again cannot help, so that one failing create does not become four.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import falcon
+
+from vmcell_api.json_body import BodyTooLarge
+from vmcell_api.node_client import NodeUnreachable
+from vmcell_protos.errors import CODES, CallerError, VmcellError
+
+log = logging.getLogger("vmcell.api")
+
+
+def write_error(
+    resp: falcon.Response, status: int, message: str, *, error_code: str = "", retry: bool = False
+) -> None:
+    """Puts the error into the answer."""
+    body: dict[str, object] = {"code": status, "message": message}
+    if error_code:
+        body["error_code"] = error_code
+    resp.status = status
+    resp.content_type = falcon.MEDIA_JSON
+    resp.data = json.dumps(body).encode()
+    if retry:
+        resp.set_header("Retry-After", "1")
+    elif status >= 500 or status == 429:
+        resp.set_header("Should-Retry", "false")
+
+
+def on_vmcell_error(
+    req: falcon.Request, resp: falcon.Response, error: VmcellError, params: object
+) -> None:
+    """One of ours: the code's row in the table says the status."""
+    status = CODES[error.code].http
+    if isinstance(error, BodyTooLarge):
+        write_error(resp, 413, str(error))
+    elif isinstance(error, NodeUnreachable):
+        log.error("%s", error)
+        write_error(resp, status, str(error), retry=True)
+    elif error.code == "resource_exhausted" and not isinstance(error, CallerError):
+        write_error(resp, 503, str(error), error_code="sandbox_capacity_unavailable", retry=True)
+    else:
+        if status >= 500:
+            log.error("%s %s: %s", req.method, req.path, error)
+        write_error(resp, status, str(error))
+
+
+def on_http_error(
+    req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError, params: object
+) -> None:
+    """One of Falcon's: no such route, no such method, a header it cannot read."""
+    words = {404: f"no route {req.path}", 405: f"{req.method} is not allowed on {req.path}"}
+    message = words.get(error.status_code) or error.description or error.title or "refused"
+    write_error(resp, error.status_code, message)
+    if error.headers:
+        resp.set_headers(error.headers)
+
+
+def on_bug(req: falcon.Request, resp: falcon.Response, error: Exception, params: object) -> None:
+    """Anything else is a bug: the trace goes to the log, not to the client."""
+    log.error("%s %s failed", req.method, req.path, exc_info=error)
+    write_error(resp, 500, "the server failed; its log has the trace")
+
+
+def install(app: falcon.App) -> None:
+    """Makes every error of `app` leave in this form."""
+    app.add_error_handler(Exception, on_bug)
+    app.add_error_handler(falcon.HTTPError, on_http_error)
+    app.add_error_handler(VmcellError, on_vmcell_error)

@@ -1,0 +1,178 @@
+"""The API's side of noded's door.
+
+`NodeVerbs` is what the rest of the API knows of a node; `NodeClient` is the real one. gRPC
+channels do not survive a fork, so the channel is made at the first call, in the worker.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import grpc
+
+from vmcell_protos.errors import CODE_NAMES, CallerError, HostError, VmcellError
+from vmcell_protos.pb import node_pb2, node_pb2_grpc
+
+CALL_TIMEOUT_S = 30.0
+KILL_TIMEOUT_S = 60.0
+CALLERS_CODES = (
+    *("invalid_argument", "not_found", "already_exists", "failed_precondition", "out_of_range"),
+    *("permission_denied", "unimplemented"),
+)
+
+
+class NodeUnreachable(HostError):
+    """noded does not answer; asking again soon may help."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewSandbox:
+    """What the API asks a node to make."""
+
+    sandbox_id: str
+    template_id: str
+    image: str
+    vcpus: int
+    memory_mib: int
+    timeout_s: int
+    environment: dict[str, str] = field(default_factory=dict)
+    access_token: str = field(default="", repr=False)
+    default_user: str = ""
+    allow_internet: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningSandbox:
+    """A sandbox as the node sees it; times are unix milliseconds, `address` is IPv4."""
+
+    sandbox_id: str
+    template_id: str
+    image: str
+    vcpus: int
+    memory_mib: int
+    disk_mib: int
+    started_at_unix_ms: int
+    end_at_unix_ms: int
+    address: str
+    allow_internet: bool
+
+
+class NodeVerbs(Protocol):
+    """The fixed verbs of a node; each raises CallerError or HostError."""
+
+    def create(self, sandbox: NewSandbox) -> RunningSandbox:
+        """Makes a sandbox and answers when it can be used."""
+
+    def kill(self, sandbox_id: str) -> None:
+        """Ends a sandbox; not_found when there is none."""
+
+    def get(self, sandbox_id: str) -> RunningSandbox:
+        """One running sandbox; not_found when there is none."""
+
+    def list(self) -> list[RunningSandbox]:
+        """The running sandboxes, oldest first."""
+
+    def set_deadline(self, sandbox_id: str, timeout_s: int, *, only_extend: bool) -> RunningSandbox:
+        """Moves the end to `timeout_s` from now."""
+
+
+class NodeClient:
+    """noded over its unix socket; thread-safe, `close()` is idempotent."""
+
+    def __init__(self, socket_path: str, *, create_timeout_s: float) -> None:
+        self._socket_path = socket_path
+        self._create_timeout_s = create_timeout_s
+        self._lock = threading.Lock()
+        self._channel: grpc.Channel | None = None
+        self._stub: node_pb2_grpc.NodeStub | None = None
+
+    def close(self) -> None:
+        """Ends the connection."""
+        with self._lock:
+            if self._channel is not None:
+                self._channel.close()
+            self._channel = self._stub = None
+
+    def create(self, sandbox: NewSandbox) -> RunningSandbox:
+        """Makes a sandbox and answers when it can be used."""
+        request = node_pb2.CreateSandboxRequest(
+            sandbox_id=sandbox.sandbox_id,
+            template_id=sandbox.template_id,
+            image=sandbox.image,
+            vcpus=sandbox.vcpus,
+            memory_mib=sandbox.memory_mib,
+            timeout_ms=sandbox.timeout_s * 1000,
+            environment=sandbox.environment,
+            access_token=sandbox.access_token,
+            default_user=sandbox.default_user,
+            allow_internet=sandbox.allow_internet,
+        )
+        return _running(self._call("CreateSandbox", request, self._create_timeout_s))
+
+    def kill(self, sandbox_id: str) -> None:
+        """Ends a sandbox; not_found when there is none."""
+        self._call("KillSandbox", node_pb2.SandboxRef(sandbox_id=sandbox_id), KILL_TIMEOUT_S)
+
+    def get(self, sandbox_id: str) -> RunningSandbox:
+        """One running sandbox; not_found when there is none."""
+        return _running(self._call("GetSandbox", node_pb2.SandboxRef(sandbox_id=sandbox_id)))
+
+    def list(self) -> list[RunningSandbox]:
+        """The running sandboxes, oldest first."""
+        answer = self._call("ListSandboxes", node_pb2.ListSandboxesRequest())
+        return [_running(message) for message in answer.sandboxes]
+
+    def set_deadline(self, sandbox_id: str, timeout_s: int, *, only_extend: bool) -> RunningSandbox:
+        """Moves the end to `timeout_s` from now."""
+        request = node_pb2.SetDeadlineRequest(
+            sandbox_id=sandbox_id, timeout_ms=timeout_s * 1000, only_extend=only_extend
+        )
+        return _running(self._call("SetDeadline", request))
+
+    def _call(self, verb: str, request: object, timeout_s: float = CALL_TIMEOUT_S):  # type: ignore[no-untyped-def]  # stubs are untyped
+        method: Callable = getattr(self._connected(), verb)
+        try:
+            return method(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise _translate(error, self._socket_path) from error
+
+    def _connected(self) -> node_pb2_grpc.NodeStub:
+        with self._lock:
+            if self._stub is None:
+                self._channel = grpc.insecure_channel(
+                    f"unix://{self._socket_path}",
+                    options=[
+                        ("grpc.initial_reconnect_backoff_ms", 100),
+                        ("grpc.max_reconnect_backoff_ms", 1000),
+                    ],
+                )
+                self._stub = node_pb2_grpc.NodeStub(self._channel)
+            return self._stub
+
+
+def _translate(error: grpc.RpcError, socket_path: str) -> VmcellError:
+    """Our error for one of gRPC's; noded marks its own answers in the trailing metadata."""
+    spoken = any(key == "vmcell-fault" for key, _ in error.trailing_metadata() or ())
+    code = CODE_NAMES.get(error.code().value[0], "unknown")
+    if not spoken and code == "unavailable":
+        return NodeUnreachable(f"noded does not answer on {socket_path}; start it, then try again")
+    kind = CallerError if code in CALLERS_CODES else HostError
+    return kind(error.details() or code, code=code)
+
+
+def _running(message: node_pb2.Sandbox) -> RunningSandbox:
+    return RunningSandbox(
+        sandbox_id=message.sandbox_id,
+        template_id=message.template_id,
+        image=message.image,
+        vcpus=message.vcpus,
+        memory_mib=message.memory_mib,
+        disk_mib=message.disk_mib,
+        started_at_unix_ms=message.started_at_unix_ms,
+        end_at_unix_ms=message.end_at_unix_ms,
+        address=message.address,
+        allow_internet=message.allow_internet,
+    )

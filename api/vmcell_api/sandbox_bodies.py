@@ -1,0 +1,183 @@
+"""Bodies and queries of the sandbox routes, from E2B's JSON names to checked records.
+
+Options that this server does not have are refused by name: ignoring one would promise a sandbox
+that is not what was asked for. Fields that are unknown to E2B are ignored, as E2B does.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import datetime
+import re
+from dataclasses import dataclass, field
+from urllib.parse import parse_qsl, unquote
+
+from vmcell_api.json_body import bool_field, int_field, text_field, text_map_field
+from vmcell_protos.errors import CallerError
+
+DEFAULT_TIMEOUT_V1_S = 15
+DEFAULT_TIMEOUT_V2_S = 300
+MAX_REFRESH_S = 3600
+MAX_TEMPLATE_LENGTH = 512
+MAX_PAGE = 100
+STATES = ("running", "paused")
+_CURSOR = re.compile(r"(\d{1,15})__([a-z0-9]{20})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreateBody:
+    """A create as the client wants it; `secured`: envd asks for a token."""
+
+    template: str
+    timeout_s: int
+    secured: bool
+    allow_internet: bool
+    metadata: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListQuery:
+    """Which sandboxes, in which order; `after` is the cursor (started_at_unix_ms, id)."""
+
+    metadata: dict[str, str] = field(default_factory=dict)
+    states: tuple[str, ...] = STATES
+    ascending: bool = False
+    started_after_unix_ms: int = 0
+    template: str = ""
+    limit: int = MAX_PAGE
+    after: tuple[int, str] | None = None
+
+
+def parse_create(body: dict[str, object], *, version: int, max_timeout_s: int) -> CreateBody:
+    """The body of `POST /sandboxes` (version 1) or `POST /v2/sandboxes`; raises CallerError."""
+    _refuse_missing_options(body)
+    default_s = DEFAULT_TIMEOUT_V1_S if version == 1 else DEFAULT_TIMEOUT_V2_S
+    environment = text_map_field(body, "envVars")
+    for name in environment:
+        if not name or "=" in name:
+            raise CallerError(f"envVars names a variable {name[:40]!r}; use names without '='")
+    internet = bool_field(body, "allowInternetAccess", default=True)
+    return CreateBody(
+        template=text_field(body, "templateID", max_length=MAX_TEMPLATE_LENGTH),
+        timeout_s=parse_timeout(body, default=default_s, max_timeout_s=max_timeout_s, lowest=1),
+        secured=version != 1 or bool_field(body, "secure", default=False),
+        allow_internet=bool_field(body, "allow_internet_access", default=internet),
+        metadata=text_map_field(body, "metadata"),
+        environment=environment,
+    )
+
+
+def parse_timeout(
+    body: dict[str, object], *, default: int, max_timeout_s: int, lowest: int = 0
+) -> int:
+    """The field `timeout` in seconds; raises CallerError."""
+    return int_field(body, "timeout", default=default, bounds=range(lowest, max_timeout_s + 1))
+
+
+def parse_required_timeout(body: dict[str, object], max_timeout_s: int) -> int:
+    """`timeout` of `POST /sandboxes/{id}/timeout`, where it may not be left out."""
+    if body.get("timeout") is None:
+        raise CallerError("timeout is absent; give the seconds from now, 0 to end it at once")
+    return parse_timeout(body, default=0, max_timeout_s=max_timeout_s)
+
+
+def _refuse_missing_options(body: dict[str, object]) -> None:
+    wanted = [name for name in ("autoPause", "mcp", "volumeMounts", "iam") if body.get(name)]
+    resume = body.get("autoResume")
+    if resume and not (isinstance(resume, dict) and not resume.get("enabled")):
+        wanted.append("autoResume")
+    lifecycle = body.get("lifecycle")
+    if isinstance(lifecycle, dict):
+        if lifecycle.get("onTimeout") not in (None, "kill"):
+            wanted.append("lifecycle.onTimeout")
+        if lifecycle.get("autoResume"):
+            wanted.append("lifecycle.autoResume")
+    elif lifecycle is not None:
+        wanted.append("lifecycle")
+    network = body.get("network")
+    if isinstance(network, dict):
+        wanted += [
+            f"network.{name}"
+            for name, value in network.items()
+            if value and (name, value) != ("allowPublicTraffic", True)
+        ]
+        if network.get("allowPublicTraffic") is False:
+            wanted.append("network.allowPublicTraffic")
+    elif network is not None:
+        raise CallerError("network takes an object")
+    if wanted:
+        raise CallerError(f"this server does not have {', '.join(wanted)[:300]}; leave it out")
+
+
+def parse_list_query(query_string: str) -> ListQuery:
+    """The query of `GET /v2/sandboxes`; raises CallerError."""
+    query: dict[str, str] = {}
+    for name, value in parse_qsl(query_string, keep_blank_values=True):
+        if name in query and name == "state":  # repeated instead of joined by commas
+            query[name] += f",{value}"
+        else:
+            query[name] = value
+    states = tuple(filter(None, query.get("state", "").split(","))) or STATES
+    for state in states:
+        if state not in STATES:
+            raise CallerError(f"state is {state[:40]!r}; it takes {' or '.join(STATES)}")
+    order = query.get("order") or "desc"
+    if order not in ("asc", "desc"):
+        raise CallerError(f"order is {order[:40]!r}; it takes asc or desc")
+    return ListQuery(
+        metadata=parse_metadata_query(query.get("metadata", "")),
+        states=states,
+        ascending=order == "asc",
+        started_after_unix_ms=_unix_ms(query.get("startedAfter", "")),
+        template=query.get("template", ""),
+        limit=_page_size(query.get("limit", "")),
+        after=_cursor(query.get("nextToken", "")),
+    )
+
+
+def parse_metadata_query(value: str) -> dict[str, str]:
+    """The pairs of a `metadata` parameter that was decoded once already.
+
+    SDKs quote keys and values, then the form, then the parameter: two decodings are left.
+    """
+    return {unquote(key): unquote(item) for key, item in parse_qsl(value, keep_blank_values=True)}
+
+
+def encode_cursor(started_at_unix_ms: int, sandbox_id: str) -> str:
+    """The `nextToken` that continues after this sandbox."""
+    return base64.urlsafe_b64encode(f"{started_at_unix_ms}__{sandbox_id}".encode()).decode()
+
+
+def _cursor(token: str) -> tuple[int, str] | None:
+    if not token:
+        return None
+    try:
+        text = base64.b64decode(token.encode(), altchars=b"-_", validate=True).decode()
+    except (binascii.Error, UnicodeError) as error:
+        raise CallerError("nextToken is none of this server's; start again without it") from error
+    match = _CURSOR.fullmatch(text)
+    if match is None:
+        raise CallerError("nextToken is none of this server's; start again without it")
+    return int(match[1]), match[2]
+
+
+def _page_size(text: str) -> int:
+    if not text:
+        return MAX_PAGE
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= MAX_PAGE:
+        raise CallerError(f"limit is {text[:20]!r}; it takes 1 to {MAX_PAGE}")
+    return int(text)
+
+
+def _unix_ms(text: str) -> int:
+    if not text:
+        return 0
+    try:
+        moment = datetime.datetime.fromisoformat(text)
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=datetime.UTC)
+        return int(moment.timestamp() * 1000)
+    except (ValueError, OverflowError) as error:
+        raise CallerError(f"startedAfter is {text[:40]!r}; it takes an RFC 3339 time") from error

@@ -1,0 +1,129 @@
+"""The engine of the store, its migration, and who owns the SQLite file.
+
+SQLite runs in WAL mode with a busy timeout, so the gunicorn workers and the key command share it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy.engine import URL, Engine, make_url
+
+from vmcell_protos.errors import HostError
+
+BUSY_TIMEOUT_MS = 5000
+_PRAGMAS = (
+    f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}",
+    "PRAGMA journal_mode=WAL",
+    "PRAGMA synchronous=NORMAL",
+    "PRAGMA foreign_keys=ON",
+)
+
+
+def open_engine(url: str) -> Engine:
+    """An engine for `url`; nothing is connected yet. Raises HostError for a URL that is none."""
+    try:
+        engine = sa.create_engine(url, pool_pre_ping=True)
+    except (sa.exc.ArgumentError, ImportError) as error:
+        raise HostError(
+            f"database_url cannot be used: {error}; give one like sqlite:////path or postgresql://"
+        ) from error
+    if engine.dialect.name == "sqlite":
+        sa.event.listen(engine, "connect", _prepare_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection, _) -> None:  # type: ignore[no-untyped-def]  # DB-API, untyped
+    cursor = connection.cursor()
+    for pragma in _PRAGMAS:
+        cursor.execute(pragma)
+    cursor.close()
+
+
+def migrate(url: str, *, owner_uid: int | None = None) -> None:
+    """Brings the store to the newest version; makes it first where it is a missing SQLite file.
+
+    `owner_uid` gets the SQLite file and its folder, when we are root. Raises HostError.
+    """
+    path = _sqlite_path(make_url(url))
+    try:
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            path.touch(mode=0o600)
+            # SQLite gives its side files the owner of the database file.
+            if owner_uid is not None and os.geteuid() == 0:
+                os.chown(path.parent, owner_uid, owner_uid)
+                os.chown(path, owner_uid, owner_uid)
+        with _one_at_a_time(path):
+            _upgrade(url)
+    except (OSError, sa.exc.SQLAlchemyError) as error:
+        raise HostError(f"cannot bring the store {_shown(url)} up to date: {error}") from error
+
+
+def _upgrade(url: str) -> None:
+    engine = open_engine(url)
+    try:
+        with engine.begin() as connection:
+            config = _alembic_config()
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+    finally:
+        engine.dispose()
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: Path | None) -> Iterator[None]:
+    """Holds a lock on the SQLite file's folder: its schema changes are not transactional.
+
+    Not on the file itself: closing a descriptor of it would drop SQLite's own locks.
+    """
+    if path is None:
+        yield
+        return
+    folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def check_version(engine: Engine) -> None:
+    """Raises HostError unless the store has the version that this code wants."""
+    head = ScriptDirectory.from_config(_alembic_config()).get_current_head()
+    try:
+        with engine.connect() as connection:
+            found = MigrationContext.configure(connection).get_current_revision()
+    except sa.exc.SQLAlchemyError as error:
+        raise HostError(f"cannot open the store: {error}") from error
+    if found != head:
+        raise HostError(
+            f"the store has version {found}, this program wants {head}; "
+            "run `python -m vmcell_api.keys migrate`"
+        )
+
+
+def _alembic_config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", "vmcell_api.store:migrations")
+    return config
+
+
+def _sqlite_path(url: URL) -> Path | None:
+    if not url.drivername.startswith("sqlite") or not url.database or url.database == ":memory:":
+        return None
+    return Path(url.database)
+
+
+def _shown(url: str) -> str:
+    """The URL without its password."""
+    return make_url(url).render_as_string(hide_password=True)

@@ -1,0 +1,5 @@
+"""The migrations, oldest first; each names the one before it.
+
+Reading order:
+v0001_first_tables  teams, api_keys, templates, sandboxes
+"""

@@ -1,0 +1,209 @@
+"""The questions the service asks its store; each method is one transaction.
+
+Rows leave this module as frozen records. Tenants are kept apart here: what belongs to a team is
+only answered to that team.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine
+from sqlalchemy.orm import Session
+
+from vmcell_api.store.tables import ApiKeyRow, SandboxRow, TeamRow, TemplateRow
+from vmcell_protos.errors import CallerError, HostError
+
+DEFAULT_SANDBOX_LIMIT = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Team:
+    """A tenant."""
+
+    team_id: str
+    name: str
+    sandbox_limit: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """What a template's name stands for."""
+
+    name: str
+    image: str
+    vcpus: int
+    memory_mib: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SandboxRecord:
+    """What the store keeps of a sandbox; `access_token` "": envd asks for none."""
+
+    sandbox_id: str
+    team_id: str
+    template_id: str
+    access_token: str = field(repr=False)
+    metadata: dict[str, str]
+    created_at_unix_ms: int
+
+
+class Store:
+    """Owns an engine; thread-safe, `close()` is idempotent.
+
+    Every method raises HostError when the database does not answer.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def close(self) -> None:
+        """Closes the pool."""
+        self._engine.dispose()
+
+    def team_of_key(self, key_hash: str) -> Team | None:
+        """The team whose key has that hash."""
+        query = sa.select(TeamRow).join(ApiKeyRow).where(ApiKeyRow.hash == key_hash)
+        with self._transaction() as session:
+            row = session.scalar(query)
+            return _team(row) if row else None
+
+    def ensure_team(self, name: str) -> Team:
+        """The team of that name, made if it is missing."""
+        with self._transaction() as session:
+            row = session.scalar(sa.select(TeamRow).where(TeamRow.name == name))
+            if row is None:
+                row = TeamRow(
+                    id=str(uuid.uuid4()),
+                    name=name,
+                    sandbox_limit=DEFAULT_SANDBOX_LIMIT,
+                    created_at_unix_ms=_now_ms(),
+                )
+                session.add(row)
+            return _team(row)
+
+    def add_key(self, team_id: str, key_hash: str) -> None:
+        """Gives a team one more key."""
+        with self._transaction() as session:
+            session.add(ApiKeyRow(hash=key_hash, team_id=team_id, created_at_unix_ms=_now_ms()))
+
+    def template(self, name: str) -> Template | None:
+        """The template of that name."""
+        with self._transaction() as session:
+            row = session.get(TemplateRow, name)
+            if row is None:
+                return None
+            return Template(
+                name=row.name, image=row.image, vcpus=row.vcpus, memory_mib=row.memory_mib
+            )
+
+    def add_sandbox(self, record: SandboxRecord, *, limit: int, live: Collection[str]) -> None:
+        """Writes the row of a sandbox that is about to be made.
+
+        `live` are the ids that run on the node; rows of neither kind do not count against `limit`.
+        Raises CallerError (resource_exhausted) when the team has reached it.
+        """
+        with self._transaction() as session:
+            rows = session.execute(
+                sa.select(SandboxRow.id, SandboxRow.built).where(
+                    SandboxRow.team_id == record.team_id
+                )
+            ).all()
+            count = sum(1 for sandbox_id, built in rows if not built or sandbox_id in live)
+            if count >= limit:
+                raise CallerError(
+                    f"the team has {count} sandboxes of at most {limit}; kill one first",
+                    code="resource_exhausted",
+                )
+            session.add(
+                SandboxRow(
+                    id=record.sandbox_id,
+                    team_id=record.team_id,
+                    template_id=record.template_id,
+                    access_token=record.access_token,
+                    user_metadata=record.metadata,
+                    built=False,
+                    created_at_unix_ms=record.created_at_unix_ms,
+                )
+            )
+
+    def mark_built(self, sandbox_id: str) -> None:
+        """Says that the node has made the sandbox."""
+        with self._transaction() as session:
+            session.execute(
+                sa.update(SandboxRow).where(SandboxRow.id == sandbox_id).values(built=True)
+            )
+
+    def sandbox(self, sandbox_id: str, *, team_id: str) -> SandboxRecord | None:
+        """A sandbox of that team."""
+        query = sa.select(SandboxRow).where(
+            SandboxRow.id == sandbox_id, SandboxRow.team_id == team_id
+        )
+        with self._transaction() as session:
+            row = session.scalar(query)
+            return _sandbox(row) if row else None
+
+    def sandboxes(self, *, team_id: str) -> dict[str, SandboxRecord]:
+        """All rows of a team, by sandbox id."""
+        query = sa.select(SandboxRow).where(SandboxRow.team_id == team_id)
+        with self._transaction() as session:
+            return {row.id: _sandbox(row) for row in session.scalars(query)}
+
+    def tokens(self) -> dict[str, str]:
+        """The envd tokens of all secured sandboxes, by sandbox id."""
+        query = sa.select(SandboxRow.id, SandboxRow.access_token).where(
+            SandboxRow.access_token != ""
+        )
+        with self._transaction() as session:
+            return {sandbox_id: token for sandbox_id, token in session.execute(query)}
+
+    def forget_sandboxes(self, sandbox_ids: Collection[str]) -> None:
+        """Deletes rows; missing ones are fine."""
+        with self._transaction() as session:
+            session.execute(sa.delete(SandboxRow).where(SandboxRow.id.in_(sandbox_ids)))
+
+    def _transaction(self) -> _Transaction:
+        return _Transaction(self._engine)
+
+
+class _Transaction:
+    """One session that commits at the end of the block and turns database errors into ours."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._session = Session(engine, expire_on_commit=False)
+
+    def __enter__(self) -> Session:
+        return self._session
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        with self._session as session:
+            try:
+                if error is None:
+                    session.commit()
+            except sa.exc.SQLAlchemyError as failure:
+                raise HostError(f"the store did not take a change: {failure}") from failure
+        if isinstance(error, sa.exc.SQLAlchemyError):
+            raise HostError(f"the store did not answer: {error}") from error
+
+
+def _team(row: TeamRow) -> Team:
+    return Team(team_id=row.id, name=row.name, sandbox_limit=row.sandbox_limit)
+
+
+def _sandbox(row: SandboxRow) -> SandboxRecord:
+    return SandboxRecord(
+        sandbox_id=row.id,
+        team_id=row.team_id,
+        template_id=row.template_id,
+        access_token=row.access_token,
+        metadata=row.user_metadata,
+        created_at_unix_ms=row.created_at_unix_ms,
+    )
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,85 @@
+"""gunicorn, set up from code: the same for the API and for the route application.
+
+Everything is imported before the workers fork and give up root, so the code itself need not be
+readable for the user they become.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import falcon
+from gunicorn.app.base import BaseApplication
+
+# Longer than the 300 s for which clients keep idle connections.
+KEEPALIVE_S = 620
+HEADER_BYTES = 32768
+HEADER_COUNT = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebServer:
+    """`bind` is "address:port" or "unix:/path"; `uid` None: workers stay who they are."""
+
+    name: str
+    bind: str
+    workers: int
+    threads: int
+    uid: int | None = None
+    gid: int | None = None
+    umask: int = 0o117
+
+
+def serve(server: WebServer, make_app: Callable[[], falcon.App]) -> None:
+    """Runs until a signal ends the process; `make_app` is called in each worker."""
+    _Gunicorn(server, make_app).run()
+
+
+class _Gunicorn(BaseApplication):
+    def __init__(self, server: WebServer, make_app: Callable[[], falcon.App]) -> None:
+        self._server = server
+        self._make_app = make_app
+        super().__init__()
+
+    def load_config(self) -> None:
+        server = self._server
+        settings: dict[str, object] = {
+            "bind": server.bind,
+            "proc_name": server.name,
+            "worker_class": "gthread",
+            "workers": server.workers,
+            "threads": server.threads,
+            "keepalive": KEEPALIVE_S,
+            "limit_request_field_size": HEADER_BYTES,
+            "limit_request_fields": HEADER_COUNT,
+            "limit_request_line": 8190,
+            "umask": server.umask,
+            "graceful_timeout": 10,
+            "timeout": 120,
+            "worker_tmp_dir": "/dev/shm",
+            "post_fork": _drop_groups if server.uid is not None else _keep,
+            "control_socket_disable": True,
+            # No client may say who it is or where the application is mounted.
+            "forwarded_allow_ips": "",
+            "forwarder_headers": "",
+        }
+        if server.uid is not None and os.geteuid() == 0:
+            settings["user"] = server.uid
+            settings["group"] = server.uid if server.gid is None else server.gid
+        for name, value in settings.items():
+            self.cfg.set(name, value)
+
+    def load(self) -> falcon.App:
+        return self._make_app()
+
+
+def _drop_groups(arbiter: object, worker: object) -> None:
+    """gunicorn changes user and group, but leaves root's other groups."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+
+
+def _keep(arbiter: object, worker: object) -> None:
+    """Nothing to drop."""
