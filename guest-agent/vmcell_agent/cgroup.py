@@ -15,6 +15,7 @@ from vmcell_protos.errors import HostError
 
 MAX_LISTED_PIDS = 4096
 _MAX_NESTED = 1024
+_SWAP_LIMIT = "memory.swap.max"
 _READ_BYTES = 256 << 10
 
 
@@ -76,6 +77,8 @@ class Cgroup:
             os.makedirs(self.path, mode=0o755, exist_ok=False)
         try:
             for name, value in files.items():
+                if name == _SWAP_LIMIT and not os.path.exists(f"{self.path}/{name}"):
+                    continue  # a kernel without swap keeps to any limit of it
                 with attempt(f"set {name} to {value!r}"):
                     _write(f"{self.path}/{name}", value)
         except HostError:

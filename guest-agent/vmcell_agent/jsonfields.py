@@ -27,6 +27,17 @@ def parse_object(data: bytes, what: str) -> Object:
     return Object(_of_type(value, dict, what, "an object"), what)
 
 
+def _check_text(value: str, path: str) -> str:
+    """What no system call takes: a NUL byte, half a surrogate pair."""
+    if "\0" in value:
+        raise CallerError(f"{path} contains a NUL byte")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise CallerError(f"{path} is not valid Unicode") from error
+    return value
+
+
 def _of_type(value: Any, kind: type, path: str, name: str) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise CallerError(f"{path} must be {name}, not {type(value).__name__}")
@@ -52,9 +63,7 @@ class Object:
 
     def text(self, key: str, default: str = "") -> str:
         value = self._get(key, str, "a string")
-        if value is not None and "\0" in value:
-            raise CallerError(f"{self.path}.{key} contains a NUL byte")
-        return default if value is None else str(value)
+        return default if value is None else _check_text(value, f"{self.path}.{key}")
 
     def flag(self, key: str) -> bool:
         return bool(self._get(key, bool, "true or false"))
@@ -83,8 +92,7 @@ class Object:
         rows = self._get(key, list, "a list") or []
         for index, row in enumerate(rows):
             _of_type(row, str, f"{self.path}.{key}[{index}]", "a string")
-            if "\0" in row:
-                raise CallerError(f"{self.path}.{key}[{index}] contains a NUL byte")
+            _check_text(row, f"{self.path}.{key}[{index}]")
         return list(rows)
 
     def numbers(self, key: str, low: int, high: int) -> list[int]:
@@ -99,5 +107,7 @@ class Object:
     def text_map(self, key: str) -> dict[str, str]:
         rows = self._get(key, dict, "an object") or {}
         for name, value in rows.items():
-            _of_type(value, str, f"{self.path}.{key}[{name!r}]", "a string")
+            path = f"{self.path}.{key}[{name!r}]"
+            _check_text(_of_type(value, str, path, "a string"), path)
+            _check_text(name, path)
         return dict(rows)
