@@ -42,7 +42,7 @@ def hostile_image(tmp_path_factory: pytest.TempPathFactory, outside: Path) -> Pa
     (tree / "etc/fifo-link").symlink_to("fifo")
     (tree / "etc/loop").symlink_to("loop")
     os.mkfifo(tree / "etc/fifo")
-    (tree / "etc/init-root").symlink_to("/proc/1/root/../../etc/init-root-seen")
+    (tree / "etc/by-proc").symlink_to(Path("/proc/1", "root", "../../etc/by-proc-seen"))
     return make_erofs(tree, directory / "hostile.erofs")
 
 
@@ -58,7 +58,7 @@ def hostile_agent(hostile_image: Path) -> Iterator[AgentUnderTest]:
 @pytest.mark.parametrize(
     "destination",
     ["/etc/absolute", "/etc/climbing", "/etc/folder/file", "/etc/resolv.conf", "/../../etc/plain",
-     "/new/folders/file", "/etc/../etc/./dots"],
+     "/new/folders/file", "/etc/../etc/./dots", "/etc/by-proc"],
 )  # fmt: skip
 def test_a_copy_stays_inside_and_is_found_by_its_name(
     hostile_agent: AgentUnderTest, outside: Path, destination: str
