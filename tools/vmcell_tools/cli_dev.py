@@ -28,6 +28,7 @@ def dev() -> None:
 @click.option("--data-port", type=click.IntRange(0, 65535), help="Default 3080; 0 is any free one.")
 @click.option("--deadline", default=180.0, show_default=True, help="Seconds until it must be up.")
 @click.option("--lifetime", default=14400, show_default=True, help="Seconds until it powers off.")
+@click.option("--store", help="Keep containerd's images on a disk of that key; default: in memory.")
 @json_option
 def dev_up(
     name: str,
@@ -39,6 +40,7 @@ def dev_up(
     data_port: int | None,
     deadline: float,
     lifetime: int,
+    store: str | None,
     as_json: bool,
 ) -> None:
     """Start the dev VM, or say that it is up already."""
@@ -56,6 +58,7 @@ def dev_up(
         data_port=data_port if data_port is not None else 3080 * is_default,
         deadline_s=deadline,
         lifetime_s=lifetime,
+        store=store,
     )
     with Progress("vmcell dev") as progress:
         vm, started = dev_vm.up(request, progress)

@@ -106,6 +106,7 @@ class DevVm:
     memory_mib: int
     accelerator: str
     ready: bool
+    has_store: bool = True
 
     @property
     def out_directory(self) -> Path:
@@ -125,18 +126,43 @@ class DevVm:
 
 
 def load(name: str) -> DevVm | None:
-    """The recorded VM, alive or not; None when there is no record."""
+    """The recorded VM, alive or not; None when there is no record.
+
+    Raises HostError for a record of another version or a damaged one; `vmcell dev down` copes.
+    """
+    directory = state_directory(name)
+    try:
+        record = json.loads((directory / "state.json").read_text())
+        return DevVm(
+            **record
+            | {
+                "directory": directory,
+                "qemu": ProcessId(**record["qemu"]),
+                "helpers": tuple(ProcessId(**helper) for helper in record["helpers"]),
+            }
+        )
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise HostError(
+            f"{directory}/state.json is damaged or of another version ({error}); run:"
+            f" vmcell dev down --name {name}"
+        ) from error
+
+
+def recorded_processes(name: str) -> list[ProcessId]:
+    """QEMU first, then its helpers, also from a record that `load` refuses."""
     path = state_directory(name) / "state.json"
     try:
         record = json.loads(path.read_text())
+        return [ProcessId(**row) for row in (record["qemu"], *record["helpers"])]
     except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise HostError(f"{path} is not JSON ({error}); run: vmcell dev down") from error
-    record["directory"] = Path(record["directory"])
-    record["qemu"] = ProcessId(**record["qemu"])
-    record["helpers"] = tuple(ProcessId(**helper) for helper in record["helpers"])
-    return DevVm(**record)
+        return []
+    except (ValueError, TypeError, KeyError) as error:
+        raise HostError(
+            f"{path} names no processes ({error}); end qemu-system-x86_64 -name vmcell-dev-{name}"
+            " by hand and delete the file"
+        ) from error
 
 
 @contextmanager

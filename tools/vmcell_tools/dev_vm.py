@@ -37,11 +37,20 @@ from vmcell_tools.dev_qemu import (
     qemu_command,
     virtiofsd_command,
 )
-from vmcell_tools.dev_state import DevVm, ProcessId, load, locked, state_directory
+from vmcell_tools.dev_state import (
+    DevVm,
+    ProcessId,
+    load,
+    locked,
+    recorded_processes,
+    state_directory,
+)
+from vmcell_tools.dev_store import Store, check_key, opened_store
 from vmcell_tools.progress import Progress
 
 CONSOLE_PREFIX = "vmcell-dev: "
 CONSOLE_LINES_ON_FAILURE = 40
+FLUSH_DEADLINE_S = 15
 MEMORY_MIB_RANGE = range(1024, 262145)
 
 
@@ -57,29 +66,26 @@ class Request:
     data_port: int
     deadline_s: float
     lifetime_s: int
-    store: Path | None = None
+    store: str | None = None
 
 
 def up(request: Request, progress: Progress) -> tuple[DevVm, bool]:
     """The running VM of that name, started when needed; the flag tells whether it was started."""
     _check(request)
     with locked(request.name, wait_s=request.deadline_s):
-        running = load(request.name)
+        running = _loaded(request.name)
         if running is not None and running.ready and running.qemu.alive():
             return running, False
-        if running is not None:
-            _end(running)
+        _end(request.name)
         return _start(request, progress), True
 
 
 def down(name: str) -> bool:
     """End the VM and all its processes; False when there was none."""
     with locked(name, wait_s=60):
-        vm = load(name)
-        if vm is None:
-            return False
-        was_running = vm.qemu.alive()
-        _end(vm)
+        processes = recorded_processes(name)
+        was_running = any(process.alive() for process in processes)
+        _end(name)
         return was_running
 
 
@@ -118,6 +124,8 @@ def _check(request: Request) -> None:
             f" {MEMORY_MIB_RANGE.stop - 1}"
         )
     state_directory(request.name)
+    if request.store is not None:
+        check_key(request.store)
     for port in (request.api_port, request.data_port):
         if port and not _port_is_free(port):
             raise CallerError(
@@ -150,8 +158,21 @@ def _start(request: Request, progress: Progress) -> DevVm:
     out = directory / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    machine, ssh_port = _prepare(request, directory, progress)
-    deadline = time.monotonic() + request.deadline_s
+    with opened_store(request.store, progress) as store:
+        machine, ssh_port = _prepare(request, directory, store, progress)
+        return _boot(machine, directory, ssh_port, store, request.deadline_s, progress)
+
+
+def _boot(
+    machine: Machine,
+    directory: Path,
+    ssh_port: int,
+    store: Store | None,
+    deadline_s: float,
+    progress: Progress,
+) -> DevVm:
+    out = directory / "out"
+    deadline = time.monotonic() + deadline_s
     progress.step(f"starting QEMU ({machine.accelerator}, {machine.memory_mib} MiB)")
     with ExitStack() as on_failure:
         helpers = []
@@ -160,10 +181,11 @@ def _start(request: Request, progress: Progress) -> DevVm:
             helpers.append(_spawn(command, out / f"virtiofsd-{share.tag}.log"))
             on_failure.callback(helpers[-1].end, grace_s=2)
             _wait_for_socket(share.socket, helpers[-1], out, deadline)
-        qemu = _spawn(qemu_command(machine), out / "qemu.log")
+        inherited = () if store is None else (store.lock,)
+        qemu = _spawn(qemu_command(machine), out / "qemu.log", inherited)
         on_failure.callback(qemu.end, grace_s=2)
         vm = DevVm(
-            name=request.name,
+            name=machine.name,
             directory=directory,
             qemu=qemu,
             helpers=tuple(helpers),
@@ -172,6 +194,7 @@ def _start(request: Request, progress: Progress) -> DevVm:
             data_port=machine.forwards[2].host_port,
             memory_mib=machine.memory_mib,
             accelerator=machine.accelerator,
+            has_store=store is not None,
             ready=False,
         )
         vm.save()
@@ -186,7 +209,9 @@ def _start(request: Request, progress: Progress) -> DevVm:
     return vm
 
 
-def _prepare(request: Request, directory: Path, progress: Progress) -> tuple[Machine, int]:
+def _prepare(
+    request: Request, directory: Path, store: Store | None, progress: Progress
+) -> tuple[Machine, int]:
     """Everything that needs no process: kernel, keys, initramfs, free ports."""
     if shutil.which(QEMU) is None:
         raise HostError(f"{QEMU} is missing; apt-get install qemu-system-x86")
@@ -228,7 +253,7 @@ def _prepare(request: Request, directory: Path, progress: Progress) -> tuple[Mac
             Share(tag="out", source=out, socket=directory / "out.sock", cache="auto"),
         ),
         forwards=forwards,
-        store=request.store,
+        store=None if store is None else store.path,
     )
     return machine, ssh_port
 
@@ -255,8 +280,8 @@ def _virtiofsd() -> str:
     )
 
 
-def _spawn(command: Sequence[str], log: Path) -> ProcessId:
-    """A process that outlives this one, its words in `log`."""
+def _spawn(command: Sequence[str], log: Path, inherited: Sequence[int] = ()) -> ProcessId:
+    """A process that outlives this one, its words in `log`, with descriptors `inherited`."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -265,6 +290,7 @@ def _spawn(command: Sequence[str], log: Path) -> ProcessId:
             stderr=output,
             cwd="/",
             start_new_session=True,
+            pass_fds=inherited,
         )
     identity = ProcessId.of(process.pid)
     # It is meant to go on without us; only the interpreter's warning about that is unwanted.
@@ -307,14 +333,38 @@ def _wait_until_ready(vm: DevVm, deadline: float, progress: Progress) -> None:
         time.sleep(0.05)
 
 
-def _end(vm: DevVm) -> None:
+def _end(name: str) -> None:
     """All processes gone, the record too; logs stay until the next `up`."""
-    dev_ssh.close_connection(vm.directory)
-    for process in (vm.qemu, *vm.helpers):
+    directory = state_directory(name)
+    vm = _loaded(name)
+    if vm is not None and vm.has_store and vm.ready and vm.qemu.alive():
+        _flush(vm)
+    dev_ssh.close_connection(directory)
+    for process in recorded_processes(name):
         process.end(grace_s=5)
-    for name in ("state.json", "initramfs.cpio", "client_key", "host_key"):
+    for file in ("state.json", "initramfs.cpio", "client_key", "host_key"):
         with suppress(FileNotFoundError):
-            (vm.directory / name).unlink()
+            (directory / file).unlink()
+
+
+def _loaded(name: str) -> DevVm | None:
+    """The record, or None for one that only names processes."""
+    try:
+        return load(name)
+    except HostError:
+        return None
+
+
+def _flush(vm: DevVm) -> None:
+    """Lets the VM write its store out; a VM that does not answer is ended without."""
+    with suppress(subprocess.TimeoutExpired):
+        subprocess.run(
+            [*dev_ssh.ssh_command(vm.directory, vm.ssh_port, "-T"), "sync"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=FLUSH_DEADLINE_S,
+            check=False,
+        )
 
 
 def report(vm: DevVm) -> dict[str, object]:
