@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -140,9 +140,10 @@ def container_spec(process: dict[str, Any], **changes: Any) -> dict[str, Any]:
 class AgentClient:
     """The host's side of the control protocol and of the streams. Every wait has a deadline."""
 
-    def __init__(self, control: socket.socket, stream_address: str) -> None:
+    def __init__(self, control: socket.socket, connect: Callable[[], socket.socket]) -> None:
+        """`connect` dials the agent's stream port."""
         self._control = control
-        self._stream_address = stream_address
+        self._connect = connect
         self._protocol = ClientConnection()
         self._replies: dict[int, Reply] = {}
         self._next_stream = 1
@@ -181,9 +182,8 @@ class AgentClient:
 
     def dial(self, stream_id: int) -> socket.socket:
         """Connect the stream `stream_id`."""
-        connection = socket.socket(socket.AF_UNIX)
+        connection = self._connect()
         connection.settimeout(DEADLINE_SECONDS)
-        connection.connect(self._stream_address)
         connection.sendall(struct.pack("<Q", stream_id))
         return connection
 
@@ -376,7 +376,13 @@ def running_agent() -> Iterator[AgentUnderTest]:
         theirs.close()
         listener.close()
         stack.callback(_stop, process, ours)
-        yield AgentUnderTest(AgentClient(ours, address), stack, process, directory, cgroup)
+
+        def connect() -> socket.socket:
+            connection = socket.socket(socket.AF_UNIX)
+            connection.connect(address)
+            return connection
+
+        yield AgentUnderTest(AgentClient(ours, connect), stack, process, directory, cgroup)
 
 
 def _stop(process: subprocess.Popen[bytes], control: socket.socket) -> None:
