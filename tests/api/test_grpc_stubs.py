@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 
 import pytest
+
 from vmcell_tools import grpc_stubs
 
 

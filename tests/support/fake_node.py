@@ -1,0 +1,81 @@
+"""A node that keeps its sandboxes in a dict, for tests of what stands in front of noded."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from vmcell_api.node_client import NewSandbox, RunningSandbox
+from vmcell_protos.errors import CallerError, VmcellError
+
+IMAGES = ("docker.io/vmcell/base:latest", "docker.io/vmcell/small:latest", "docker.io/x/y:1")
+
+
+class FakeNode:
+    """`vmcell_api.node_client.NodeVerbs` without a machine; `fail_next` makes one verb fail."""
+
+    def __init__(self, address: str = "127.0.0.1") -> None:
+        self.address = address
+        self.running: dict[str, RunningSandbox] = {}
+        self.orders: list[NewSandbox] = []
+        self.fail_next: VmcellError | None = None
+        self.on_create: Callable[[NewSandbox], None] = lambda order: None
+        self._lock = threading.Lock()
+        self._clock_ms = time.time_ns() // 1_000_000
+
+    def create(self, sandbox: NewSandbox) -> RunningSandbox:
+        self._maybe_fail()
+        if sandbox.image not in IMAGES:
+            raise CallerError(f"image {sandbox.image!r} is not on this node", code="not_found")
+        self.on_create(sandbox)
+        with self._lock:
+            self.orders.append(sandbox)
+            self._clock_ms += 1  # starts are told apart by their millisecond
+            running = RunningSandbox(
+                sandbox_id=sandbox.sandbox_id,
+                template_id=sandbox.template_id,
+                image=sandbox.image,
+                vcpus=sandbox.vcpus,
+                memory_mib=sandbox.memory_mib,
+                disk_mib=1024,
+                started_at_unix_ms=self._clock_ms,
+                end_at_unix_ms=self._now_ms() + sandbox.timeout_s * 1000,
+                address=self.address,
+                allow_internet=sandbox.allow_internet,
+            )
+            self.running[sandbox.sandbox_id] = running
+        return running
+
+    def kill(self, sandbox_id: str) -> None:
+        self._maybe_fail()
+        self.get(sandbox_id)
+        del self.running[sandbox_id]
+
+    def get(self, sandbox_id: str) -> RunningSandbox:
+        self._maybe_fail()
+        if sandbox_id not in self.running:
+            raise CallerError(f"sandbox {sandbox_id} was not found on this node", code="not_found")
+        return self.running[sandbox_id]
+
+    def list(self) -> list[RunningSandbox]:
+        self._maybe_fail()
+        return sorted(self.running.values(), key=lambda running: running.started_at_unix_ms)
+
+    def set_deadline(self, sandbox_id: str, timeout_s: int, *, only_extend: bool) -> RunningSandbox:
+        running = self.get(sandbox_id)
+        end_at = self._now_ms() + timeout_s * 1000
+        if only_extend:
+            end_at = max(end_at, running.end_at_unix_ms)
+        self.running[sandbox_id] = replace(running, end_at_unix_ms=end_at)
+        return self.running[sandbox_id]
+
+    def _maybe_fail(self) -> None:
+        if self.fail_next is not None:
+            error, self.fail_next = self.fail_next, None
+            raise error
+
+    @staticmethod
+    def _now_ms() -> int:
+        return time.time_ns() // 1_000_000
