@@ -33,6 +33,8 @@ CUSTOMIZE = (
     'rm -f "$1/etc/hostname" "$1/etc/resolv.conf"',
     'rm -f "$1"/var/cache/debconf/*-old "$1"/var/lib/dpkg/*-old "$1"/etc/*-',
     'find "$1/var/log" -type f -delete',
+    # our own cleaning: mmdebstrap's leaves directories whose owner differs from run to run
+    'rm -rf "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/*',
 )
 
 
@@ -69,7 +71,7 @@ def debian_layer(layer: Path, packages: Sequence[str], sources: str) -> None:
     run_step(
         [
             *("mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar"),
-            *("--skip=output/dev,update", f"--hook-dir={hooks}"),
+            *("--skip=output/dev,update,cleanup/apt", f"--hook-dir={hooks}"),
             '--setup-hook=cp -r /var/lib/apt/lists/. "$1/var/lib/apt/lists/"',
             *(f"--dpkgopt={option}" for option in PATH_OPTIONS),
             *(f"--customize-hook={hook}" for hook in CUSTOMIZE),

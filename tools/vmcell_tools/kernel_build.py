@@ -63,8 +63,13 @@ def build_kernel(cache: BuildCache, progress: Progress, *, keep_tree: bool = Fal
 
     def fill(directory: Path) -> None:
         tree = _unpacked(cache, version, progress)
-        _configure(tree, asked, progress)
-        _compile(tree, progress)
+        try:
+            _configure(tree, asked, progress)
+            _compile(tree, progress)
+        except OSError:
+            # a full disk: the half-built tree is what fills it
+            shutil.rmtree(tree)
+            raise
         progress.step("stripping vmlinux")
         run_step(
             ["strip", "--strip-all", "-o", directory / "vmlinux", tree / "vmlinux"],
