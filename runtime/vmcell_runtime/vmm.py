@@ -14,7 +14,6 @@ import os
 import socket
 import sys
 import threading
-import traceback
 from functools import partial
 from types import TracebackType
 from typing import NoReturn
@@ -135,7 +134,7 @@ def _end_process_on_surprise(shim: socket.socket) -> None:
     def end(
         kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        traceback.print_exception(kind, error, trace)
+        sys.__excepthook__(kind, error, trace)
         sys.stderr.flush()
         detail = cut(f"{kind.__name__}: {error}")
         try:
