@@ -197,6 +197,8 @@ class Net:
                 self._watch(activation)
                 break
             except OSError:
+                count = 0
+            if not count:
                 # The TAP was deleted under us, as when a pod's network is torn down first. To the
                 # guest the cable is out; a sandbox about to end does not end with an error.
                 self._spare.extendleft(reversed(chains))
