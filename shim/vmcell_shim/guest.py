@@ -23,7 +23,7 @@ from vmcell_protos.wellknown import Empty
 from vmcell_runtime import handle
 from vmcell_runtime.config import BlkConfig, MachineConfig, NetConfig, PmemConfig, VsockConfig
 from vmcell_shim.annotations import TapNetwork
-from vmcell_shim.client import TtrpcClient
+from vmcell_shim.client import ConnectionLost, TtrpcClient
 from vmcell_shim.tap import open_tap
 
 TYPE_CHECKING = False
@@ -101,11 +101,14 @@ class Guest:
             on_vmm(vmm.pid)
             return self._greet(vmm, shape, deadline)
         except VmcellError as error:
+            if isinstance(error, ConnectionLost):
+                # A guest that gave up takes its VMM along; its reason comes a moment later.
+                self.ended.wait(_REAP_S)
+            end = self.end
             self.kill()
             if self._handle is not None:
-                # The reason arrives with the end of the process, a moment after its sockets.
-                self.ended.wait(5.0)
-            raise self._boot_error(shape, error) from error
+                self.ended.wait(_REAP_S)
+            raise _boot_error(shape, error, end) from error
 
     def call(self, method: str, request: Message, answer: type[M], timeout_s: float | None) -> M:
         """One call to the agent; raises as TtrpcClient.call does."""
@@ -207,15 +210,6 @@ class Guest:
             self._journal.error("the agent's connection ended while the microVM runs; killing it")
             self.kill()
 
-    def _boot_error(self, shape: GuestShape, error: VmcellError) -> HostError:
-        text = f"cannot start the microVM: {error}"
-        if self.end is not None and self.end.reason != "killed":
-            text += f"; the VMM ended with {self.end.reason}: {self.end.detail}"
-        lines = _last_lines(shape.console_log)
-        if lines:
-            text += "; console: " + " | ".join(lines)
-        return HostError(text, code=error.code)
-
 
 def machine_config(shape: GuestShape, descriptors: list[int]) -> MachineConfig:
     """The VMM's configuration; opens every file it names and appends it to `descriptors`, which
@@ -255,6 +249,16 @@ def _open(path: str, flags: int, hint: str) -> int:
         return os.open(path, flags, 0o600)
     except OSError as error:
         raise HostError(f"cannot open {path}: {error.strerror}{hint}") from error
+
+
+def _boot_error(shape: GuestShape, error: VmcellError, end: VmmExit | None) -> HostError:
+    text = f"cannot start the microVM: {error}"
+    if end is not None:
+        text += f"; the VMM ended with {end.reason}: {end.detail}"
+    lines = _last_lines(shape.console_log)
+    if lines:
+        text += "; console: " + " | ".join(lines)
+    return HostError(text, code=error.code)
 
 
 def _interface(network: TapNetwork) -> Interface:

@@ -1,0 +1,273 @@
+"""A guest's agent on this host, as a program: speaks agent.proto, runs real host processes.
+
+Started by `fake_vmm` in place of a VMM; killing it is what killing a VMM is. Standard streams are
+handed to the processes as they are. `behaviour` (JSON) makes it misbehave:
+  "console": text written to the console log at once
+  "silent": methods that are never answered
+  "hang_up": method at which it closes the control connection and lives on
+  "exit_status": what WaitProcess says instead of the truth
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import pty
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from vmcell_protos import agent
+from vmcell_protos.errors import CallerError, VmcellError
+from vmcell_protos.ttrpc import Call, ServerConnection
+from vmcell_protos.wellknown import Empty
+from vmcell_protos.wire import Message
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
+
+
+class Process:
+    """One process of the one container."""
+
+    def __init__(self, description: dict[str, object], streams: agent.Streams) -> None:
+        self.description = description
+        self.streams = streams
+        self.popen: subprocess.Popen[bytes] | None = None
+        self.terminal = -1
+        self.copies: list[threading.Thread] = []
+
+
+class FakeAgent:
+    """Serves one control connection until its end."""
+
+    def __init__(
+        self, control: socket.socket, listener: socket.socket, behaviour: dict[str, object]
+    ) -> None:
+        self.control = control
+        self.behaviour = behaviour
+        self.sending = threading.Lock()
+        self.streams: dict[int, socket.socket] = {}
+        self.dialled = threading.Condition()
+        self.processes: dict[str, Process] = {}
+        self.spawning: queue.Queue[Any] = queue.Queue()
+        self.listener = listener
+        threading.Thread(target=self.accept_streams, daemon=True).start()
+
+    def accept_streams(self) -> None:
+        while True:
+            stream, _ = self.listener.accept()
+            name = b""
+            while len(name) < 8:
+                name += stream.recv(8 - len(name))
+            with self.dialled:
+                self.streams[int.from_bytes(name, "little")] = stream
+                self.dialled.notify_all()
+
+    def serve(self) -> None:
+        protocol = ServerConnection()
+        while data := self.control.recv(1 << 16):
+            calls, answers = protocol.receive(data)
+            self.control.sendall(answers)
+            for call in calls:
+                threading.Thread(target=self.answer, args=(protocol, call), daemon=True).start()
+        if not self.behaviour.get("hang_up"):
+            self.spawning.put(None)
+
+    def answer(self, protocol: ServerConnection, call: Call) -> None:
+        if call.method == self.behaviour.get("hang_up"):
+            self.control.shutdown(socket.SHUT_RDWR)
+            return
+        silent = self.behaviour.get("silent", [])
+        assert isinstance(silent, list)
+        if call.method in silent:
+            return
+        try:
+            payload = self.act(call.method, call.payload).encode()
+            data = protocol.respond(call.stream_id, payload)
+        except VmcellError as error:
+            data = protocol.fail(call.stream_id, error.code, str(error))
+        with self.sending:
+            self.control.sendall(data)
+        if call.method == "Shutdown":
+            os._exit(0)
+
+    def act(self, method: str, payload: bytes) -> Message:
+        handlers: dict[str, Callable[[bytes], Message]] = {
+            "Hello": lambda _: agent.HelloResponse(
+                agent_version="fake", kernel_release="6.12-fake"
+            ),
+            "ConfigureGuest": lambda _: Empty(),
+            "CreateContainer": self.create,
+            "AddProcess": self.add,
+            "StartProcess": self.start,
+            "WaitProcess": self.wait,
+            "SignalProcess": self.signal,
+            "ResizePty": self.resize,
+            "ContainerStats": self.stats,
+            "DeleteProcess": self.delete,
+            "Shutdown": lambda _: Empty(),
+        }
+        return handlers[method](payload)
+
+    def create(self, payload: bytes) -> Message:
+        request = agent.CreateContainerRequest.decode(payload)
+        spec = json.loads(request.spec_json)
+        with open(os.environ["FAKE_RECORD"], "w") as file:
+            files = [copy.destination for copy in request.files]
+            json.dump({"spec": spec, "files": files, "init": request.init}, file)
+        assert request.streams is not None
+        self.processes[""] = Process(spec.get("process", {}), request.streams)
+        return Empty()
+
+    def add(self, payload: bytes) -> Message:
+        request = agent.AddProcessRequest.decode(payload)
+        assert request.streams is not None
+        self.processes[request.exec_id] = Process(json.loads(request.process_json), request.streams)
+        return Empty()
+
+    def find(self, exec_id: str) -> Process:
+        if exec_id not in self.processes:
+            raise CallerError(f"process {exec_id!r} is not known", code="not_found")
+        return self.processes[exec_id]
+
+    def stream(self, stream_id: int) -> socket.socket:
+        with self.dialled:
+            if not self.dialled.wait_for(lambda: stream_id in self.streams, 10):
+                raise CallerError(f"stream {stream_id} was not dialled", code="deadline_exceeded")
+            return self.streams.pop(stream_id)
+
+    def start(self, payload: bytes) -> Message:
+        process = self.find(agent.ProcessRef.decode(payload).exec_id)
+        streams = process.streams
+        args = process.description["args"]
+        assert isinstance(args, list)
+        if streams.terminal:
+            return self.start_on_terminal(process, args)
+        ids = {"stdin": streams.stdin, "stdout": streams.stdout, "stderr": streams.stderr}
+        sockets = {name: self.stream(number) for name, number in ids.items() if number}
+        try:
+            process.popen = self.spawn(
+                args, *(sockets.get(name, subprocess.DEVNULL) for name in ids)
+            )
+        except OSError as error:
+            raise CallerError(f"cannot run {args[0]}: {error.strerror}") from error
+        finally:
+            for stream in sockets.values():
+                stream.close()
+        return agent.StartProcessResponse(guest_pid=process.popen.pid)
+
+    def spawn(self, args: list[str], *files: int | socket.socket) -> subprocess.Popen[bytes]:
+        """In the main thread: PR_SET_PDEATHSIG means the death of the forking thread."""
+        made: queue.Queue[subprocess.Popen[bytes] | OSError] = queue.Queue()
+        self.spawning.put((args, files, made))
+        popen = made.get()
+        if isinstance(popen, OSError):
+            raise popen
+        return popen
+
+    def spawn_for_ever(self) -> None:
+        while (job := self.spawning.get()) is not None:
+            args, files, made = job
+            try:
+                popen = subprocess.Popen(
+                    args,
+                    stdin=files[0],
+                    stdout=files[1],
+                    stderr=files[2],
+                    start_new_session=True,
+                    preexec_fn=lambda: _LIBC.prctl(_PR_SET_PDEATHSIG, 9),
+                )
+            except OSError as error:
+                made.put(error)
+            else:
+                made.put(popen)
+
+    def start_on_terminal(self, process: Process, args: list[str]) -> Message:
+        stream = self.stream(process.streams.stdout)
+        process.terminal, inner = pty.openpty()
+        process.popen = self.spawn(args, inner, inner, inner)
+        os.close(inner)
+        outwards = threading.Thread(target=self.copy_out, args=(process.terminal, stream))
+        outwards.start()
+        process.copies.append(outwards)
+        inwards = threading.Thread(
+            target=self.copy_in, args=(stream.dup(), process.terminal), daemon=True
+        )
+        inwards.start()
+        return agent.StartProcessResponse(guest_pid=process.popen.pid)
+
+    def copy_out(self, terminal: int, stream: socket.socket) -> None:
+        try:
+            while data := os.read(terminal, 4096):
+                stream.sendall(data)
+        except OSError:
+            pass
+        stream.shutdown(socket.SHUT_WR)
+        stream.close()
+
+    def copy_in(self, stream: socket.socket, terminal: int) -> None:
+        while data := stream.recv(4096):
+            os.write(terminal, data)
+
+    def wait(self, payload: bytes) -> Message:
+        process = self.find(agent.ProcessRef.decode(payload).exec_id)
+        assert process.popen is not None
+        code = process.popen.wait()
+        for thread in process.copies:
+            thread.join()
+        status = self.behaviour.get("exit_status", code if code >= 0 else 128 - code)
+        assert isinstance(status, int)
+        return agent.WaitProcessResponse(exit_status=status, exited_at_unix_ns=1)
+
+    def signal(self, payload: bytes) -> Message:
+        request = agent.SignalProcessRequest.decode(payload)
+        process = self.find(request.exec_id)
+        if process.popen is None or process.popen.poll() is not None:
+            raise CallerError("the process has ended", code="not_found")
+        if request.all:
+            os.killpg(process.popen.pid, request.signal)
+        else:
+            process.popen.send_signal(request.signal)
+        return Empty()
+
+    def resize(self, payload: bytes) -> Message:
+        request = agent.ResizePtyRequest.decode(payload)
+        size = request.rows.to_bytes(2, "little") + request.columns.to_bytes(2, "little") + bytes(4)
+        import fcntl
+        import termios
+
+        fcntl.ioctl(self.find(request.exec_id).terminal, termios.TIOCSWINSZ, size)
+        return Empty()
+
+    def stats(self, payload: bytes) -> Message:
+        return agent.ContainerStatsResponse(
+            cpu={"usage_usec": 5000, "user_usec": 3000, "unknown": 1},
+            memory={"anon": 4096, "inactive_file": 8192},
+            memory_usage_bytes=65536,
+            pids_current=len(self.processes),
+        )
+
+    def delete(self, payload: bytes) -> Message:
+        del self.processes[agent.ProcessRef.decode(payload).exec_id]
+        return Empty()
+
+
+def main() -> None:
+    """argv: the control socket's descriptor, the listener's descriptor, the behaviour."""
+    behaviour = json.loads(sys.argv[3])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    control = socket.socket(fileno=int(sys.argv[1]))
+    fake = FakeAgent(control, socket.socket(fileno=int(sys.argv[2])), behaviour)
+    threading.Thread(target=fake.serve, daemon=True).start()
+    fake.spawn_for_ever()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""What `vmcell_runtime.handle` offers, with a fake agent's process where the VMM would be."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from vmcell_protos.errors import GuestError, HostError
+from vmcell_runtime.config import MachineConfig
+from vmcell_runtime.handle import VmmExit
+
+PROGRAM = Path(__file__).with_name("fake_agent.py")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class FakeVmm:
+    """One running fake; the behaviour comes from FAKE_BEHAVIOUR, as the process inherits it."""
+
+    def __init__(self, config: MachineConfig, descriptors: Sequence[int]) -> None:
+        behaviour = json.loads(os.environ.get("FAKE_BEHAVIOUR", "{}"))
+        if "refuse" in behaviour:
+            raise HostError(behaviour["refuse"])
+        assert config.console_descriptor is not None
+        os.write(descriptors[config.console_descriptor], behaviour.get("console", "").encode())
+        self.config = config
+        self._control, theirs = socket.socketpair()
+        listener = socket.socket(socket.AF_UNIX)
+        self._directory = tempfile.TemporaryDirectory()
+        self._address = os.path.join(self._directory.name, "streams")
+        listener.bind(self._address)
+        listener.listen(64)
+        fds = (theirs.fileno(), listener.fileno())
+        self._popen = subprocess.Popen(
+            [sys.executable, str(PROGRAM), *map(str, fds), json.dumps(behaviour)],
+            pass_fds=fds,
+            env={**os.environ, "PYTHONPATH": f"{ROOT}/protos"},
+        )
+        theirs.close()
+        listener.close()
+        self.pid = self._popen.pid
+        self._waiting = threading.Lock()
+
+    def accept_vsock(self, port: int) -> socket.socket:
+        assert port in (self.config.vsock.listen_ports if self.config.vsock else ())
+        return self._control
+
+    def connect_vsock(self, port: int) -> socket.socket:
+        assert port == 1025
+        stream = socket.socket(socket.AF_UNIX)
+        try:
+            stream.connect(self._address)
+        except OSError as error:
+            stream.close()
+            raise GuestError(f"nothing listens on port {port}") from error
+        return stream
+
+    def wait_exit(self, timeout_s: float | None = None) -> VmmExit:
+        code = self._popen.wait(timeout_s)
+        if code == 0:
+            return VmmExit("guest_shutdown", "Restarting system")
+        return VmmExit("killed", f"signal {-code} ended the VMM")
+
+    def kill(self) -> None:
+        self._popen.kill()
+
+    def close(self) -> None:
+        self._popen.kill()
+        self._popen.wait()
+        self._directory.cleanup()
+
+
+def spawn(config: MachineConfig, descriptors: Sequence[int], *, log_fd: int) -> FakeVmm:
+    """Stands in for vmcell_runtime.handle.spawn."""
+    return FakeVmm(config, descriptors)
