@@ -77,10 +77,11 @@ def initramfs(
     kvm_driver: str,
     memory_mib: int,
     lifetime_s: int,
+    copy_logs: bool,
     files: dict[str, bytes],
 ) -> bytes:
     """The archive for one VM; `files` maps absolute guest paths to contents (executable ones
-    begin with `#!`)."""
+    begin with `#!`). `copy_logs` costs instructions that a counting machine should not show."""
     modules = module_order(kernel, (*DRIVERS, kvm_driver))
     hostname = f"vmcell-dev-{name}"
     settings = {
@@ -90,6 +91,7 @@ def initramfs(
         "rw_mib": str(memory_mib // 2),
         "store_mib": str(memory_mib // 2),
         "lifetime_s": str(lifetime_s),
+        "copy_logs": str(int(copy_logs)),
         "api_port": str(GUEST_API_PORT),
         "data_port": str(GUEST_DATA_PORT),
     }

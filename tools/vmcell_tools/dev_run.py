@@ -12,8 +12,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from vmcell_protos.errors import CallerError, HostError
 from vmcell_tools import dev_ssh, dev_sync
@@ -24,6 +26,7 @@ from vmcell_tools.progress import Progress
 
 TIMEOUT_STATUS = 124
 SSH_FAILED_STATUS = 255
+VM_END_WAIT_S = 3.0
 PID_DIRECTORY = "/run/vmcell-dev"
 PATH_IN_VM = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 KEPT_VARIABLES = ("XDG_CACHE_HOME", "VMCELL_CONFIG", "TERM")
@@ -68,11 +71,18 @@ def run(name: str, command: Command) -> int:
         _end_remote(vm, token)
         _end_local(process)
         return 128 + signal.SIGINT
-    if status == SSH_FAILED_STATUS:
-        running_vm(name)
-        if not dev_ssh.connection_is_open(vm.directory):
-            raise HostError(f"the ssh connection to dev VM {name!r} broke; run the command again")
+    if status == SSH_FAILED_STATUS and not dev_ssh.connection_is_open(vm.directory):
+        _name_what_broke(vm)
     return status
+
+
+def _name_what_broke(vm: DevVm) -> NoReturn:
+    """The VM's end when it ends within moments of its connection, else the connection's."""
+    deadline = time.monotonic() + VM_END_WAIT_S
+    while vm.qemu.alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running_vm(vm.name)
+    raise HostError(f"the ssh connection to dev VM {vm.name!r} broke; run the command again")
 
 
 def remote_line(command: Command, *, token: str, terminal: bool) -> str:

@@ -229,6 +229,7 @@ def _prepare(
         kvm_driver=host_kvm_driver() if accelerator == "kvm" else "kvm-amd",
         memory_mib=request.memory_mib,
         lifetime_s=request.lifetime_s,
+        copy_logs=accelerator != "icount",
         files=configuration,
     )
     initramfs_path = directory / "initramfs.cpio"
