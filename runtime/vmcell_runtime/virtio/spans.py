@@ -38,6 +38,9 @@ def read(memory: GuestMemory, spans: Sequence[Span]) -> bytes:
 
 def write(memory: GuestMemory, spans: Sequence[Span], data: bytes) -> None:
     """Fills the spans from their start; `data` must fit (GuestError)."""
+    if len(spans) == 1 and len(data) <= spans[0][1]:
+        memory.write(spans[0][0], data)
+        return
     done = 0
     for gpa, length in spans:
         if done == len(data):

@@ -199,9 +199,12 @@ class Connection:
         """So much of what was received has left our buffer."""
         self._handed_on += length
 
-    def header(self, op: int, *, length: int = 0, flags: int = 0) -> Header:
-        """The header of a packet about to be sent; counts `length` bytes as sent."""
+    def note_sent(self, length: int) -> None:
+        """Counts data sent to the peer."""
         self._sent = (self._sent + length) & _COUNTER
+
+    def header(self, op: int, *, length: int = 0, flags: int = 0) -> Header:
+        """The header of a packet about to be sent; its data is counted by `note_sent`."""
         self._handed_on_told = self._handed_on
         local_cid, peer_cid, local_port, peer_port = self._addresses
         return Header(

@@ -94,11 +94,15 @@ class Delivery:
     def _fill(self, buffers: list[_Buffer], connection: Connection, count: int) -> int:
         """Puts headers before `count` bytes of data; how many buffers that took."""
         used = 0
+        header, header_length = b"", 0
         while count:
             buffer = buffers[used]
             length = min(count, buffer.payload_bytes)
-            header = connection.header(packet.OP_RW, length=length)
-            spans.write(self._memory, buffer.header, header.encode())
+            if length != header_length:
+                header = connection.header(packet.OP_RW, length=length).encode()
+                header_length = length
+            connection.note_sent(length)
+            spans.write(self._memory, buffer.header, header)
             self._queue.complete(buffer.head, packet.HEADER_BYTES + length)
             count -= length
             used += 1
@@ -114,6 +118,11 @@ class Delivery:
             chain = self._queue.pop()
         if chain.writable_bytes <= packet.HEADER_BYTES:
             raise GuestError(f"a vsock receive buffer has only {chain.writable_bytes} bytes")
-        header, payload = spans.split(chain.writable, packet.HEADER_BYTES)
         length = chain.writable_bytes - packet.HEADER_BYTES
+        if len(chain.writable) == 1:
+            gpa = chain.writable[0][0]
+            header: Spans = ((gpa, packet.HEADER_BYTES),)
+            payload: Spans = ((gpa + packet.HEADER_BYTES, length),)
+        else:
+            header, payload = spans.split(chain.writable, packet.HEADER_BYTES)
         return _Buffer(chain.head, header, payload, length)
