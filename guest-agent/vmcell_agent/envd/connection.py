@@ -198,7 +198,10 @@ class Connection:
         try:
             event = self._http.next_event()
         except h11.RemoteProtocolError as error:
-            self._refuse(error.error_status_hint, str(error))
+            status = error.error_status_hint
+            self._refuse(
+                status, "the request head is too long" if status == 431 else "invalid request"
+            )
             return False
         if event is h11.NEED_DATA:
             self._invite_body()
@@ -206,8 +209,8 @@ class Connection:
         if event is h11.PAUSED or isinstance(event, h11.ConnectionClosed):
             return False
         if isinstance(event, h11.Request):
-            self._open_exchange(event)
-        elif isinstance(event, h11.Data):
+            return self._open_exchange(event)
+        if isinstance(event, h11.Data):
             self._feed(bytes(event.data))
         elif isinstance(event, h11.EndOfMessage):
             self._finish_body()
@@ -219,16 +222,23 @@ class Connection:
             self._exchange = self._reader = None
             self._http.start_next_cycle()
             self._active_at = time.monotonic()
-            return not self._end_of_input
+            return True
         if self._http.our_state in (h11.MUST_CLOSE, h11.CLOSED, h11.ERROR):
             return False
         return self._http.their_state is h11.SEND_BODY
 
-    def _open_exchange(self, event: h11.Request) -> None:
+    def _open_exchange(self, event: h11.Request) -> bool:
         headers: dict[str, str] = {}
         for raw_name, raw_value in event.headers:
             name, value = raw_name.decode("ascii"), raw_value.decode("utf-8", "surrogateescape")
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        if event.http_version not in (b"1.0", b"1.1"):
+            self._refuse(505, "HTTP/1.1 is spoken here")
+            return False
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # h11 would take the first; a proxy in front may take the second (RFC 9112 11.2).
+            self._refuse(400, "both Transfer-Encoding and Content-Length")
+            return False
         try:
             path, query = split_target(event.target)
             failure = None
@@ -240,8 +250,9 @@ class Connection:
         self._exchange, self._reader = exchange, None
         if failure is not None:
             exchange.fail(failure)
-            return
-        exchange.attempt(lambda: self._start(exchange))
+        else:
+            exchange.attempt(lambda: self._start(exchange))
+        return True
 
     def _start(self, exchange: Exchange) -> None:
         self._reader = self._application(exchange)
@@ -266,13 +277,12 @@ class Connection:
     def _refuse(self, status: int, message: str) -> None:
         """The bytes are no HTTP we can follow: say so if still possible, then hang up."""
         exchange = self._exchange
-        if exchange is not None and exchange.begun:
-            self.close()
-            return
-        body = f'{{"code":{status},"message":"invalid request"}}'.encode("ascii")
-        if "too long" in message or status == 431:
-            status = 431
-            body = b'{"code":431,"message":"request head is too long"}'
+        if exchange is not None:
+            if exchange.begun:
+                self.close()
+                return
+            exchange.begun = exchange.ended = True
+        body = f'{{"code":{status},"message":"{message}"}}'.encode("ascii")
         head = h11.Response(
             status_code=status,
             headers=[
@@ -281,8 +291,6 @@ class Connection:
                 ("Connection", "close"),
             ],
         )
-        if exchange is not None:
-            exchange.begun = exchange.ended = True
         if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             for event in (head, h11.Data(data=body), h11.EndOfMessage()):
                 self._queue(self._http.send(event))

@@ -90,12 +90,13 @@ class Loop:
         self._stopped = True
 
     def run(self) -> None:
-        """Until `stop()`; then closes the epoll descriptor."""
-        try:
-            while not self._stopped:
-                self._turn()
-        finally:
-            self._epoll.close()
+        """Until `stop()`."""
+        while not self._stopped:
+            self._turn()
+
+    def close(self) -> None:
+        """After everything watched has been forgotten."""
+        self._epoll.close()
 
     def _turn(self) -> None:
         for descriptor, mask in self._epoll.poll(self._wait_seconds()):

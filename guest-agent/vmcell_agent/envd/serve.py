@@ -12,6 +12,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import NoReturn
 
 from .accounts import Accounts
@@ -156,21 +157,21 @@ def run(
     """
     os.umask(0o022)
     _open_standard_streams()
-    loop = Loop()
-    settings = Settings(Accounts(), os.environ if environment is None else environment)
-    table = ProcessTable(loop)
-    router = Router(loop, settings, table, clock)
-    listeners = [Listener(loop, sock, router) for sock in _listen_everywhere(port)]
-    signals = _Signals(loop, table.reap)
-    # What is loaded now lives for ever; keeping the collector off it keeps forks cheap.
-    gc.freeze()
-    ready()
-    # Children that ended before their signal was watched.
-    table.reap()
-    loop.run()
-    for listener in listeners:
-        listener.close()
-    signals.close()
+    with ExitStack() as stack:
+        loop = Loop()
+        stack.callback(loop.close)
+        settings = Settings(Accounts(), os.environ if environment is None else environment)
+        table = ProcessTable(loop)
+        router = Router(loop, settings, table, clock)
+        for sock in _listen_everywhere(port):
+            stack.callback(Listener(loop, sock, router).close)
+        stack.callback(_Signals(loop, table.reap).close)
+        # What is loaded now lives for ever; keeping the collector off it keeps forks cheap.
+        gc.freeze()
+        ready()
+        # Children that ended before their signal was watched.
+        table.reap()
+        loop.run()
     raise SystemExit(128 + signal.SIGTERM)
 
 
