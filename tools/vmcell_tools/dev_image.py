@@ -6,6 +6,7 @@ keeps its own.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -86,6 +87,7 @@ def initramfs(
     hostname = f"vmcell-dev-{name}"
     settings = {
         "hostname": hostname,
+        "home": os.path.expanduser("~root"),
         "kernel_release": kernel.release,
         "kernel_modules": str(kernel.modules),
         "rw_mib": str(memory_mib // 2),

@@ -94,7 +94,7 @@ def remote_line(command: Command, *, token: str, terminal: bool) -> str:
     variables = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
     variables |= {
         "PATH": PATH_IN_VM,
-        "HOME": "/root",
+        "HOME": os.path.expanduser("~root"),
         "LANG": "C.UTF-8",
         **command.environment,
     }

@@ -65,10 +65,11 @@ find . -type f -o -type l | while read -r file; do
     cp -a "$file" "/newroot/$file"
 done
 cd /
-mkdir -p /newroot/root/.ssh
-mount -t tmpfs -o mode=700,size=1m ssh /newroot/root/.ssh
-cp /authorized_keys /newroot/root/.ssh/authorized_keys
-chmod 600 /newroot/root/.ssh/authorized_keys
+ssh="/newroot$home/.ssh"
+mkdir -p "$ssh"
+mount -t tmpfs -o mode=700,size=1m ssh "$ssh"
+cp /authorized_keys "$ssh/authorized_keys"
+chmod 600 "$ssh/authorized_keys"
 cp /bin/busybox /newroot/run/vmcell-dev/init
 cp /settings.sh /services.sh /host_key /newroot/run/vmcell-dev/
 chmod 600 /newroot/run/vmcell-dev/host_key

@@ -3,7 +3,7 @@
 # of life. Prints "ready" to the console when containerd answers.
 set -u
 . /run/vmcell-dev/settings.sh
-export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME="$home" LANG=C.UTF-8
 say() { echo "vmcell-dev: $*" >/dev/console; }
 ulimit -n 65536
 
