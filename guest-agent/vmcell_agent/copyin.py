@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vmcell_protos.agent import FileCopy
 
 MAX_FILE_BYTES = 1 << 20
-MAX_FILES = 256
+MAX_FILES = 1024
 _FILESYSTEMS = frozenset((abi.TMPFS_MAGIC, abi.OVERLAYFS_SUPER_MAGIC, abi.EXT4_SUPER_MAGIC))
 
 

@@ -298,6 +298,25 @@ def test_a_program_that_cannot_run(agent: AgentUnderTest, args: list[str], sente
     assert str(error.value) == sentence
 
 
+def test_envd_as_init_answers_once_it_listens(agent: AgentUnderTest) -> None:
+    spec = container_spec(process_spec(user={"uid": 1000, "gid": 1000}))
+    spec["linux"]["resources"]["pids"] = {}
+    init = agent.create(spec, init="envd").start()
+    fetch = "wget -S -O - http://127.0.0.1:49983/health; cat /proc/1/comm; stat -c %u /proc/1"
+    added = agent.add(init, process_spec("sh", "-c", fetch), "e").start()
+    assert added.read().split() == [b"envd", b"0"]
+    assert b"204" in added.read("stderr")
+    init.signal(signal.SIGTERM)
+    assert init.wait() == 143
+    assert init.read("stderr") == b""
+    init.delete()
+
+
+def test_an_init_this_agent_has_not_is_refused(agent: AgentUnderTest) -> None:
+    with pytest.raises(VmcellError, match="this agent has envd"):
+        agent.create(container_spec(process_spec("true")), init="systemd")
+
+
 def test_streams_that_are_not_dialled_in_time(agent: AgentUnderTest) -> None:
     init = agent.create(container_spec(process_spec("true")))
     with pytest.raises(VmcellError, match=r"stdout, stderr of init .* not dialled") as error:

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ sys.path[:0] = {path!r}
 import os, socket
 from vmcell_agent.guest import Places, Transports, serve
 from vmcell_agent.__main__ import BUILTINS
-from vmcell_agent import process
+from vmcell_agent import network, process
+network.loopback_up()
 process.DIAL_SECONDS = 2.0
 control = socket.socket(fileno={control})
 listener = socket.socket(fileno={listener})
@@ -344,6 +346,13 @@ class AgentUnderTest:
         )
 
 
+def _folder_of(package: str) -> str:
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError(f"{package} is not installed; run: pip install -e .[dev,api]")
+    return str(Path(spec.submodule_search_locations[0]).parent)
+
+
 @contextmanager
 def running_agent() -> Iterator[AgentUnderTest]:
     """An agent with no devices yet; everything of it is gone afterwards."""
@@ -361,7 +370,7 @@ def running_agent() -> Iterator[AgentUnderTest]:
         listener.bind(address)
         listener.listen(64)
         code = _DRIVER.format(
-            path=[str(ROOT / "guest-agent"), str(ROOT / "protos")],
+            path=[str(ROOT / "guest-agent"), str(ROOT / "protos"), _folder_of("h11")],
             control=theirs.fileno(),
             listener=listener.fileno(),
             cgroup=cgroup,
@@ -370,7 +379,7 @@ def running_agent() -> Iterator[AgentUnderTest]:
         )
         process = subprocess.Popen(
             ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--propagation", "private",
-             "--mount-proc", sys.executable, "-I", "-S", "-B", "-c", code],
+             "--net", "--mount-proc", sys.executable, "-I", "-S", "-B", "-c", code],
             pass_fds=(theirs.fileno(), listener.fileno()),
         )  # fmt: skip
         theirs.close()
