@@ -12,6 +12,9 @@ import time
 from vmcell_protos.errors import HostError
 
 ENVD_PORT = 49983
+# The task has started when envd listens; a guest under load may be a moment late.
+CONNECT_PATIENCE_S = 5.0
+RETRY_S = 0.02
 
 
 def initialise(
@@ -39,23 +42,40 @@ def initialise(
 
 
 def _ask(address: str, method: str, path: str, body: bytes | None, deadline: float) -> None:
-    left_s = max(1.0, deadline - time.monotonic())
-    connection = http.client.HTTPConnection(address, ENVD_PORT, timeout=left_s)
+    patience = min(deadline, time.monotonic() + CONNECT_PATIENCE_S)
+    while True:
+        left_s = max(1.0, deadline - time.monotonic())
+        try:
+            status, text = _exchange(address, method, path, body, left_s)
+            break
+        except ConnectionRefusedError as error:
+            if time.monotonic() > patience:
+                raise _silent(address, method, path, error) from error
+            time.sleep(RETRY_S)
+        except (OSError, http.client.HTTPException) as error:
+            raise _silent(address, method, path, error) from error
+    if status not in (200, 204):
+        words = text.decode("utf-8", "replace")[:200]
+        raise HostError(
+            f"envd of the sandbox at {address} answered {method} {path} with {status}: {words}"
+        )
+
+
+def _exchange(
+    address: str, method: str, path: str, body: bytes | None, timeout_s: float
+) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(address, ENVD_PORT, timeout=timeout_s)
     headers = {"Content-Type": "application/json"} if body is not None else {}
     try:
         connection.request(method, path, body=body, headers=headers)
         answer = connection.getresponse()
-        text = answer.read(4096)
-    except (OSError, http.client.HTTPException) as error:
-        raise HostError(
-            f"envd of the sandbox at {address} did not answer {method} {path}: "
-            f"{error or type(error).__name__}; see the guest's console log"
-        ) from error
+        return answer.status, answer.read(4096)
     finally:
         connection.close()
-    if answer.status not in (200, 204):
-        words = text.decode("utf-8", "replace")[:200]
-        raise HostError(
-            f"envd of the sandbox at {address} answered {method} {path} with {answer.status}: "
-            f"{words}"
-        )
+
+
+def _silent(address: str, method: str, path: str, error: Exception) -> HostError:
+    return HostError(
+        f"envd of the sandbox at {address} did not answer {method} {path}: "
+        f"{error or type(error).__name__}; see the guest's console log"
+    )

@@ -25,7 +25,7 @@ READONLY_PATHS = [
     *("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"),
 ]
 DEFAULT_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-OPEN_FILES = 65536
+OPEN_FILES = 16384
 
 
 @dataclass(frozen=True, kw_only=True)

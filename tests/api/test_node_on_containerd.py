@@ -1,0 +1,365 @@
+"""noded's verbs on a real containerd; the runtime is runc and envd a stand-in.
+
+What runs in the sandbox does not matter here: the order of containerd's calls, the labels, what is
+left behind and what a second noded makes of it do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from own_netns import own_netns
+from real_containerd import RealContainerd, real_containerd, write_image
+
+from vmcell_api.config import ApiConfig
+from vmcell_api.identifiers import new_sandbox_id
+from vmcell_api.node import door
+from vmcell_api.node.__main__ import build_node
+from vmcell_api.node.build import SandboxRequest
+from vmcell_api.node.node import Node
+from vmcell_api.node.sandbox import END_LABEL, STATE_LABEL
+from vmcell_api.node_client import NewSandbox, NodeClient, NodeUnreachable
+from vmcell_protos.errors import CallerError, HostError, VmcellError
+
+pytestmark = pytest.mark.root
+
+GOOD, BROKEN = "docker.io/test/good:1", "docker.io/test/broken:1"
+REFUSES, SILENT = "docker.io/test/refuses:1", "docker.io/test/silent:1"
+
+
+def _compiled_envd(folder: Path) -> bytes:
+    source = Path(__file__).parents[1] / "support" / "stand_in_envd.c"
+    binary = folder / "envd"
+    subprocess.run(["gcc", "-O1", "-static", "-o", binary, source], check=True, timeout=60)
+    return binary.read_bytes()
+
+
+def _import(containerd: RealContainerd, name: str, envd: bytes | None, answer: bytes) -> None:
+    files = {"answer": (answer, 0o644)}
+    if envd is not None:
+        files["bin/envd"] = (envd, 0o755)
+    write_image(containerd.folder / "image.tar", name, files)
+    containerd.ctr("images", "import", str(containerd.folder / "image.tar"))
+
+
+@pytest.fixture(scope="module")
+def containerd() -> Iterator[RealContainerd]:
+    folder = Path(tempfile.mkdtemp(prefix="vmc"))
+    with own_netns(), real_containerd(folder) as running:
+        for number in range(1, 4):
+            subprocess.run(
+                f"ip addr add 10.88.0.{2 * number + 1}/32 dev lo", shell=True, check=True
+            )
+        envd = _compiled_envd(folder)
+        _import(running, GOOD, envd, b"204 No Content")
+        _import(running, REFUSES, envd, b"500 Broken")
+        _import(running, SILENT, envd, b"")
+        _import(running, BROKEN, None, b"")
+        yield running
+
+
+@pytest.fixture
+def config(containerd: RealContainerd, tmp_path: Path) -> ApiConfig:
+    return ApiConfig(
+        containerd_socket=containerd.socket,
+        runtime="io.containerd.runc.v2",
+        state_dir=str(tmp_path / "run"),
+        node_socket=str(tmp_path / "noded.sock"),
+        slot_count=3,
+        start_timeout_s=30,
+        api_uid=os.geteuid(),
+    )
+
+
+@pytest.fixture
+def node(config: ApiConfig, containerd: RealContainerd) -> Iterator[Node]:
+    """An opened node; whatever the test left is killed and must leave nothing."""
+    opened = build_node(config)
+    opened.open()
+    try:
+        yield opened
+        for sandbox in opened.list():
+            opened.kill(sandbox.sandbox_id)
+        _nothing_left(opened, containerd, config)
+    finally:
+        opened.close()
+        opened.slots.close_all()
+
+
+def _nothing_left(node: Node, containerd: RealContainerd, config: ApiConfig) -> None:
+    assert not any(containerd.traces().values()), containerd.traces()
+    assert node.slots.free_count == 3
+    folder = Path(config.state_dir, ".noded")
+    assert not folder.exists() or not list(folder.iterdir())
+
+
+def _request(**options: object) -> SandboxRequest:
+    values = {
+        "sandbox_id": new_sandbox_id(),
+        "template_id": "good",
+        "image": GOOD,
+        "vcpus": 1,
+        "memory_mib": 128,
+        "timeout_ms": 60_000,
+        "environment": {"COLOUR": "red"},
+        "access_token": "secret-token",
+        "default_user": "user",
+    }
+    return SandboxRequest(**{**values, **options})  # type: ignore[arg-type]  # test values
+
+
+def _wait_until(what: object, timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not what():  # type: ignore[operator]  # a callable
+        assert time.monotonic() < deadline, "it did not come in time"
+        time.sleep(0.02)
+
+
+def test_create_list_kill(node: Node, containerd: RealContainerd, config: ApiConfig) -> None:
+    request = _request()
+    sandbox = node.create(request)
+    assert sandbox.address == "10.88.0.3"
+    assert node.list() == [sandbox]
+    assert node.get(request.sandbox_id) == sandbox
+    assert containerd.traces()["leases"] == []
+    info = json.loads(containerd.ctr("containers", "info", request.sandbox_id))
+    assert info["Labels"][STATE_LABEL] == "running"
+    assert info["Labels"][END_LABEL] == str(sandbox.end_at_unix_ms)
+    assert "secret-token" not in json.dumps(info)
+    annotations = info["Spec"]["annotations"]
+    assert annotations["io.vmcell.net.address"] == "10.88.0.3/31"
+    assert annotations["io.vmcell.net.tap"] == "vmc1"
+    pid = containerd.ctr("tasks", "list").splitlines()[1].split()[1]
+    root = Path("/proc", pid, "root")
+    told = json.loads((root / "init.json").read_text())
+    assert told["accessToken"] == "secret-token"
+    assert told["envVars"]["COLOUR"] == "red"
+    assert told["envVars"]["E2B_SANDBOX_ID"] == request.sandbox_id
+    assert (root / "etc/resolv.conf").read_text() == "nameserver 8.8.8.8\nnameserver 1.1.1.1\n"
+    assert (root / "etc/hostname").read_text().strip() == request.sandbox_id
+    environment = Path("/proc", pid, "environ").read_bytes().split(b"\0")
+    assert b"FROM_IMAGE=yes" in environment
+    node.kill(request.sandbox_id)
+    _nothing_left(node, containerd, config)
+    with pytest.raises(CallerError, match="was not found") as caught:
+        node.kill(request.sandbox_id)
+    assert caught.value.code == "not_found"
+
+
+def test_an_unknown_image_says_how_to_get_it(node: Node) -> None:
+    with pytest.raises(CallerError, match="import") as caught:
+        node.create(_request(image="docker.io/no/such:1"))
+    assert caught.value.code == "not_found"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"image": BROKEN}, "envd"), ({"image": REFUSES}, "500"), ({"runtime": "x.none.v2"}, "none")],
+)
+def test_a_failed_create_leaves_nothing(
+    containerd: RealContainerd, config: ApiConfig, options: dict[str, str], words: str
+) -> None:
+    options = dict(options)
+    runtime = options.pop("runtime", config.runtime)
+    node = build_node(replace(config, runtime=runtime))
+    node.open()
+    try:
+        request = _request(**options)
+        with pytest.raises(VmcellError, match=words):
+            node.create(request)
+        assert node.list() == []
+        _nothing_left(node, containerd, config)
+        with pytest.raises(CallerError):
+            node.get(request.sandbox_id)
+    finally:
+        node.close()
+        node.slots.close_all()
+
+
+def test_slots_run_out_and_come_back(node: Node) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: _attempt(node), range(4)))
+    errors = [result for result in results if isinstance(result, HostError)]
+    assert [error.code for error in errors] == ["resource_exhausted"]
+    first = node.list()[0]
+    node.kill(first.sandbox_id)
+    assert node.create(_request()).slot_number == first.slot_number
+
+
+def _attempt(node: Node) -> object:
+    try:
+        return node.create(_request())
+    except HostError as error:
+        return error
+
+
+def test_two_kills_have_one_winner(node: Node) -> None:
+    sandbox_id = node.create(_request()).sandbox_id
+    barrier = threading.Barrier(4)
+
+    def kill(_: int) -> str:
+        barrier.wait(10)
+        try:
+            node.kill(sandbox_id)
+        except CallerError as error:
+            return error.code
+        return "killed"
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sorted(pool.map(kill, range(4))) == ["killed", *["not_found"] * 3]
+
+
+def test_a_deadline_kills(node: Node) -> None:
+    sandbox_id = node.create(_request(timeout_ms=60_000)).sandbox_id
+    extended = node.set_deadline(sandbox_id, 1000, only_extend=True)
+    assert extended.end_at_unix_ms > time.time() * 1000 + 30_000
+    started = time.monotonic()
+    node.set_deadline(sandbox_id, 1000, only_extend=False)
+    _wait_until(lambda: not node.list())
+    assert 0.9 < time.monotonic() - started < 10
+    _wait_until(lambda: node.slots.free_count == 3)
+    with pytest.raises(CallerError):
+        node.set_deadline(sandbox_id, 1000, only_extend=False)
+
+
+def test_a_task_that_dies_is_cleaned_up(node: Node, containerd: RealContainerd) -> None:
+    sandbox_id = node.create(_request()).sandbox_id
+    containerd.ctr("tasks", "kill", "-s", "SIGKILL", sandbox_id)
+    _wait_until(lambda: not node.list())
+    _wait_until(lambda: not any(containerd.traces().values()))
+
+
+def test_the_same_id_twice(node: Node) -> None:
+    request = _request()
+    node.create(request)
+    with pytest.raises(CallerError) as caught:
+        node.create(request)
+    assert caught.value.code == "already_exists"
+    assert len(node.list()) == 1
+
+
+def test_a_new_noded_adopts_and_settles(containerd: RealContainerd, config: ApiConfig) -> None:
+    """What lives goes on, what expired, died or was half made is removed."""
+    node = build_node(config)
+    node.open()
+    kept, expired, half = (node.create(_request()).sandbox_id for _ in range(3))
+    node.close()
+    containerd.ctr("containers", "label", expired, f"{END_LABEL}=1000")
+    containerd.ctr("containers", "label", half, f"{STATE_LABEL}=creating")
+    containerd.ctr("leases", "create", "--id", f"vmcell-create-{new_sandbox_id()}")
+    lines = containerd.ctr("snapshots", "list").splitlines()
+    chain = next(line.split()[0] for line in lines if line.split()[-1] == "Committed")
+    containerd.ctr("snapshots", "prepare", "foreign", chain)
+    Path(config.state_dir, ".noded", new_sandbox_id()).mkdir()
+    second = build_node(config)
+    second.open()
+    try:
+        assert [sandbox.sandbox_id for sandbox in second.list()] == [kept]
+        assert second.slots.free_count == 2
+        traces = containerd.traces()
+        assert traces["containers"] == [kept]
+        assert traces["tasks"] == [kept]
+        assert traces["leases"] == []
+        assert sorted(line.split()[0] for line in traces["snapshots"]) == sorted([kept, "foreign"])
+        containerd.ctr("snapshots", "remove", "foreign")
+        second.kill(kept)
+        _nothing_left(second, containerd, config)
+    finally:
+        second.close()
+        second.slots.close_all()
+
+
+def test_a_noded_killed_in_the_middle_of_a_create(
+    containerd: RealContainerd, config: ApiConfig, tmp_path: Path
+) -> None:
+    """envd that never answers holds the create; SIGKILL there, and the next noded cleans up."""
+    settings = tmp_path / "api.toml"
+    rows = ("containerd_socket", "runtime", "state_dir", "node_socket", "slot_count", "api_uid")
+    settings.write_text("".join(f"{row} = {json.dumps(getattr(config, row))}\n" for row in rows))
+    log = tmp_path / "noded.log"
+    with log.open("wb") as output:
+        noded = subprocess.Popen(
+            [sys.executable, "-m", "vmcell_api.node"],
+            env={**os.environ, "VMCELL_API_CONFIG": str(settings)},
+            stderr=output,
+        )
+    client = NodeClient(config.node_socket, create_timeout_s=60)
+    try:
+        _wait_until(lambda: noded.poll() is not None or os.path.exists(config.node_socket))
+        assert noded.poll() is None, log.read_text()
+        with ThreadPoolExecutor(1) as pool:
+            order = NewSandbox(
+                sandbox_id=new_sandbox_id(),
+                template_id="t",
+                image=SILENT,
+                vcpus=1,
+                memory_mib=128,
+                timeout_s=60,
+            )
+            creating = pool.submit(client.create, order)
+            _wait_until(lambda: "RUNNING" in containerd.ctr("tasks", "list"))
+            noded.kill()
+            noded.wait(10)
+            with pytest.raises(NodeUnreachable):
+                creating.result(20)
+    finally:
+        noded.kill()
+        noded.wait(10)
+        client.close()
+    assert containerd.traces()["containers"] == [order.sandbox_id]
+    second = build_node(config)
+    second.open()
+    try:
+        assert second.list() == []
+        _nothing_left(second, containerd, config)
+    finally:
+        second.close()
+        second.slots.close_all()
+
+
+def test_the_door(node: Node, config: ApiConfig) -> None:
+    server = door.serve(door.Door(node, disk_mib=77), config.node_socket, owner_uid=config.api_uid)
+    client = NodeClient(config.node_socket, create_timeout_s=60)
+    try:
+        status = os.stat(config.node_socket)
+        assert status.st_mode & 0o777 == 0o660
+        order = NewSandbox(
+            sandbox_id=new_sandbox_id(),
+            template_id="good",
+            image=GOOD,
+            vcpus=2,
+            memory_mib=128,
+            timeout_s=60,
+            allow_internet=False,
+        )
+        running = client.create(order)
+        assert (running.disk_mib, running.vcpus, running.allow_internet) == (77, 2, False)
+        assert client.list() == [running]
+        assert client.get(order.sandbox_id) == running
+        moved = client.set_deadline(order.sandbox_id, 600, only_extend=True)
+        assert moved.end_at_unix_ms > running.end_at_unix_ms
+        for bad in ({"sandbox_id": "../../etc"}, {"vcpus": 0}, {"vcpus": 99}, {"memory_mib": 1},
+                    {"environment": {"A=B": "c"}}, {"image": ""}, {"timeout_s": 0}):  # fmt: skip
+            with pytest.raises(CallerError) as caught:
+                client.create(replace(order, **{"sandbox_id": new_sandbox_id(), **bad}))
+            assert caught.value.code == "invalid_argument", bad
+        client.kill(order.sandbox_id)
+        with pytest.raises(CallerError) as caught:
+            client.kill(order.sandbox_id)
+        assert caught.value.code == "not_found"
+    finally:
+        client.close()
+        server.stop(0).wait()
+    with pytest.raises(NodeUnreachable):
+        NodeClient(config.node_socket, create_timeout_s=1).list()
