@@ -122,6 +122,9 @@ class _Signals:
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
             # The handler itself has nothing to do: the wakeup descriptor tells.
             signal.signal(number, lambda number, frame: None)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            # A client or a child that left is an error of one call, not the end of all.
+            signal.signal(number, signal.SIG_IGN)
 
     def _on_event(self, mask: int) -> None:
         try:
