@@ -1,0 +1,263 @@
+"""Slots with real TAPs and nftables: the test plays the guest and writes its frames itself.
+
+Whether something is dropped is seen without waiting: after the frame under test the guest sends one
+that is known to pass, and when that has arrived the other one would have, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+from own_netns import own_netns
+
+from vmcell_api.node import firewall
+from vmcell_api.node.slot_plan import Slot
+from vmcell_api.node.slots import SlotPool
+from vmcell_protos.errors import HostError
+
+pytestmark = pytest.mark.root
+
+TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
+PATIENCE_S = 10.0
+OUTSIDE = "93.184.216.34"
+MARK = b"known to pass"
+
+
+@pytest.fixture
+def pool() -> Iterator[SlotPool]:
+    with own_netns():
+        # The way out: whatever is routed leaves through the TAP "out", where the test listens.
+        for words in (
+            "tuntap add dev out mode tap",
+            "addr add 198.18.0.1/24 dev out",
+            "link set out up",
+            "neigh add 198.18.0.2 lladdr 02:00:00:00:00:02 dev out nud permanent",
+            "route add default via 198.18.0.2",
+        ):
+            subprocess.run(["ip", *words.split()], check=True)
+        opened = SlotPool(network="10.88.0.0/16", slot_count=3)
+        opened.open({})
+        try:
+            yield opened
+        finally:
+            opened.close_all()
+            assert "vmc" not in _run("ip", "link")
+            assert "vmcell" not in _run("nft", "list", "tables")
+
+
+def _run(*words: str) -> str:
+    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=20).stdout
+
+
+class Guest:
+    """The far end of a slot's TAP."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+        self.fd = _open_tap(slot.tap)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def send(
+        self,
+        destination: str,
+        payload: bytes,
+        *,
+        port: int = 7,
+        source_port: int = 9,
+        source: str = "",
+        mac: str = "",
+    ) -> None:
+        """One UDP datagram."""
+        udp = struct.pack(">HHHH", source_port, port, 8 + len(payload), 0) + payload
+        start = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(udp), 1, 0, 64, 17, 0)
+        ends = socket.inet_aton(source or self.slot.guest_address) + socket.inet_aton(destination)
+        words = struct.unpack(">10H", start + ends)
+        total = sum(words)
+        checksum = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
+        ip = start[:10] + struct.pack(">H", checksum) + ends
+        ethernet = _mac(self.slot.host_mac) + _mac(mac or self.slot.guest_mac) + b"\x08\x00"
+        os.write(self.fd, ethernet + ip + udp)
+
+    def send_ipv6(self) -> None:
+        """A neighbour solicitation's worth of IPv6."""
+        ethernet = _mac(self.slot.host_mac) + _mac(self.slot.guest_mac) + b"\x86\xdd"
+        ip = struct.pack(">IHBB", 6 << 28, 0, 59, 64) + b"\xfe\x80" + bytes(30)
+        os.write(self.fd, ethernet + ip)
+
+    def receive(self, payload: bytes) -> bytes:
+        """The next frame that holds `payload`."""
+        return _until(self.fd, payload)
+
+
+def _mac(text: str) -> bytes:
+    return bytes.fromhex(text.replace(":", ""))
+
+
+def _open_tap(name: str) -> int:
+    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI))
+    # The kernel wakes the queue a moment after the carrier; what is sent before is dropped.
+    deadline = time.monotonic() + PATIENCE_S
+    while json.loads(_run("ip", "-j", "link", "show", name))[0]["operstate"] != "UP":
+        assert time.monotonic() < deadline, f"{name} did not come up"
+    return fd
+
+
+def _until(fd: int, payload: bytes, others: list[bytes] | None = None) -> bytes:
+    """The next frame on `fd` that holds `payload`; those before it go to `others`."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
+        assert ready, f"{payload!r} did not arrive"
+        frame = os.read(fd, 65536)
+        if payload in frame:
+            return frame
+        if others is not None:
+            others.append(frame)
+
+
+@contextlib.contextmanager
+def _guest(slot: Slot) -> Iterator[Guest]:
+    guest = Guest(slot)
+    try:
+        yield guest
+    finally:
+        guest.close()
+
+
+@contextlib.contextmanager
+def _way_out() -> Iterator[int]:
+    """A descriptor on which every frame arrives that leaves through "out"."""
+    fd = _open_tap("out")
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _leaves(out: int, guest: Guest, witness: Guest, destination: str) -> bytes | None:
+    """The frame that left for `destination`, None when it was dropped."""
+    seen: list[bytes] = []
+    guest.send(destination, b"question")
+    witness.send(OUTSIDE, MARK)
+    _until(out, MARK, seen)
+    return next((frame for frame in seen if b"question" in frame), None)
+
+
+def test_out_to_the_internet_and_nowhere_else(pool: SlotPool) -> None:
+    with (
+        _guest(pool.claim(allow_internet=True)) as guest,
+        _guest(pool.claim(allow_internet=False)) as closed,
+        _way_out() as out,
+    ):
+        frame = _leaves(out, guest, guest, OUTSIDE)
+        assert frame is not None
+        assert frame[26:30] == socket.inet_aton("198.18.0.1"), "the source is masqueraded"
+        for private in ("10.1.2.3", "172.16.9.9", "192.168.1.1", "169.254.169.254", "100.100.2.3",
+                        "198.18.0.2", "224.0.0.1", "255.255.255.255", "0.1.2.3"):  # fmt: skip
+            assert _leaves(out, guest, guest, private) is None, private
+        assert _leaves(out, closed, guest, OUTSIDE) is None
+
+
+def test_a_released_slot_has_its_internet_again(pool: SlotPool) -> None:
+    closed = pool.claim(allow_internet=False)
+    pool.release(closed.number)
+    pool.release(closed.number)
+    assert pool.free_count == 3
+    again = pool.claim(allow_internet=True)
+    assert again == closed
+    with _guest(again) as guest, _way_out() as out:
+        assert _leaves(out, guest, guest, OUTSIDE) is not None
+
+
+def test_only_as_itself(pool: SlotPool) -> None:
+    with _guest(pool.claim(allow_internet=True)) as guest, _way_out() as out:
+        other = pool.claim(allow_internet=True)
+        for disguise in (
+            {"source": other.guest_address},
+            {"source": "8.8.8.8"},
+            {"mac": other.guest_mac},
+        ):
+            seen: list[bytes] = []
+            guest.send(OUTSIDE, b"question", **disguise)
+            guest.send_ipv6()
+            guest.send(OUTSIDE, MARK)
+            _until(out, MARK, seen)
+            assert not [frame for frame in seen if b"question" in frame], disguise
+
+
+def test_not_to_another_sandbox(pool: SlotPool) -> None:
+    one, two = pool.claim(allow_internet=True), pool.claim(allow_internet=True)
+    with (
+        _guest(one) as guest,
+        _guest(two) as victim,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as host,
+    ):
+        guest.send(two.guest_address, b"question")
+        host.sendto(MARK, (two.guest_address, 7))
+        seen: list[bytes] = []
+        _until(victim.fd, MARK, seen)
+        assert not [frame for frame in seen if b"question" in frame]
+
+
+def test_the_host_reaches_the_guest_but_not_the_other_way(pool: SlotPool) -> None:
+    with (
+        _guest(pool.claim(allow_internet=True)) as guest,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as listening,
+    ):
+        slot = guest.slot
+        listening.bind(("0.0.0.0", 5353))
+        listening.settimeout(PATIENCE_S)
+        asking.settimeout(PATIENCE_S)
+        asking.sendto(b"hello", (slot.guest_address, 7))
+        frame = guest.receive(b"hello")
+        assert frame[:6] == _mac(slot.guest_mac), "no ARP needed: the neighbour is permanent"
+        own_port = asking.getsockname()[1]
+        for address in (slot.host_address, "198.18.0.1"):
+            guest.send(address, b"uninvited", port=5353)
+        guest.send(slot.host_address, b"reply", port=own_port, source_port=7)
+        assert asking.recv(100) == b"reply"
+        listening.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listening.recv(100)
+
+
+def test_opening_again_keeps_running_sandboxes(pool: SlotPool) -> None:
+    closed = pool.claim(allow_internet=False)
+    second = SlotPool(network="10.88.0.0/16", slot_count=2)
+    second.open({closed.number: False, 9: True})
+    assert second.free_count == 1
+    egress = _run("nft", "list", "map", "inet", "vmcell", "egress")
+    assert f'"{closed.tap}"' not in egress
+    assert '"vmc9"' in egress
+    assert second.claim(allow_internet=True).number != closed.number
+    with pytest.raises(HostError, match="all 2 sandbox slots") as caught:
+        second.claim(allow_internet=True)
+    assert caught.value.code == "resource_exhausted"
+    second.release(9)
+    assert second.free_count == 0, "slot 9 is beyond the pool and does not come back"
+
+
+def test_the_tap_is_one_a_virtio_device_can_take(pool: SlotPool) -> None:
+    (link,) = json.loads(_run("ip", "-j", "-d", "link", "show", "vmc2"))
+    info = link["linkinfo"]["info_data"]
+    assert (info["type"], info["vnet_hdr"], info["persist"]) == ("tap", True, True)
+    assert link["address"] == pool.at(2).host_mac
+
+
+def test_a_refused_rule_is_one_sentence() -> None:
+    with pytest.raises(HostError, match="nft refused"):
+        firewall.apply([{"add": {"table": {"family": "nonsense", "name": "x"}}}])
