@@ -1,6 +1,6 @@
 """The checked ioctl: a buffer the kernel would overrun is refused before any system call (MS2).
 
-A descriptor that is not open shows it: a system call would fail with EBADF, which is another exception.
+A descriptor that is not open shows it: a system call would fail with EBADF, another exception.
 """
 
 from __future__ import annotations
