@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -24,13 +24,11 @@ from vmcell_tools.dev_state import (
 
 
 @pytest.fixture(autouse=True)
-def _own_runtime_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Shorter than tmp_path may be: sockets stand in it.
-    short = Path("/tmp") / f"vmcell-test-{tmp_path.parent.name[-8:]}-{tmp_path.name[-8:]}"
-    short.symlink_to(tmp_path)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short))
-    yield
-    short.unlink()
+def _own_runtime_directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # Sockets stand in it, and tmp_path may be too long for them.
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="vmcell-") as short:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", short)
+        yield
 
 
 @pytest.fixture

@@ -97,13 +97,11 @@ def install(
 ) -> list[str]:
     """Write configuration and shim below `root`; returns one line per thing that changed."""
     path = _below(root, DEFAULT_PATH)
-    config = ShimConfig(kernel=artifacts.kernel, base_image=artifacts.base_image)
-    with suppress(FileNotFoundError):
-        config = replace(
-            parse_config(path.read_text(), str(path)),
-            kernel=artifacts.kernel,
-            base_image=artifacts.base_image,
-        )
+    config = replace(
+        _present_config(path) or ShimConfig(kernel="", base_image=""),
+        kernel=artifacts.kernel,
+        base_image=artifacts.base_image,
+    )
     if vcpus is not None:
         config = replace(config, default_vcpus=vcpus)
     if memory_mib is not None:
@@ -121,10 +119,7 @@ def uninstall(root: Path) -> list[str]:
     """Remove what `install` wrote; CallerError while a sandbox is there."""
     path = _below(root, DEFAULT_PATH)
     done = []
-    try:
-        config = parse_config(path.read_text(), str(path))
-    except FileNotFoundError:
-        config = None
+    config = _present_config(path)
     if config is not None:
         living = [str(found) for found in _below(root, config.state_dir).glob("*/*/state.json")]
         if living:
@@ -140,6 +135,16 @@ def uninstall(root: Path) -> list[str]:
     with suppress(FileNotFoundError, OSError):
         path.parent.rmdir()
     return done
+
+
+def _present_config(path: Path) -> ShimConfig | None:
+    """The settings on this host, or None; HostError for a file that cannot be read or is wrong."""
+    try:
+        return parse_config(path.read_text(), str(path))
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise HostError(f"cannot read {path} ({error}); repair or delete it") from error
 
 
 def _below(root: Path, path: str) -> Path:

@@ -1,0 +1,149 @@
+"""Each row of `vmcell doctor` on hosts made of files."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from vmcell_shim.config import ShimConfig, render_config
+from vmcell_tools import doctor
+from vmcell_tools.doctor import Host, examine
+from vmcell_tools.setup_host import shim_executable
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    """A root with nothing in it and a PATH with no program."""
+    (tmp_path / "bin").mkdir()
+    return Host(root=tmp_path, path=str(tmp_path / "bin"))
+
+
+def put(host: Host, path: str, text: str = "", *, mode: int = 0o644) -> None:
+    file = host.at(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    file.chmod(mode)
+
+
+def program(host: Host, name: str, script: str) -> None:
+    put(host, f"bin/{name}", f"#!/bin/sh\n{script}\n", mode=0o755)
+
+
+def test_an_empty_host_fails_with_advice_for_all_that_is_needed(host: Host) -> None:
+    rows = {row.what: row for row in examine(host)}
+    needed = ("KVM", "containerd", "containerd socket", "shim", "config.toml", "kernel")
+    for what in (*needed, "base image", "cgroup v2", "nftables", "TAP", "image tools"):
+        assert rows[what].status == "fail", what
+    assert rows["vhost-net"].status == rows["nginx"].status == "warn"
+    assert all(row.advice for row in rows.values() if row.status != "ok")
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "status", "word"),
+    [
+        ("kvm_pvm", "fpu", "fail", "vmcell dev up"),
+        ("kvm_pvm", "fpu svm", "fail", "vmcell dev up"),
+        ("kvm_amd", "fpu svm", "ok", ""),
+        ("kvm", "fpu", "fail", "firmware"),
+    ],
+)
+def test_kvm_kinds(host: Host, module: str, flags: str, status: str, word: str) -> None:
+    put(host, "dev/kvm", mode=0o600)
+    put(host, f"sys/module/{module}/refcnt")
+    put(host, "proc/cpuinfo", f"processor : 0\nflags : {flags}\n")
+    row = doctor.kvm(host)
+    assert row.status == status
+    assert word in row.advice
+
+
+@pytest.mark.parametrize(
+    ("version", "status"),
+    [
+        ("containerd github.com/containerd/containerd 1.6.20~ds1 1.6.20~ds1-1+deb12u1", "ok"),
+        ("containerd github.com/containerd/containerd/v2 v2.0.4 1a43cb6", "ok"),
+        ("containerd github.com/containerd/containerd 1.4.13~ds1 x", "fail"),
+        ("something else", "warn"),
+    ],
+)
+def test_containerd_versions(host: Host, version: str, status: str) -> None:
+    program(host, "containerd", f"echo '{version}'")
+    assert doctor.containerd(host).status == status
+
+
+def test_a_socket_counts_only_when_it_answers(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = host.at(doctor.CONTAINERD_SOCKET)
+    path.parent.mkdir(parents=True)
+    # A path of sun_path's length whatever tmp_path is.
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setattr(doctor, "CONTAINERD_SOCKET", path.name)
+    here = Host(root=Path())
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path.name)
+        assert doctor.containerd_socket(here).status == "fail"
+        listener.listen()
+        assert doctor.containerd_socket(here).status == "ok"
+
+
+def test_a_shim_of_another_checkout_is_a_warning(host: Host) -> None:
+    put(host, "usr/local/bin/containerd-shim-vmcell-v2", shim_executable())
+    assert doctor.shim(host).status == "ok"
+    put(host, "usr/local/bin/containerd-shim-vmcell-v2", "#!/bin/sh\n")
+    assert doctor.shim(host).status == "warn"
+
+
+def test_configuration_and_what_it_names(host: Host) -> None:
+    config = ShimConfig(kernel="/k/vmlinux", base_image="/b/base.erofs")
+    put(host, "etc/vmcell/config.toml", render_config(config))
+    assert doctor.configuration(host).status == "ok"
+    assert doctor.kernel(host).status == doctor.base_image(host).status == "fail"
+    assert "/k/vmlinux is missing" in doctor.kernel(host).found
+    put(host, "k/vmlinux")
+    put(host, "b/base.erofs")
+    assert doctor.kernel(host).status == doctor.base_image(host).status == "ok"
+    put(host, "etc/vmcell/config.toml", "kernel = 3\n")
+    assert doctor.configuration(host).status == "fail"
+    assert "kernel is 3" in doctor.configuration(host).found
+
+
+@pytest.mark.parametrize(
+    ("controllers", "status"), [("cpu io memory pids", "ok"), ("cpu io", "fail"), ("", "fail")]
+)
+def test_cgroup_controllers(host: Host, controllers: str, status: str) -> None:
+    put(host, "sys/fs/cgroup/cgroup.controllers", f"{controllers}\n")
+    assert doctor.cgroup(host).status == status
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, "ok"), (1, "fail")])
+def test_nftables_must_answer(host: Host, code: int, status: str) -> None:
+    program(host, "nft", f'[ "$1" = list ] && exit {code}; echo v1')
+    assert doctor.nftables(host).status == status
+
+
+def test_a_program_that_hangs_is_a_failure(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "COMMAND_DEADLINE_S", 0.2)
+    program(host, "nft", "exec sleep 1000")
+    assert doctor.nftables(host).status == "fail"
+
+
+def test_devices_and_tools(host: Host) -> None:
+    put(host, "dev/net/tun")
+    put(host, "dev/vhost-net")
+    for name in ("mkfs.erofs", "mkfs.ext4", "nginx"):
+        program(host, name, "true")
+    for check in (doctor.tun, doctor.vhost_net, doctor.image_tools, doctor.nginx):
+        assert check(host).status == "ok"
+
+
+def test_disk_rows_look_where_the_cache_will_be(host: Host) -> None:
+    assert str(host.root) in doctor.free_disk(host).found
+    assert list(host.root.iterdir()) == [host.root / "bin"]
+    row = doctor.reflink(host)
+    assert row.status in ("ok", "warn")
+    assert bool(row.advice) == (row.status == "warn")
+
+
+def test_a_full_disk_fails(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "FREE_GIB_FAIL", 1 << 30)
+    assert doctor.free_disk(host).status == "fail"
