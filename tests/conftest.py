@@ -29,5 +29,3 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.fail("needs root; run it with sudo", pytrace=False)
     if item.get_closest_marker("kvm") and not Path("/dev/kvm").exists():
         pytest.fail("needs /dev/kvm; run it inside the dev VM: vmcell dev run", pytrace=False)
-    if item.get_closest_marker("vm") and not Path("/run/vmcell-dev").exists():
-        pytest.fail("runs inside the dev VM only: vmcell dev up, then make test-vm", pytrace=False)
