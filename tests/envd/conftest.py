@@ -11,7 +11,7 @@ from envd_harness import Envd, running_envd
 from packaging.version import Version
 
 # What the control plane would advertise; the SDK chooses its calls by it.
-ENVD_VERSION = "0.6.2"
+ENVD_VERSION = "0.6.13"
 
 SandboxMaker = Callable[..., Sandbox]
 

@@ -21,6 +21,9 @@ entry               EntryInfo of a path
 job                 long work on files in slices
 tree                make, list, remove, move
 filesystem_service  filesystem.Filesystem
+inotify             the three calls of inotify(7)
+watch               one directory with all below it
+watch_service       filesystem.Filesystem: WatchDir and CreateWatcher
 file_access         who may use /files, and which file is meant
 download            GET /files
 upload              POST /files

@@ -1,4 +1,4 @@
-"""EntryInfo of one path (E2B filesystem.proto): what Stat, ListDir, MakeDir and Move tell."""
+"""EntryInfo of one path (E2B filesystem.proto): what Stat, ListDir, MakeDir, Move, watch tell."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from .process_table import ProcessTable
 from .rpc import Method, open_call
 from .settings import Settings
 from .upload import Upload
+from .watch_service import WatchService
 
 _UNAUTHORISED = (
     "unauthorized access, please provide a valid access token or method signing if supported"
@@ -40,6 +41,7 @@ class Router:
         for service, methods in (
             ("process.Process", ProcessService(table, settings).methods),
             ("filesystem.Filesystem", FilesystemService(loop, settings).methods),
+            ("filesystem.Filesystem", WatchService(loop, settings).methods),
         ):
             for name, method in methods.items():
                 self._calls[f"/{service}/{name}"] = method
