@@ -20,8 +20,8 @@ _MARKER_DIRECTORY = "/run/e2b"
 _MARKERS = ("E2B_SANDBOX", "E2B_SANDBOX_ID", "E2B_TEMPLATE_ID")
 # Parts of E2B's message that need what envd does not have; a caller must not believe they worked.
 _UNSUPPORTED = ("volumeMounts", "caBundle")
-# Below this the clock is left as it is: the message itself took time to come.
-_CLOCK_TOLERANCE_NS = 50_000_000
+# Below this the clock is left alone: callers send whole seconds, and the message took its time.
+_CLOCK_TOLERANCE_NS = 1_500_000_000
 
 SetClock = Callable[[int], None]
 
