@@ -131,9 +131,7 @@ def _send(shim: socket.socket, event: Event) -> None:
 def _end_process_on_surprise(shim: socket.socket) -> None:
     """From here on an exception nobody caught, in any thread, is vmm_error and the end."""
 
-    def end(
-        kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         sys.__excepthook__(kind, error, trace)
         sys.stderr.flush()
         detail = cut(f"{kind.__name__}: {error}")
@@ -143,7 +141,7 @@ def _end_process_on_surprise(shim: socket.socket) -> None:
             os._exit(EXIT_UNEXPECTED)
 
     def end_thread(args: threading.ExceptHookArgs) -> None:
-        end(args.exc_type, args.exc_value, args.exc_traceback)
+        end(args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback)
 
     sys.excepthook = end
     threading.excepthook = end_thread

@@ -1,0 +1,324 @@
+"""The KVM layer with payloads of a few instructions; runs on any /dev/kvm, kvm_pvm too."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+from payload import HLT_FOREVER, SPIN, TRIPLE_FAULT, in8, load32, out8, store32
+
+from vmcell_protos.errors import HostError
+from vmcell_runtime import layout
+from vmcell_runtime.boot.entry import ENTRY_MSRS, entry_fpu, entry_regs, entry_sregs, write_tables
+from vmcell_runtime.irq import IrqLine
+from vmcell_runtime.kvm import abi
+from vmcell_runtime.kvm.cpuid import guest_cpuid
+from vmcell_runtime.kvm.host_kind import open_kvm
+from vmcell_runtime.kvm.system import System
+from vmcell_runtime.kvm.vcpu import Vcpu
+from vmcell_runtime.kvm.vm import Vm
+from vmcell_runtime.memory import HUGE_PAGE_BYTES, GuestMemory
+from vmcell_runtime.vcpu import KICK_SIGNAL, prepare_kicks
+
+pytestmark = pytest.mark.kvm
+
+CODE_GPA = 0x10_0000
+HIGH_PD_GPA = 0x30_0000  # page directory for 3 to 4 GiB, where windows and APICs are
+WINDOW = layout.VIRTIO_GPA
+
+
+class Bench:
+    """A VM with one vCPU at the 64-bit entry, everything below 4 GiB mapped one to one."""
+
+    def __init__(self, resources: ExitStack, vcpu_count: int = 1) -> None:
+        self.system = System(open_kvm())
+        resources.callback(self.system.close)
+        self.memory = GuestMemory(16 << 20)
+        resources.callback(self.memory.close)
+        self.vm = Vm(self.system.create_vm())
+        resources.callback(self.vm.close)
+        self.vm.set_tss(layout.TSS_GPA)
+        self.vm.set_identity_map(layout.IDENTITY_MAP_GPA)
+        self.vm.create_irqchip()
+        write_tables(self.memory)
+        self._map_high()
+        self.vcpus = [self._vcpu(number, vcpu_count) for number in range(vcpu_count)]
+        for vcpu in self.vcpus:
+            resources.callback(vcpu.close)
+        self.vcpu = self.vcpus[0]
+
+    def start(self, code: bytes) -> None:
+        """Gives the VM its memory with `code` in it, and vCPU 0 the entry."""
+        self.memory.write(CODE_GPA, code)
+        self.vm.set_memory(self.memory)
+        self.vcpu.set_sregs(entry_sregs(self.vcpu.get_sregs()))
+        self.vcpu.set_regs(entry_regs(CODE_GPA))
+        self.vcpu.set_fpu(entry_fpu())
+
+    def _map_high(self) -> None:
+        self.memory.store64(layout.PDPT_GPA + 8 * 3, HIGH_PD_GPA | 3)
+        entries = [(3 << 30) + (n << 21) | 0x83 for n in range(512)]
+        self.memory.write(HIGH_PD_GPA, struct.pack("<512Q", *entries))
+
+    def _vcpu(self, number: int, count: int) -> Vcpu:
+        vcpu = Vcpu(self.vm.create_vcpu(number), self.system.run_page_bytes())
+        supported = self.system.supported_cpuid()
+        vcpu.set_cpuid(guest_cpuid(supported, number, count, tsc_deadline=True))
+        vcpu.set_msrs(ENTRY_MSRS)
+        return vcpu
+
+
+@pytest.fixture
+def resources() -> Iterator[ExitStack]:
+    with ExitStack() as resources:
+        yield resources
+
+
+@pytest.fixture
+def bench(resources: ExitStack) -> Bench:
+    return Bench(resources)
+
+
+def run(vcpu: Vcpu) -> int:
+    """KVM_RUN, with a deadline: a guest that does not exit is kicked out after 10 s."""
+    prepare_kicks()
+    thread = threading.get_ident()
+
+    def kick() -> None:
+        vcpu.set_immediate_exit(True)
+        signal.pthread_kill(thread, KICK_SIGNAL)
+
+    timer = threading.Timer(10, kick)
+    timer.start()
+    try:
+        return vcpu.run()
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def test_port_output_and_input(bench: Bench) -> None:
+    bench.start(out8(0x80, 0x5A) + in8(0x81) + out8(0x82, 0) + HLT_FOREVER)
+    assert run(bench.vcpu) == abi.KVM_EXIT_IO
+    io = bench.vcpu.io_exit()
+    assert (io.direction, io.size, io.port, io.repeat) == (abi.KVM_EXIT_IO_OUT, 1, 0x80, 1)
+    assert bench.vcpu.io_read(io.data_offset, 1) == b"\x5a"
+    assert run(bench.vcpu) == abi.KVM_EXIT_IO
+    io = bench.vcpu.io_exit()
+    assert (io.direction, io.port) == (abi.KVM_EXIT_IO_IN, 0x81)
+    bench.vcpu.io_write(io.data_offset, b"\x77")
+    assert run(bench.vcpu) == abi.KVM_EXIT_IO
+    assert bench.vcpu.get_regs().rdx == 0x82
+
+
+def test_io_data_outside_the_run_page_is_refused(bench: Bench) -> None:
+    size = bench.system.run_page_bytes()
+    for offset, length in ((size - 1, 2), (0, 1), (-1, 1), (1 << 40, 1)):
+        with pytest.raises(ValueError, match="outside the run page"):
+            bench.vcpu.io_read(offset, length)
+
+
+def test_memory_mapped_io_both_ways(bench: Bench) -> None:
+    bench.start(store32(WINDOW + 4, 0xCAFEF00D) + load32(WINDOW + 8) + out8(0x80, 0))
+    assert run(bench.vcpu) == abi.KVM_EXIT_MMIO
+    gpa, data, length, is_write = bench.vcpu.mmio_exit()
+    assert (gpa, data[:length], is_write) == (WINDOW + 4, b"\x0d\xf0\xfe\xca", 1)
+    assert run(bench.vcpu) == abi.KVM_EXIT_MMIO
+    gpa, _, length, is_write = bench.vcpu.mmio_exit()
+    assert (gpa, length, is_write) == (WINDOW + 8, 4, 0)
+    bench.vcpu.mmio_answer(b"\x78\x56\x34\x12")
+    assert run(bench.vcpu) == abi.KVM_EXIT_IO
+    # the port's value replaced al only
+    assert bench.vcpu.get_regs().rax == 0x12345600
+
+
+def test_an_ioeventfd_takes_its_value_without_an_exit(bench: Bench) -> None:
+    lines = [IrqLine(0), IrqLine(0)]
+    for queue, line in enumerate(lines):
+        bench.vm.add_ioeventfd(line.fd, WINDOW + 0x50, 4, datamatch=queue)
+    notify = [store32(WINDOW + 0x50, queue) for queue in (1, 0, 1, 2)]
+    bench.start(b"".join(notify) + out8(0x80, 0))
+    assert run(bench.vcpu) == abi.KVM_EXIT_MMIO, "nobody waits for queue 2"
+    assert bench.vcpu.mmio_exit().data[:4] == b"\x02\0\0\0"
+    assert run(bench.vcpu) == abi.KVM_EXIT_IO
+    assert [os.eventfd_read(line.fd) for line in lines] == [1, 2]
+    for line in lines:
+        line.close()
+
+
+def test_the_same_ioeventfd_twice_is_the_hosts_error(bench: Bench) -> None:
+    line = IrqLine(0)
+    bench.vm.add_ioeventfd(line.fd, WINDOW + 0x50, 4, datamatch=0)
+    with pytest.raises(HostError, match="KVM_IOEVENTFD failed: File exists"):
+        bench.vm.add_ioeventfd(line.fd, WINDOW + 0x50, 4, datamatch=0)
+    line.close()
+
+
+LAPIC_ON = store32(layout.LAPIC_GPA + 0xF0, 0x1FF)
+
+
+def route(pin: int, vector: int) -> bytes:
+    """IOAPIC redirection of `pin`: edge, active high, to APIC 0 (82093AA data sheet)."""
+    select, window = layout.IOAPIC_GPA, layout.IOAPIC_GPA + 0x10
+    entry = 0x10 + 2 * pin
+    steps = [(select, entry + 1), (window, 0), (select, entry), (window, vector)]
+    return b"".join(store32(gpa, value) for gpa, value in steps)
+
+
+# mov rbx, IRR of vectors 0x40 to 0x5f; 1: mov eax, [rbx]; test eax, eax; jz 1b
+WAIT_PENDING = (
+    b"\x48\xbb" + struct.pack("<Q", layout.LAPIC_GPA + 0x220) + b"\x8b\x03\x85\xc0\x74\xfa"
+)
+
+
+def test_an_irqfd_reaches_the_lapic_through_the_ioapic(bench: Bench) -> None:
+    """The guest sees the vector pending; kvm_pvm cannot deliver it into this payload's IDT."""
+    line = IrqLine(5)
+    bench.vm.add_irqfd(line.fd, line.gsi)
+    bench.start(LAPIC_ON + route(5, 0x43) + out8(0x80, 0) + WAIT_PENDING + b"\xe7\x90")
+    assert run(bench.vcpu) == abi.KVM_EXIT_IO
+    assert bench.vcpu.io_exit().port == 0x80
+    timer = threading.Timer(0.05, line.fire)
+    timer.start()
+    assert run(bench.vcpu) == abi.KVM_EXIT_IO
+    timer.join()
+    io = bench.vcpu.io_exit()
+    assert bench.vcpu.io_read(io.data_offset, io.size) == (1 << 3).to_bytes(4, "little")
+    line.close()
+
+
+def test_a_line_nobody_wired_reaches_nobody(bench: Bench) -> None:
+    wired, loose = IrqLine(5), IrqLine(6)
+    bench.vm.add_irqfd(wired.fd, wired.gsi)
+    bench.start(LAPIC_ON + route(5, 0x43) + route(6, 0x44) + WAIT_PENDING + out8(0x90, 0))
+    loose.fire()
+    prepare_kicks()
+    timer = threading.Timer(0.3, signal.pthread_kill, (threading.get_ident(), KICK_SIGNAL))
+    timer.start()
+    with pytest.raises(InterruptedError):
+        bench.vcpu.run()
+    timer.join()
+    wired.fire()
+    assert run(bench.vcpu) == abi.KVM_EXIT_IO
+    for line in (wired, loose):
+        line.close()
+
+
+def test_other_vcpus_wait_for_their_sipi(resources: ExitStack) -> None:
+    bench = Bench(resources, vcpu_count=2)
+    assert [vcpu.mp_state() for vcpu in bench.vcpus] == [
+        abi.KVM_MP_STATE_RUNNABLE,
+        abi.KVM_MP_STATE_UNINITIALIZED,
+    ]
+    # 16-bit code of the second vCPU at 0x8000: mov al, 7; out 0x90, al; hlt
+    bench.memory.write(0x8000, b"\xb0\x07\xe6\x90\xf4")
+    icr_low, icr_high = layout.LAPIC_GPA + 0x300, layout.LAPIC_GPA + 0x310
+    init = store32(icr_high, 1 << 24) + store32(icr_low, 0x4500)
+    sipi = store32(icr_high, 1 << 24) + store32(icr_low, 0x4608)
+    bench.start(LAPIC_ON + init + sipi + out8(0x80, 0) + HLT_FOREVER)
+    second: list[int] = []
+
+    def run_second() -> None:
+        deadline = time.monotonic() + 10
+        while not second and time.monotonic() < deadline:
+            try:
+                second.append(bench.vcpus[1].run())
+            except (BlockingIOError, InterruptedError):
+                continue
+
+    thread = threading.Thread(target=run_second)
+    thread.start()
+    assert run(bench.vcpu) == abi.KVM_EXIT_IO
+    thread.join(10)
+    assert second == [abi.KVM_EXIT_IO]
+    io = bench.vcpus[1].io_exit()
+    assert (io.port, bench.vcpus[1].io_read(io.data_offset, 1)) == (0x90, b"\x07")
+
+
+def test_a_triple_fault_is_a_shutdown_exit(bench: Bench) -> None:
+    bench.start(TRIPLE_FAULT)
+    assert run(bench.vcpu) == abi.KVM_EXIT_SHUTDOWN
+
+
+def test_immediate_exit_comes_back_before_the_guest_runs(bench: Bench) -> None:
+    bench.start(out8(0x80, 0))
+    bench.vcpu.set_immediate_exit(True)
+    for _ in range(3):
+        with pytest.raises(InterruptedError):
+            bench.vcpu.run()
+    assert bench.vcpu.get_regs().rip == CODE_GPA
+    bench.vcpu.set_immediate_exit(False)
+    assert run(bench.vcpu) == abi.KVM_EXIT_IO
+
+
+def test_a_signal_interrupts_a_spinning_guest(bench: Bench) -> None:
+    bench.start(SPIN)
+    prepare_kicks()
+    timer = threading.Timer(0.1, signal.pthread_kill, (threading.get_ident(), KICK_SIGNAL))
+    timer.start()
+    start = time.monotonic()
+    with pytest.raises(InterruptedError):
+        bench.vcpu.run()
+    assert time.monotonic() - start < 5
+    timer.join()
+
+
+def test_a_read_only_window_is_read_and_never_written(bench: Bench) -> None:
+    gpa = 0xC000_0000
+    with tempfile.TemporaryFile() as file:
+        file.write(b"IMAGE".ljust(HUGE_PAGE_BYTES, b"\0"))
+        file.flush()
+        bench.memory.map_file(file.fileno(), gpa)
+        # the value read goes out by a port, so that it is the guest that saw it
+        bench.start(load32(gpa) + b"\xe7\x80" + store32(gpa, 0) + out8(0x81, 0))
+        assert run(bench.vcpu) == abi.KVM_EXIT_IO
+        io = bench.vcpu.io_exit()
+        assert bench.vcpu.io_read(io.data_offset, io.size) == b"IMAG"
+        assert run(bench.vcpu) == abi.KVM_EXIT_MMIO, "a write to it is an access to no device"
+        assert bench.vcpu.mmio_exit().is_write
+        assert run(bench.vcpu) == abi.KVM_EXIT_IO
+        assert os.pread(file.fileno(), 5, 0) == b"IMAGE"
+
+
+def test_guest_memory_is_what_devices_see(bench: Bench) -> None:
+    bench.memory.store32(0x50_0000, 0x11223344)
+    bench.start(load32(0x50_0000) + store32(0x50_0004, 0x55667788) + out8(0x80, 0))
+    assert run(bench.vcpu) == abi.KVM_EXIT_IO
+    assert bench.memory.load32(0x50_0004) == 0x55667788
+    assert bench.vcpu.get_regs().rax & 0xFFFFFF00 == 0x11223300
+
+
+def test_memory_outlives_every_slot_the_kernel_has(bench: Bench) -> None:
+    bench.start(HLT_FOREVER)
+    with pytest.raises(BufferError):
+        bench.memory.close()
+    with pytest.raises(ValueError, match="already"):
+        bench.vm.set_memory(bench.memory)
+    bench.vcpu.close()
+    bench.vm.close()
+    bench.memory.close()
+
+
+def test_unknown_msrs_are_named(bench: Bench) -> None:
+    with pytest.raises(HostError, match="MSR 0xdeadbeef to 0x1"):
+        bench.vcpu.set_msrs({**ENTRY_MSRS, 0xDEADBEEF: 1})
+
+
+def test_closing_is_idempotent(bench: Bench) -> None:
+    for owner in (bench.vcpu, bench.vm, bench.system, bench.memory):
+        owner.close()
+        owner.close()
+
+
+def test_what_is_no_kvm_is_refused() -> None:
+    fd = os.open("/dev/null", os.O_RDWR)
+    with pytest.raises(HostError, match="KVM_GET_API_VERSION failed"):
+        System(fd)
+    os.close(fd)
