@@ -232,6 +232,13 @@ def test_accounts_that_appear_later_and_images_without_any(tmp_path_factory) -> 
     with running_envd(folder, etc={"passwd": "", "group": ""}) as bare:
         with Stream(bare, "process.Process/Start", shell("echo $USER $HOME; id -u")) as stream:
             assert stream.output() == b"root /root\n0\n"
+        assert init(bare, {"defaultUser": "user"}) == 204
+        with Stream(bare, "process.Process/Start", shell("id -u")) as stream:
+            assert stream.output() == b"0\n"
+        headers = {"Authorization": "Basic dXNlcjo="}
+        with Stream(bare, "process.Process/Start", shell("id -u"), headers) as stream:
+            assert list(stream) == []
+            assert stream.end["error"]["code"] == "unauthenticated"
         bare.path("/etc/passwd").write_text("late:x:7:7::/tmp:/bin/sh\n")
         headers = {"Authorization": "Basic bGF0ZTo="}
         with Stream(bare, "process.Process/Start", shell("id -u; pwd"), headers) as stream:

@@ -9,6 +9,8 @@ from vmcell_protos.errors import CallerError
 from .accounts import Account, Accounts
 from .wire.signature import same_secret
 
+# E2B's own templates have it.
+_STANDARD_USER = "user"
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -28,7 +30,7 @@ class Settings:
         self.image_environment = {"PATH": _DEFAULT_PATH, **environment}
         self.global_environment = {"E2B_SANDBOX": "true"}
         self.default_workdir = ""
-        self._default_user: str | None = None
+        self._default_user = _STANDARD_USER
         self._initialised = False
 
     def token_matches(self, given: str | None) -> bool:
@@ -63,16 +65,15 @@ class Settings:
             self.default_workdir = default_workdir
 
     def account(self, name: str | None) -> Account:
-        """The account `name`, or the default one: set by /init, else `user`, else root.
+        """The account `name`, or the default one: set by /init, else `user`.
 
-        Raises CallerError unauthenticated, in the words the SDKs' tests look for.
+        An image that has no `user` is served as root, so that any image works. Raises CallerError
+        unauthenticated for other unknown names, in the words the SDKs' tests look for.
         """
-        if name is None:
-            name = self._default_user
-        if name is None:
-            found = self.accounts.find("user") or self.accounts.find("root")
-        else:
-            found = self.accounts.find(name)
+        wanted = name or self._default_user
+        found = self.accounts.find(wanted)
+        if found is None and name is None and wanted == _STANDARD_USER:
+            found = self.accounts.find("root")
         if found is None:
-            raise CallerError(f"invalid username: '{name}'", code="unauthenticated")
+            raise CallerError(f"invalid username: '{wanted}'", code="unauthenticated")
         return found
