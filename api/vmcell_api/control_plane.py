@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from vmcell_api.config import ApiConfig
 from vmcell_api.identifiers import new_access_token, new_sandbox_id, sandbox_id_of
-from vmcell_api.node_client import NewSandbox, NodeVerbs, RunningSandbox
+from vmcell_api.node_client import NewSandbox, NodeUnreachable, NodeVerbs, RunningSandbox
 from vmcell_api.sandbox_bodies import CreateBody, ListQuery
 from vmcell_api.store.records import SandboxRecord, Store, Team, Template
-from vmcell_protos.errors import CallerError, VmcellError
+from vmcell_protos.errors import CallerError, HostError, VmcellError
 
 DEFAULT_VCPUS = 1
 DEFAULT_MEMORY_MIB = 512
@@ -58,13 +58,9 @@ class ControlPlane:
         try:
             running = self._node.create(self._order(record, template, body))
         except VmcellError as error:
-            if error.code not in ("deadline_exceeded", "unavailable", "unknown"):
+            if not isinstance(error, NodeUnreachable) and error.code != "deadline_exceeded":
                 self._store.forget_sandboxes([record.sandbox_id])  # known to be undone
-            if error.code == "not_found":
-                raise CallerError(
-                    f"template {body.template!r} does not exist: {error}", code="not_found"
-                ) from error
-            raise
+            raise _create_error(error, body.template) from error
         self._store.mark_built(record.sandbox_id)
         return record, running
 
@@ -141,6 +137,15 @@ class ControlPlane:
         ]
         if lost:
             self._store.forget_sandboxes(lost)
+
+
+def _create_error(error: VmcellError, template: str) -> VmcellError:
+    """What a failed create is called: a machine that did not start is nothing to try again."""
+    if error.code == "not_found":
+        return CallerError(f"template {template!r} does not exist: {error}", code="not_found")
+    if error.code == "unavailable" and not isinstance(error, NodeUnreachable):
+        return HostError(f"the sandbox could not be made: {error}", code="internal")
+    return error
 
 
 def _position(pair: Pair) -> tuple[int, str]:

@@ -284,7 +284,7 @@ def test_cors(service: ApiService, client: Client) -> None:
 @pytest.mark.parametrize(
     ("error", "status", "retry"),
     [
-        (HostError("boot failed"), 503, False),
+        (HostError("boot failed"), 500, False),
         (HostError("broken", code="internal"), 500, False),
         (HostError("too slow", code="deadline_exceeded"), 504, False),
         (HostError("no slot", code="resource_exhausted"), 503, True),
