@@ -86,6 +86,15 @@ class OutputFile:
 Output = OutputFifo | OutputFile
 
 
+def check_stdin(path: str) -> None:
+    """Raises CallerError unless `path` is "" (no stream) or a FIFO; opens nothing."""
+    try:
+        if path and not stat.S_ISFIFO(os.stat(path).st_mode):
+            raise CallerError(f"stdin {path} is there but is no FIFO")
+    except OSError as error:
+        raise CallerError(f"cannot open stdin {path}: {error}") from error
+
+
 def open_stdin(path: str) -> StdinFifo | None:
     """None for "" (no stream). Raises CallerError."""
     if not path:

@@ -1,8 +1,10 @@
 """The standard streams of one process: containerd's FIFOs on one side, vsock streams on the other.
 
-Opened in Create or Exec (so that a bad path is an error there, and CloseIO works at once), joined
-to the guest in Start, flushed before the exit is reported. The guest gets one vsock stream for each
-channel that exists; with a terminal one stream carries both directions.
+Output is opened in Create or Exec, so that a bad path is an error there. Input is opened in Start:
+until then a client's write blocks, so that it meets the end of its input when it can already say so
+by CloseIO (ctr forgets to when its input ends while Create is still running). All is flushed before
+the exit is reported. The guest gets one vsock stream for each channel that exists; with a terminal
+one stream carries both directions.
 """
 
 from __future__ import annotations
@@ -13,7 +15,14 @@ from errno import ENOTCONN
 from socket import SHUT_WR
 
 from vmcell_protos.agent import Streams
-from vmcell_shim.fifo import Output, OutputFile, open_output, open_stdin
+from vmcell_shim.fifo import (
+    Output,
+    OutputFile,
+    StdinFifo,
+    check_stdin,
+    open_output,
+    open_stdin,
+)
 from vmcell_shim.pump import Pump
 
 TYPE_CHECKING = False
@@ -35,12 +44,14 @@ class Stdio:
         self.stdin_path, self.stdout_path, self.stderr_path = stdin, stdout, stderr
         self.terminal = terminal
         self._lock = threading.Lock()
-        self._stdin = open_stdin(stdin)
+        self._stdin: StdinFifo | None = None
+        self._input_ended = False
         self._outputs: dict[str, Output] = {}
         self._pumps: dict[str, Pump] = {}
         self._ids: dict[str, int] = {}
         self._sockets: list[socket.socket] = []
         try:
+            check_stdin(stdin)
             for name, target in (("stdout", stdout), ("stderr", "" if terminal else stderr)):
                 output = open_output(name, target)
                 if output is not None:
@@ -55,7 +66,7 @@ class Stdio:
     def declare(self, next_id: Callable[[], int]) -> Streams:
         """Ids for the channels that exist, as the guest wants to know them beforehand."""
         names = list(self._outputs)
-        if self._stdin is not None and not self.terminal:
+        if self.stdin_path and not self.terminal:
             names.append("stdin")
         self._ids = {name: next_id() for name in names}
         return Streams(
@@ -73,6 +84,7 @@ class Stdio:
         """
         if self._pumps:
             return
+        self._open_input()
         for name, stream_id in self._ids.items():
             stream = dial(stream_id)
             stream.setblocking(False)
@@ -85,6 +97,7 @@ class Stdio:
     def end_input(self) -> None:
         """CloseIO: the guest sees the end of stdin after what is still in the FIFO. Idempotent."""
         with self._lock:
+            self._input_ended = True
             if self._stdin is not None:
                 self._stdin.end_input()
 
@@ -115,6 +128,13 @@ class Stdio:
                     output.close()
             for stream in self._sockets:
                 stream.close()
+
+    def _open_input(self) -> None:
+        with self._lock:
+            if self._stdin is None:
+                self._stdin = open_stdin(self.stdin_path)
+            if self._stdin is not None and self._input_ended:
+                self._stdin.end_input()
 
     def _pump_input(self, stream: socket.socket) -> None:
         fifo = self._stdin

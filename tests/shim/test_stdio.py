@@ -17,7 +17,7 @@ from shim_harness import DEADLINE_S, Shim, running_shim, wait_until
 from vmcell_protos import task
 from vmcell_protos.errors import CallerError, VmcellError
 from vmcell_protos.wellknown import Empty
-from vmcell_shim.fifo import OutputFifo, StdinFifo, open_output, open_stdin
+from vmcell_shim.fifo import OutputFifo, StdinFifo, check_stdin, open_output, open_stdin
 
 
 @pytest.fixture
@@ -116,6 +116,19 @@ def test_close_io_right_after_create(shim: Shim) -> None:
     shim.start()
     assert shim.wait() == 0
     assert out.to_end() == b""
+
+
+def test_input_that_ends_while_create_runs_is_not_forgotten(shim: Shim) -> None:
+    """ctr says CloseIO only when its input ends after Create: so it must not end before."""
+    written = feed(shim.fifo("in"), b"early")
+    shim.create("/bin/cat", stdin=shim.fifo("in"), stdout=shim.fifo("out"))
+    out = Reader(shim.fifo("out"))
+    assert written.is_alive()
+    shim.start()
+    written.join(DEADLINE_S)
+    close_io(shim)
+    assert shim.wait() == 0
+    assert out.to_end() == b"early"
 
 
 def test_close_io_without_stdin(shim: Shim) -> None:
@@ -256,6 +269,8 @@ def test_bad_paths_are_named(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.touch()
     for path in (plain, tmp_path / "absent"):
+        with pytest.raises(CallerError, match=str(path)):
+            check_stdin(str(path))
         with pytest.raises(CallerError, match=str(path)):
             open_stdin(str(path))
         with pytest.raises(CallerError, match=str(path)):
