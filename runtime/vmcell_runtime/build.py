@@ -103,6 +103,7 @@ def boot(
         kernel_fd = descriptors.use(config.kernel_descriptor)
         entry = load_linux(board.memory, kernel_fd, config.command_line, windows, config.vcpu_count)
         vcpus = _make_vcpus(config.vcpu_count, entry, system, board, ending)
+        system.close()  # whoever takes this process over finds no way to make another VM
         return Machine(
             loop=board.loop,
             ending=ending,

@@ -7,6 +7,7 @@ gone is learned from its socket and its pidfd, never by asking a number that may
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import sys
@@ -223,10 +224,7 @@ class VmmHandle:
             return
         with suppress(OSError):  # the VMM may have been first
             self._sock.shutdown(socket.SHUT_RDWR)
-        self._reader.join(CLOSE_TIMEOUT_S)
-        if self._reader.is_alive():
-            self.kill()
-            self._reader.join()
+        self._reader.join()
         self._closed = True
         os.close(self._pidfd)
         self._sock.close()
@@ -273,7 +271,14 @@ class VmmHandle:
             self._changed.notify_all()
 
     def _reap(self) -> VmmExit:
-        """Waits for the process; what its wait status alone says."""
+        """Waits for the process; what its wait status alone says.
+
+        Its socket has ended, so it has nothing more to do: one that stays is ended.
+        """
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        if not poll.poll(CLOSE_TIMEOUT_S * 1000):
+            self.kill()
         try:
             info = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
         except ChildProcessError:

@@ -10,7 +10,7 @@ import os
 import struct
 from typing import NamedTuple
 
-from vmcell_protos.errors import CallerError
+from vmcell_protos.errors import CallerError, HostError
 from vmcell_runtime.memory import GuestMemory
 
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
@@ -34,8 +34,16 @@ class Segment(NamedTuple):
 def load_elf(fd: int, memory: GuestMemory, *, lowest_gpa: int) -> int:
     """Loads the executable open at `fd` into fresh (zero) memory; returns the entry's address.
 
-    CallerError if it is not such a file or does not fit between `lowest_gpa` and the end of RAM.
+    CallerError if it is not such a file or does not fit between `lowest_gpa` and the end of RAM,
+    HostError if it cannot be read.
     """
+    try:
+        return _load(fd, memory, lowest_gpa)
+    except OSError as error:
+        raise HostError(f"reading the kernel failed: {error.strerror}") from error
+
+
+def _load(fd: int, memory: GuestMemory, lowest_gpa: int) -> int:
     entry, segments = read_segments(fd)
     for segment in segments:
         end = segment.gpa + segment.memory_bytes
