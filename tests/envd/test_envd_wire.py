@@ -79,7 +79,20 @@ class TestFields:
         assert message.text("cmd") == ""
         assert parse_message(b"").text("cmd") == ""
 
-    @pytest.mark.parametrize("body", [b"[]", b"1", b"{", b"\xff", b'{"a":' * 100_000, b"nul"])
+    @pytest.mark.parametrize(
+        "body",
+        [
+            b"[]",
+            b"1",
+            b"{",
+            b"\xff",
+            b'{"a":' * 100_000,
+            b"nul",
+            b"\0\0\0{",
+            b"{\0}\0",
+            b"\xef\xbb\xbf{}",
+        ],
+    )
     def test_no_object_is_refused(self, body: bytes) -> None:
         with pytest.raises(CallerError):
             parse_message(body)

@@ -20,7 +20,8 @@ def parse_message(body: bytes) -> Fields:
     if not body:
         return Fields({})
     try:
-        value = json.loads(body)
+        # Bytes would make json guess at UTF-16 and UTF-32, which JSON of proto3 never is.
+        value = json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CallerError(f"cannot read the message as JSON: {error}") from None
     if not isinstance(value, dict):
