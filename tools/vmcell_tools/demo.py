@@ -96,7 +96,7 @@ def run_client(api_url: str, sandbox_url: str, key: str) -> None:
 def run_demo() -> None:
     """The whole demonstration; raises HostError or CalledProcessError when a step fails."""
     started = time.monotonic()
-    subprocess.run([*VMCELL, "dev", "up"], check=True)
+    subprocess.run([*VMCELL, "dev", "up", "--store", "make"], check=True)
     status = _status()
     api_url = f"http://127.0.0.1:{status['api_port']}"
     sandbox_url = f"http://127.0.0.1:{status['data_port']}"

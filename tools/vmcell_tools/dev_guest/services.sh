@@ -33,11 +33,20 @@ say "starting containerd"
 containerd --config /etc/containerd/config.toml >>/mnt/out/containerd.log 2>&1 &
 until [ -S /run/containerd/containerd.sock ]; do sleep 0.1; done
 ctr version >/mnt/out/ctr-version.txt 2>&1 || say "containerd does not answer"
+# A store remembers the containers of a VM that is gone; none of them lives.
+if [ -b /dev/vda ]; then
+    for namespace in $(ctr namespaces list -q); do
+        for container in $(ctr -n "$namespace" containers list -q); do
+            say "deleting container $container of an earlier VM"
+            ctr -n "$namespace" containers delete "$container" 2>>/mnt/out/containerd.log
+        done
+    done
+fi
 say "ready"
 
 # Logs of microVMs vanish with them; copies on the host also survive the end of this VM.
 [ "$copy_logs" = 1 ] || exit 0
-while sleep 5; do
+while sleep 10; do
     for log in /run/vmcell/*/*/*.log; do
         [ -s "$log" ] || continue
         copy="/mnt/out/sandboxes${log#/run/vmcell}"
