@@ -8,7 +8,7 @@ from vmcell_api.node_client import RunningSandbox
 from vmcell_api.store.records import SandboxRecord
 
 # The highest version of E2B's envd whose features ours has (clients switch features on by it).
-ENVD_VERSION = "0.5.7"
+ENVD_VERSION = "0.6.13"
 CLIENT_ID = "vmcell"
 
 Json = dict[str, object]
