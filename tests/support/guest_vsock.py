@@ -52,6 +52,15 @@ class GuestVsock:
         self.driver.kick(0)
 
     def send(
+        self, op: int, host_port: int, guest_port: int, data: bytes = b"", **fields: int
+    ) -> None:
+        """`offer`, and the device has dealt with it."""
+        self.tx.next_buffer_gpa = self.tx.buffers_gpa
+        self.offer(op, host_port, guest_port, data, **fields)
+        self.driver.kick(1)
+        self.tx.collect()
+
+    def offer(
         self,
         op: int,
         host_port: int,
@@ -63,7 +72,7 @@ class GuestVsock:
         source_cid: int = GUEST_CID,
         destination_cid: int = 2,
         kind: int = 1,
-        length: int | None = None,
+        length: int = -1,
     ) -> None:
         """One packet; header and data are pieces of their own, as Linux has it."""
         header = struct.pack(
@@ -72,17 +81,14 @@ class GuestVsock:
             destination_cid,
             guest_port,
             host_port,
-            len(data) if length is None else length,
+            len(data) if length < 0 else length,
             kind,
             op,
             flags,
             buf_alloc,
             self.forwarded.get((host_port, guest_port), 0) & 0xFFFF_FFFF,
         )
-        self.tx.next_buffer_gpa = self.tx.buffers_gpa
         self.tx.offer([header, data] if data else [header])
-        self.driver.kick(1)
-        self.tx.collect()
 
     def receive(self, *, refill: bool = True) -> list[Packet]:
         """What the device has sent since; data counts as taken by the guest's program."""

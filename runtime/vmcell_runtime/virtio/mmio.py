@@ -151,8 +151,8 @@ class MmioTransport:
             return
         self._closed = True
         with self._lock:
-            self._link = None
             self._device.close()
+            self._link = None
             for fd in self.notify_fds:
                 if not self._device.in_kernel:
                     self._loop.remove(fd)

@@ -173,7 +173,7 @@ def test_random_packets_never_break_more_than_the_device(
             data,
             flags=rng.randrange(5),
             buf_alloc=rng.choice([0, 1, 1000, BUF_ALLOC, 2**32 - 1]),
-            length=rng.choice([None] * 50 + [len(data) + 1]),
+            length=rng.choice([-1] * 50 + [len(data) + 1]),
         )
         if rng.random() < 0.5:
             guest.receive(refill=rng.random() < 0.8)

@@ -6,6 +6,8 @@ import contextlib
 import os
 import random
 import socket
+import threading
+import time
 
 import pytest
 from guest_driver import GuestDriver, Plug
@@ -26,6 +28,7 @@ from turning_loop import TurningLoop
 from vsock_host import GUEST_PORT, PORT, Host, Join, at_end, data_of, drain, ops_of
 
 from vmcell_protos.errors import GuestError, HostError
+from vmcell_runtime.virtio.vsock import device as vsock_device
 from vmcell_runtime.virtio.vsock.connection import BUFFER_BYTES
 from vmcell_runtime.virtio.vsock.device import Vsock
 from vmcell_runtime.virtio.vsock.mux import MAX_STREAMS
@@ -353,3 +356,44 @@ class TestEnding:
         ours.close()
         host.settle()
         assert not loop.turn()
+
+
+class TestMachineEnd:
+    def test_what_the_guest_sent_last_still_arrives(
+        self, guest: GuestVsock, host: Host, join: Join, driver: GuestDriver
+    ) -> None:
+        """The guest is gone before the loop saw its last notification."""
+        ours = join()
+        data = os.urandom(BUFFER_BYTES)
+        guest.tx.next_buffer_gpa = guest.tx.buffers_gpa
+        for start in range(0, len(data), 65536):
+            guest.offer(RW, PORT, GUEST_PORT, data[start : start + 65536])
+        got: list[bytes] = []
+
+        def read_to_the_end() -> None:
+            ours.settimeout(10)
+            while piece := ours.recv(10_000):
+                got.append(piece)
+
+        reader = threading.Thread(target=read_to_the_end)
+        reader.start()
+        driver.transport.close()
+        reader.join(10)
+        assert b"".join(got) == data
+
+    def test_host_that_takes_nothing_does_not_hold_up_the_end(
+        self,
+        guest: GuestVsock,
+        join: Join,
+        driver: GuestDriver,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(vsock_device, "LAST_FLUSH_NS", 50_000_000)
+        ours = join()
+        for _ in range(6):
+            guest.send(RW, PORT, GUEST_PORT, bytes(65536))
+        start = time.monotonic()
+        driver.transport.close()
+        assert time.monotonic() - start < 5
+        assert drain(ours)
+        assert at_end(ours)

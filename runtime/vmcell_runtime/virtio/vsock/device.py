@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from collections import deque
 from functools import partial
 
@@ -12,11 +13,13 @@ from vmcell_runtime.loop import EventLoop
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.virtio import abi
 from vmcell_runtime.virtio.device import Activation
+from vmcell_runtime.virtio.queue import BUDGET_CHAINS
 from vmcell_runtime.virtio.vsock import packet
-from vmcell_runtime.virtio.vsock.mux import Listeners, Mux
+from vmcell_runtime.virtio.vsock.mux import TX, Listeners, Mux
 from vmcell_runtime.virtio.vsock.stream import OnResult, Stream
 
 CONNECT_TIMEOUT_NS = 10_000_000_000
+LAST_FLUSH_NS = 2_000_000_000
 
 
 class Vsock:
@@ -79,9 +82,15 @@ class Vsock:
             self._loop.call_soon(self._bury)
 
     def close(self) -> None:
-        if self._mux is not None:
-            self._graveyard += self._mux.give_up()
-            self._mux = self._activation = None
+        """What the guest sent before its end still reaches the host, if the host takes it soon."""
+        activation, mux = self._activation, self._mux
+        if activation is not None and mux is not None:
+            activation.link.run(partial(_take_last_packets, mux))
+        self.reset()
+        deadline_ns = time.monotonic_ns() + LAST_FLUSH_NS
+        for stream in self._graveyard:
+            if not stream.closed:
+                stream.flush_until(deadline_ns)
         self._bury()
         for waiting in self._listeners.values():
             for sock in waiting:
@@ -93,3 +102,11 @@ class Vsock:
             stream = self._graveyard.pop()
             stream.flush()
             stream.close()
+
+
+def _take_last_packets(mux: Mux) -> None:
+    # A guest that resets itself may be faster than its last notification. It stands still now, so
+    # one queue full is all there can be.
+    for _ in range(Vsock.queue_sizes[TX] // BUDGET_CHAINS + 1):
+        if not mux.process(TX):
+            break

@@ -6,7 +6,9 @@ copied, and the connection's credit bounds that. All on the event loop's thread.
 
 from __future__ import annotations
 
+import select
 import socket
+import time
 from collections.abc import Callable
 
 from vmcell_protos.errors import VmcellError
@@ -132,6 +134,14 @@ class Stream:
         else:
             self._loop.modify(self.fd, wanted)
         self._watched = wanted
+
+    def flush_until(self, deadline_ns: int) -> None:
+        """Waits for the host side to take what is kept, up to a time of `monotonic_ns`."""
+        poll = select.poll()
+        poll.register(self.fd, select.POLLOUT)
+        while self._pending and (left_ns := deadline_ns - time.monotonic_ns()) > 0:
+            poll.poll(left_ns / 1e6)
+            self.flush()
 
     def close(self) -> None:
         """Closes the socket at once; idempotent. The host side sees a clean end of file."""
