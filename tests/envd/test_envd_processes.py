@@ -11,6 +11,7 @@ import signal
 import struct
 import termios
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,13 +182,26 @@ def test_several_listeners_get_the_same(envd: Envd) -> None:
             stream.close()
 
 
+def is_stuck_writing(envd: Envd) -> bool:
+    """Whether a process below envd sleeps in write(2) to the pipe that is its standard output."""
+    pending = envd.children()
+    while pending:
+        pid = pending.pop()
+        task = Path(f"/proc/{pid}/task/{pid}")
+        number, first = [*(task / "syscall").read_text().split(), ""][:2]
+        if (number, first) == ("1", "0x1"):
+            return True
+        pending += [int(child) for child in (task / "children").read_text().split()]
+    return False
+
+
 def test_a_slow_listener_stops_the_child_but_not_the_server(envd: Envd) -> None:
     marker = envd.path("/tmp/slow-done")
     with start(envd, "head -c 60000000 /dev/zero; echo >/tmp/slow-done") as stream:
         pid = stream.started()
         # Nobody reads: the child has to stand still, and envd's memory with it.
-        deadline = time.monotonic() + 1.0
-        while time.monotonic() < deadline:
+        wait_until(lambda: is_stuck_writing(envd), "the child to stand still")
+        for _ in range(20):
             assert request(envd, "GET", "/health").status == 204
         assert not marker.exists()
         rss_kib = int(envd.path("/proc/1/status").read_text().split("VmRSS:")[1].split()[0])
@@ -202,9 +216,9 @@ def test_a_slow_listener_stops_the_child_but_not_the_server(envd: Envd) -> None:
 
 
 def test_a_paused_listener_gets_everything_later(envd: Envd) -> None:
-    with start(envd, "seq 1000000") as stream:
+    with start(envd, "exec seq 1000000") as stream:
         stream.started()
-        time.sleep(0.2)
+        wait_until(lambda: is_stuck_writing(envd), "the child to stand still")
         assert stream.output() == "".join(f"{n}\n" for n in range(1, 1_000_001)).encode()
         assert stream.end == {}
 

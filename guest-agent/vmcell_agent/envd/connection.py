@@ -1,8 +1,8 @@
 """One client connection: h11 on a non-blocking socket, one exchange after the other.
 
-Requests are framed by h11 alone (RFC 9112; conflicting Content-Length and Transfer-Encoding are
-refused by it, which is what keeps a proxy in front and this server of one mind). Requests sent
-ahead wait in the socket until the response before them has ended.
+Requests are framed by h11 alone (RFC 9112), and a request that states its length in two ways is
+refused, so that a proxy in front and this server are always of one mind where it ends. Requests
+sent ahead wait in the socket until the response before them has ended.
 """
 
 from __future__ import annotations
