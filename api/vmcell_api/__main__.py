@@ -24,18 +24,9 @@ def make_app(config: ApiConfig) -> falcon.App:
     return create_app(Store(open_engine(config.database_url)), node, config)
 
 
-def main(arguments: list[str]) -> int:
-    """The command; answers its exit status."""
+def serve_api(config: ApiConfig) -> int:
+    """Serves until a signal ends the process; answers its exit status."""
     try:
-        config = load_config()
-        match arguments:
-            case []:
-                pass
-            case ["--bind", bind]:
-                config = replace(config, api_bind=bind)
-            case _:
-                sys.stderr.write("usage: python -m vmcell_api [--bind ADDRESS:PORT]\n")
-                return 2
         migrate(config.database_url, owner_uid=config.api_uid)
         engine = open_engine(config.database_url)
         check_version(engine)
@@ -52,6 +43,24 @@ def main(arguments: list[str]) -> int:
     )
     serve(server, lambda: make_app(config))
     return 0
+
+
+def main(arguments: list[str]) -> int:
+    """The command; answers its exit status."""
+    try:
+        config = load_config()
+        match arguments:
+            case []:
+                pass
+            case ["--bind", bind]:
+                config = replace(config, api_bind=bind)
+            case _:
+                sys.stderr.write("usage: python -m vmcell_api [--bind ADDRESS:PORT]\n")
+                return 2
+    except VmcellError as error:
+        sys.stderr.write(f"vmcell_api: {error}\n")
+        return 1
+    return serve_api(config)
 
 
 if __name__ == "__main__":

@@ -36,10 +36,9 @@ def nginx_gid(user: str) -> int:
         ) from error
 
 
-def main() -> int:
-    """The command; answers its exit status."""
+def serve_routes(config: ApiConfig) -> int:
+    """Serves until a signal ends the process; answers its exit status."""
     try:
-        config = load_config()
         gid = nginx_gid(config.nginx_user) if os.geteuid() == 0 else None
         engine = open_engine(config.database_url)
         check_version(engine)
@@ -57,6 +56,15 @@ def main() -> int:
     )
     serve(server, lambda: make_app(config))
     return 0
+
+
+def main() -> int:
+    """The command; answers its exit status."""
+    try:
+        return serve_routes(load_config())
+    except VmcellError as error:
+        sys.stderr.write(f"vmcell_api.route_server: {error}\n")
+        return 1
 
 
 if __name__ == "__main__":

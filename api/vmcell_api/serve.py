@@ -1,11 +1,14 @@
 """The whole service in the foreground: noded, the API, the router and nginx.
 
 `python -m vmcell_api.serve` (or `vmcell serve`) starts them in this order, passes their logs on and
-ends all of them on SIGTERM, SIGINT or when one ends by itself. Sandboxes go on without it.
+ends all of them on SIGTERM, SIGINT or when one ends by itself. Sandboxes go on without it. The
+three Python processes are forked from this one, so their imports are paid for once; nothing here
+may start a thread or a gRPC channel before that.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -15,10 +18,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
+import vmcell_api.__main__ as api
+import vmcell_api.node.__main__ as noded
+from vmcell_api import route_server
 from vmcell_api.config import ApiConfig, load_config
 from vmcell_api.nginx import NginxPlan, render
-from vmcell_api.route_server import nginx_gid
 from vmcell_api.store.database import migrate
 from vmcell_protos.errors import HostError, VmcellError
 
@@ -27,23 +33,92 @@ STOP_TIMEOUT_S = 20
 POLL_S = 0.2
 
 
+class Child(Protocol):
+    """What a forked and an executed child have in common."""
+
+    name: str
+
+    def status(self) -> int | None:
+        """The exit status, None while it runs."""
+
+    def signal(self, number: int) -> None:
+        """Sends a signal; an ended child is fine."""
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it ended in time."""
+
+
+class Forked:
+    """A child that runs a function of ours in a session of its own."""
+
+    def __init__(self, name: str, run_child: Callable[[], int]) -> None:
+        self.name = name
+        context = multiprocessing.get_context("fork")
+        self._process = context.Process(target=_run_forked, args=(run_child,), name=name)
+        self._process.start()
+
+    def status(self) -> int | None:
+        """The exit status, None while it runs."""
+        return self._process.exitcode
+
+    def signal(self, number: int) -> None:
+        """Sends a signal; an ended child is fine."""
+        if self._process.is_alive() and self._process.pid is not None:
+            os.kill(self._process.pid, number)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it ended in time."""
+        self._process.join(timeout_s)
+        return not self._process.is_alive()
+
+
+class Executed:
+    """A child that is another program, in a session of its own."""
+
+    def __init__(self, name: str, command: list[str]) -> None:
+        self.name = name
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        except FileNotFoundError as error:
+            raise HostError(f"cannot start {name}: {command[0]} is not installed") from error
+
+    def status(self) -> int | None:
+        """The exit status, None while it runs."""
+        return self._process.poll()
+
+    def signal(self, number: int) -> None:
+        """Sends a signal; an ended child is fine."""
+        self._process.send_signal(number)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it ended in time."""
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+
 class Service:
     """The child processes; `stop()` is idempotent and ends them in reverse order."""
 
     def __init__(self, config: ApiConfig) -> None:
         self._config = config
-        self._children: list[tuple[str, subprocess.Popen[bytes]]] = []
+        self._children: list[Child] = []
         self.ending = False
 
     def start(self) -> None:
         """Starts everything; returns when all of it listens. Raises HostError."""
         config = self._config
         migrate(config.database_url, owner_uid=config.api_uid)
-        self._start("noded", [sys.executable, "-m", "vmcell_api.node"])
+        self._children.append(Forked("noded", lambda: noded.serve(config)))
         self._wait_for("noded", lambda: _unix_listens(config.node_socket))
-        self._start("the API", [sys.executable, "-m", "vmcell_api"])
-        self._start("the router", [sys.executable, "-m", "vmcell_api.route_server"])
-        self._start("nginx", ["nginx", "-p", config.nginx_dir, "-c", write_nginx(config)])
+        self._children.append(Forked("the API", lambda: api.serve_api(config)))
+        self._children.append(Forked("the router", lambda: route_server.serve_routes(config)))
+        nginx = ["nginx", "-p", config.nginx_dir, "-c", write_nginx(config)]
+        self._children.append(Executed("nginx", nginx))
         self._wait_for("the router", lambda: _unix_listens(config.route_socket))
         self._wait_for("the API", lambda: _tcp_listens(config.api_bind))
         self._wait_for("nginx", lambda: _tcp_listens(config.data_bind))
@@ -56,23 +131,13 @@ class Service:
 
     def stop(self) -> None:
         """Ends the children, the last started first; kills what does not end in time."""
-        for name, child in reversed(self._children):
-            child.terminate()
-            try:
+        for child in reversed(self._children):
+            child.signal(signal.SIGTERM)
+            if not child.wait(STOP_TIMEOUT_S):
+                _say(f"{child.name} did not end within {STOP_TIMEOUT_S} s; killing it")
+                child.signal(signal.SIGKILL)
                 child.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                _say(f"{name} did not end within {STOP_TIMEOUT_S} s; killing it")
-                child.kill()
-                child.wait()
         self._children = []
-
-    def _start(self, name: str, command: list[str]) -> None:
-        _say(f"starting {name}")
-        try:
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-        except FileNotFoundError as error:
-            raise HostError(f"cannot start {name}: {command[0]} is not installed") from error
-        self._children.append((name, child))
 
     def _wait_for(self, name: str, listens: Callable[[], bool]) -> None:
         deadline = time.monotonic() + READY_TIMEOUT_S
@@ -83,14 +148,22 @@ class Service:
             time.sleep(POLL_S)
 
     def _check_children(self) -> None:
-        for name, child in self._children:
-            if child.poll() is not None:
-                raise HostError(f"{name} ended with status {child.returncode}; see its log above")
+        for child in self._children:
+            status = child.status()
+            if status is not None and not self.ending:
+                raise HostError(f"{child.name} ended with status {status}; see its log above")
+
+
+def _run_forked(run_child: Callable[[], int]) -> None:
+    os.setsid()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    sys.exit(run_child())
 
 
 def write_nginx(config: ApiConfig) -> str:
     """Writes nginx's configuration and folder; answers the path. Raises HostError."""
-    nginx_gid(config.nginx_user)
+    route_server.nginx_gid(config.nginx_user)
     plan = NginxPlan(
         listen=config.data_bind,
         route_socket=config.route_socket,

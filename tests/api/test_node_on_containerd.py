@@ -20,7 +20,8 @@ from pathlib import Path
 
 import pytest
 from own_netns import own_netns
-from real_containerd import RealContainerd, real_containerd, write_image
+from real_containerd import RealContainerd, real_containerd
+from stand_in_images import BROKEN, GOOD, REFUSES, SILENT, import_stand_ins
 
 from vmcell_api.config import ApiConfig
 from vmcell_api.identifiers import new_sandbox_id
@@ -34,24 +35,6 @@ from vmcell_protos.errors import CallerError, HostError, VmcellError
 
 pytestmark = pytest.mark.root
 
-GOOD, BROKEN = "docker.io/test/good:1", "docker.io/test/broken:1"
-REFUSES, SILENT = "docker.io/test/refuses:1", "docker.io/test/silent:1"
-
-
-def _compiled_envd(folder: Path) -> bytes:
-    source = Path(__file__).parents[1] / "support" / "stand_in_envd.c"
-    binary = folder / "envd"
-    subprocess.run(["gcc", "-O1", "-static", "-o", binary, source], check=True, timeout=60)
-    return binary.read_bytes()
-
-
-def _import(containerd: RealContainerd, name: str, envd: bytes | None, answer: bytes) -> None:
-    files = {"answer": (answer, 0o644)}
-    if envd is not None:
-        files["bin/envd"] = (envd, 0o755)
-    write_image(containerd.folder / "image.tar", name, files)
-    containerd.ctr("images", "import", str(containerd.folder / "image.tar"))
-
 
 @pytest.fixture(scope="module")
 def containerd() -> Iterator[RealContainerd]:
@@ -61,11 +44,7 @@ def containerd() -> Iterator[RealContainerd]:
             subprocess.run(
                 f"ip addr add 10.88.0.{2 * number + 1}/32 dev lo", shell=True, check=True
             )
-        envd = _compiled_envd(folder)
-        _import(running, GOOD, envd, b"204 No Content")
-        _import(running, REFUSES, envd, b"500 Broken")
-        _import(running, SILENT, envd, b"")
-        _import(running, BROKEN, None, b"")
+        import_stand_ins(running)
         yield running
 
 

@@ -53,6 +53,7 @@ class RealContainerd:
 @contextlib.contextmanager
 def real_containerd(folder: Path) -> Iterator[RealContainerd]:
     """Starts containerd with state and root in `folder` and ends it with all its shims."""
+    folder.mkdir(exist_ok=True)
     # Short, because shim and ttrpc sockets are unix sockets.
     state = folder / "s"
     config = folder / "config.toml"

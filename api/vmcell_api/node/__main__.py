@@ -79,24 +79,38 @@ def run(config: ApiConfig) -> None:
         node.close()
 
 
-def main() -> int:
-    """The command; answers its exit status."""
-    logging.basicConfig(
-        level=logging.INFO, format="noded: %(levelname)s %(message)s", stream=sys.stderr
-    )
+def serve(config: ApiConfig) -> int:
+    """`run` with a log on standard error; answers the exit status."""
+    _log_to_stderr()
     try:
-        config = load_config()
-        if sys.argv[1:] == ["--teardown"]:
-            SlotPool(network=config.slot_network, slot_count=config.slot_count).close_all()
-        elif sys.argv[1:]:
-            log.error("unknown arguments %s; the only one is --teardown", sys.argv[1:])
-            return 2
-        else:
-            run(config)
+        run(config)
     except VmcellError as error:
         log.error("%s", error)
         return 1
     return 0
+
+
+def main() -> int:
+    """The command; answers its exit status."""
+    _log_to_stderr()
+    try:
+        config = load_config()
+        if not sys.argv[1:]:
+            return serve(config)
+        if sys.argv[1:] != ["--teardown"]:
+            log.error("unknown arguments %s; the only one is --teardown", sys.argv[1:])
+            return 2
+        SlotPool(network=config.slot_network, slot_count=config.slot_count).close_all()
+    except VmcellError as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(
+        level=logging.INFO, format="noded: %(levelname)s %(message)s", stream=sys.stderr
+    )
 
 
 if __name__ == "__main__":
