@@ -99,7 +99,7 @@ class Cgroup:
             try:
                 with os.scandir(directory) as entries:
                     found += [e.path for e in entries if e.is_dir(follow_symlinks=False)]
-            except FileNotFoundError:
+            except OSError:  # the container has removed it meanwhile
                 continue
         return found
 

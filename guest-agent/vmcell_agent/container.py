@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import signal
+import time
 
 from vmcell_agent import copyin, ociprocess, ocispec
 from vmcell_agent.cgroup import Cgroup
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 MAX_PROCESSES = 64
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", re.ASCII)
 _REMOVE_SECONDS, _REMOVE_STEP_SECONDS = 5.0, 0.02
+_END_SECONDS, _END_STEP_SECONDS = 1.0, 0.01
 
 
 def check_id(value: str, what: str) -> None:
@@ -42,8 +45,8 @@ def check_id(value: str, what: str) -> None:
 class Surroundings:
     """What every container of an agent shares."""
 
-    __slots__ = ("builtins", "cgroup_root", "device_directory", "door", "loop", "reaper", "spawner",
-                 "state_directory")  # fmt: skip
+    __slots__ = ("builtins", "cgroup_root", "device_directory", "door", "log", "loop", "reaper",
+                 "spawner", "state_directory")  # fmt: skip
 
     def __init__(
         self,
@@ -56,6 +59,7 @@ class Surroundings:
         state_directory: str,
         device_directory: str,
         builtins: dict[str, Builtin],
+        log: Callable[[str], None],
     ) -> None:
         """`builtins`: programs of the agent's own that can be a container's init, by name."""
         self.loop = loop
@@ -66,6 +70,7 @@ class Surroundings:
         self.state_directory = state_directory
         self.device_directory = device_directory
         self.builtins = builtins
+        self.log = log
 
 
 class Container:
@@ -185,6 +190,8 @@ class Container:
             process.spec, process.streams, process.window, self._cgroup, place
         )
         self._around.reaper.expect(child.pid, process.reaped)
+        if process is self.init:
+            self._files = []  # secrets may be among them; the child has its copy
         return child
 
     def signal(self, exec_id: str, number: int, *, everyone: bool) -> None:
@@ -216,7 +223,7 @@ class Container:
                 f"{process.name} is {process.state}; kill it first", code="failed_precondition"
             )
         del self._processes[exec_id]
-        process.close()
+        self._close_process(process)
 
     def remove(self, done: Callable[[VmcellError | None], None]) -> None:
         """Kill what is left, give back cgroup and mounts; raises CallerError while init lives."""
@@ -224,30 +231,45 @@ class Container:
             raise CallerError(
                 f"{self.init.name} is {self.init.state}; kill it first", code="failed_precondition"
             )
-        self._cgroup.signal_all(9)
+        self._cgroup.signal_all(signal.SIGKILL)
         self._remove_step(done, _REMOVE_SECONDS)
 
     def _remove_step(self, done: Callable[[VmcellError | None], None], seconds: float) -> None:
-        if not self._cgroup.populated() and self._cgroup.remove():
-            try:
+        try:
+            if not self._cgroup.populated() and self._cgroup.remove():
                 self.close()
-            except HostError as error:
-                done(error)
-            else:
                 done(None)
-        elif seconds <= 0:
+                return
+        except HostError as error:
+            done(error)
+            return
+        if seconds <= 0:
             done(HostError(f"container {self.id!r} still has processes", code="unavailable"))
-        else:
-            self._around.loop.call_later(
-                _REMOVE_STEP_SECONDS,
-                lambda: self._remove_step(done, seconds - _REMOVE_STEP_SECONDS),
-            )
+            return
+        self._around.loop.call_later(
+            _REMOVE_STEP_SECONDS,
+            lambda: self._remove_step(done, seconds - _REMOVE_STEP_SECONDS),
+        )
+
+    def end_now(self) -> None:
+        """Kill everything and unmount, blocking for a moment: the machine is about to be reset."""
+        self._cgroup.signal_all(signal.SIGKILL)
+        end = time.monotonic() + _END_SECONDS
+        while self._cgroup.populated() and time.monotonic() < end:
+            time.sleep(_END_STEP_SECONDS)
+        self._cgroup.remove()
+        self.close()
 
     def close(self) -> None:
         """Forget processes and unmount, whatever runs; raises HostError. Idempotent."""
         for process in self._processes.values():
-            process.close()
+            self._close_process(process)
         self._root.close()
+
+    def _close_process(self, process: Process) -> None:
+        process.close()
+        if process.dropped_bytes:
+            self._around.log(f"{process.name}: {process.dropped_bytes} bytes had no reader")
 
 
 def _builtin(around: Surroundings, name: str) -> Builtin | None:

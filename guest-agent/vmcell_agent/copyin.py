@@ -11,6 +11,7 @@ import os
 
 from vmcell_agent import abi, containerfs, syscalls
 from vmcell_agent.attempt import attempt
+from vmcell_agent.ociprocess import MAX_ID
 from vmcell_protos.errors import CallerError
 
 TYPE_CHECKING = False
@@ -33,6 +34,8 @@ def check(files: list[FileCopy]) -> None:
             raise CallerError(
                 f"{file.destination} has {len(file.content)} bytes; at most {MAX_FILE_BYTES}"
             )
+        if max(file.uid, file.gid) > MAX_ID:
+            raise CallerError(f"{file.destination} has owner {file.uid}:{file.gid}; too large")
         if file.mode > 0o7777:
             raise CallerError(f"{file.destination} has mode {file.mode:o}; it must be 0 to 7777")
 

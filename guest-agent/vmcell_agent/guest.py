@@ -66,6 +66,7 @@ def serve(
             state_directory=places.state_directory,
             device_directory=places.device_directory,
             builtins=builtins,
+            log=log,
         )
         service = AgentService(around, loop.stop)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import socket
 import time
 
@@ -33,6 +34,7 @@ _MOUNTS = (
     ("cgroup2", CGROUP_MOUNT, _SAFE, "nsdelegate,memory_recursiveprot"),
 )
 _OOM_NEVER = "-1000"
+_OPEN_FILES = (65_536, 1_048_576)  # soft; hard: the kernel's fs.nr_open
 
 
 def prepare() -> None:
@@ -46,6 +48,9 @@ def prepare() -> None:
     cgroup.enable_controllers(CGROUP_ROOT)
     os.makedirs(STATE_DIRECTORY, 0o700, exist_ok=True)
     _write("/proc/self/oom_score_adj", _OOM_NEVER)
+    # The kernel starts init with 1024; containers whose spec says nothing inherit this one.
+    with attempt("raise the limit of open files"):
+        resource.setrlimit(resource.RLIMIT_NOFILE, _OPEN_FILES)
     network.loopback_up()
 
 

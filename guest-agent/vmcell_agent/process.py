@@ -127,6 +127,11 @@ class Process:
     def close_input(self) -> None:
         self._stdio.close_input()
 
+    @property
+    def dropped_bytes(self) -> int:
+        """Output that had no reader any more."""
+        return self._stdio.dropped_bytes
+
     def close(self) -> None:
         """Forget everything; whoever still waits gets an error. Idempotent."""
         self._stop_timer()

@@ -12,7 +12,6 @@ dropped (a program must not die of a reader that left), input is not.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import struct
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 64 << 10
 MOVING, DRAINING, ENDED = "moving", "draining", "ended"
-# A pseudo terminal's master reads EIO once no slave is open; a reset stream reads ECONNRESET.
-_END_OF_SOURCE = frozenset((errno.EIO, errno.ECONNRESET, errno.ENOTCONN, errno.ETIMEDOUT))
 
 
 class Pump:
@@ -99,9 +96,7 @@ class Pump:
             if self._ending:
                 self._end()
             return
-        except OSError as error:
-            if error.errno not in _END_OF_SOURCE:
-                raise
+        except OSError:  # EIO: no slave of the terminal is open; ECONNRESET: the host is gone
             data = b""
         if not data:
             self._end()

@@ -12,7 +12,7 @@ import socket
 
 from vmcell_agent import terminal
 from vmcell_agent.pump import Pump
-from vmcell_protos.errors import CallerError
+from vmcell_protos.errors import CallerError, GuestError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ class StandardStreams:
 
     def connect_terminal(self, master: int) -> None:
         """Move bytes between the one stream and `master`, which belongs to the streams."""
+        if "stdout" not in self._connections or not self._streams.terminal:
+            raise GuestError("a terminal came from a process that was to have none")
         terminal.check_master(master)
         os.set_blocking(master, False)
         self._master = master

@@ -366,6 +366,47 @@ def test_mistakes_get_one_sentence_and_leave_nothing(agent: AgentUnderTest) -> N
 
 def test_the_end_of_the_control_connection_ends_everything(agent: AgentUnderTest) -> None:
     agent.create(container_spec(process_spec("sleep", "1000"))).start()
-    agent.client.call("Shutdown", messages.Empty())
+    agent.client.close()
     assert agent.process.wait(timeout=10) == 0
-    assert [path for path in Path(agent.cgroup).iterdir() if path.is_dir()] != []
+    assert [path for path in Path(agent.cgroup).iterdir() if path.is_dir()] == []
+
+
+def test_shutdown_asks_first_and_then_kills(agent: AgentUnderTest) -> None:
+    script = "trap 'echo asked' TERM; echo up; while :; do sleep 0.01; done"
+    init = agent.create(container_spec(process_spec("sh", "-c", script))).start()
+    init.read_until(b"up\n")
+    agent.client.call("Shutdown", messages.Empty())
+    init.read_until(b"asked\n")
+    assert agent.process.wait(timeout=10) == 0
+    assert [path for path in Path(agent.cgroup).iterdir() if path.is_dir()] == []
+
+
+def test_nothing_is_kept_of_processes_that_were_deleted(agent: AgentUnderTest) -> None:
+    init = agent.create(container_spec(process_spec("sleep", "1000"))).start()
+
+    def one(number: int, **how: bool) -> None:
+        added = agent.add(init, process_spec("echo", "x"), f"e{number}", **how).start()
+        added.read()
+        added.wait()
+        added.delete()
+        added.close()
+        with pytest.raises(VmcellError, match="executable file not found"):
+            agent.add(init, process_spec("nope"), f"n{number}", **how).start()
+        agent.client.call(
+            "DeleteProcess", messages.ProcessRef(container_id="c1", exec_id=f"n{number}")
+        )
+
+    one(0)
+    before = agent.open_files()
+    for number in range(1, 7):
+        one(number, terminal=number % 3 == 0, stdin=number % 3 == 1)
+    assert agent.open_files() == before
+
+
+def test_processes_are_bounded(agent: AgentUnderTest) -> None:
+    init = agent.create(container_spec(process_spec("sleep", "1000"))).start()
+    for number in range(64):
+        agent.add(init, process_spec("true"), f"e{number}")
+    with pytest.raises(VmcellError, match="delete one first") as error:
+        agent.add(init, process_spec("true"), "e64")
+    assert error.value.code == "resource_exhausted"

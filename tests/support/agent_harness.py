@@ -189,6 +189,9 @@ class AgentClient:
         connection.sendall(struct.pack("<Q", stream_id))
         return connection
 
+    def close(self) -> None:
+        self._control.close()
+
     def new_stream(self) -> int:
         self._next_stream += 1
         return self._next_stream
@@ -264,6 +267,12 @@ class AgentUnderTest:
         self.cgroup = cgroup
         self._stack = stack
         self._containers = 0
+
+    def open_files(self) -> list[str]:
+        """What the agent's descriptors are, by kind; numbers are left out."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        descriptors = Path(f"/proc/{children.split()[0]}/fd")
+        return sorted(os.readlink(path).partition(":")[0] for path in descriptors.iterdir())
 
     def attach_lower(self, image: Path, name: str = "pmem1") -> None:
         """Let the agent see `image` as /dev/`name`."""
