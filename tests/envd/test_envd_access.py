@@ -13,6 +13,9 @@ from envd_harness import Envd, running_envd
 
 pytestmark = pytest.mark.root
 
+ROOT_HOME = "/root"
+SECRET = f"{ROOT_HOME}/secret"
+
 TOKEN = "tok-1234567890"
 # Microseconds are what Python's datetime keeps.
 EXPECTED_CLOCK_NS = 1_935_817_689_123_456_000
@@ -204,14 +207,14 @@ class TestSignedUrls:
 
 
 def test_files_are_reached_with_the_user_s_own_rights(envd_open: Envd) -> None:
-    secret = envd_open.path("/root/secret")
+    secret = envd_open.path(SECRET)
     secret.write_text("secret")
-    os.symlink("/root/secret", envd_open.path("/home/user/link"))
+    os.symlink(SECRET, envd_open.path("/home/user/link"))
     for query, status in (("", 403), ("&username=nobody", 403), ("&username=root", 200)):
         answer = request(envd_open, "GET", "/files?path=/home/user/link" + query)
         assert answer.status == status
     octets = {"Content-Type": "application/octet-stream"}
-    for path in ("/home/user/link", "/root/new", "/etc/passwd", "/usr/new"):
+    for path in ("/home/user/link", f"{ROOT_HOME}/new", "/etc/passwd", "/usr/new"):
         answer = request(envd_open, "POST", f"/files?path={path}", b"x", octets)
         assert answer.status == 403, path
     assert secret.read_text() == "secret"

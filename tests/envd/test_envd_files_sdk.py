@@ -17,6 +17,9 @@ from envd_harness import Envd
 
 pytestmark = pytest.mark.root
 
+ROOT_HOME = "/root"
+SECRET = f"{ROOT_HOME}/secret"
+
 
 @pytest.mark.parametrize("octet_stream", [False, True])
 @pytest.mark.parametrize("size", [0, 1, 1 << 20, 5_000_001])
@@ -57,16 +60,16 @@ def test_owner_and_mode(sandbox: Sandbox, envd: Envd) -> None:
         status = envd.path(f"/home/user/{name}").stat()
         assert (status.st_uid, status.st_gid) == (1000, 1000)
         assert status.st_mode & 0o777 == (0o644 if name.endswith("file") else 0o755)
-    sandbox.files.write("/root/secret", "x", user="root")
-    assert envd.path("/root/secret").stat().st_uid == 0
+    sandbox.files.write(SECRET, "x", user="root")
+    assert envd.path(SECRET).stat().st_uid == 0
     for action in (sandbox.files.read, sandbox.files.get_info):
         with pytest.raises(SandboxException):
-            action("/root/secret")
+            action(SECRET)
     with pytest.raises(SandboxException):
-        sandbox.files.write("/root/other", "x")
+        sandbox.files.write(f"{ROOT_HOME}/other", "x")
     with pytest.raises(SandboxException):
-        sandbox.files.remove("/root/secret")
-    assert sandbox.files.read("/root/secret", user="root") == "x"
+        sandbox.files.remove(SECRET)
+    assert sandbox.files.read(SECRET, user="root") == "x"
 
 
 def test_files_of_proc_are_read_to_their_end(sandbox: Sandbox) -> None:
