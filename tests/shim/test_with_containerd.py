@@ -1,0 +1,166 @@
+"""A real containerd and ctr drive the real shim binary; only the guest is a fake."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from private_containerd import IMAGE, RUNTIME, PrivateContainerd
+from shim_harness import wait_until
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateContainerd]:
+    containerd = PrivateContainerd(tmp_path_factory.mktemp("ctd"), fake_guest=True)
+    containerd.start()
+    try:
+        containerd.import_image()
+        yield containerd
+    finally:
+        containerd.kill()
+
+
+@pytest.fixture
+def containerd(daemon: PrivateContainerd) -> Iterator[PrivateContainerd]:
+    """The daemon, checked afterwards: whatever the test did, nothing of it is left."""
+    yield daemon
+    remove(daemon, "c1")
+    wait_until(lambda: daemon.leftovers() == [], f"an end of {daemon.leftovers()}")
+    assert daemon.ctr("task", "list", "-q").stdout == b""
+
+
+def remove(containerd: PrivateContainerd, name: str) -> None:
+    """Like a user who wants it gone, whatever state it is in."""
+    containerd.ctr("task", "delete", "-f", name)
+    containerd.ctr("container", "delete", name)
+
+
+def test_run(containerd: PrivateContainerd) -> None:
+    done = containerd.run("c1", "sh", "-c", "echo out; echo err >&2; exit 7", flags=("--rm",))
+    assert (done.returncode, done.stdout) == (7, b"out\n")
+    assert done.stderr == b"err\n"
+
+
+def test_short_input_ends(containerd: PrivateContainerd) -> None:
+    done = containerd.run("c1", "cat", flags=("--rm",), stdin=b"hello\n")
+    assert (done.returncode, done.stdout) == (0, b"hello\n")
+
+
+def test_long_input_arrives_whole(containerd: PrivateContainerd) -> None:
+    data = random.Random(3).randbytes(100_000_000)
+    done = containerd.run("c1", "cat", flags=("--rm",), stdin=data)
+    assert hashlib.sha256(done.stdout).digest() == hashlib.sha256(data).digest()
+
+
+def test_terminal(containerd: PrivateContainerd) -> None:
+    line = (
+        f"ctr --address {containerd.socket} run --rm -t --runtime {RUNTIME} {IMAGE} c1 "
+        "sh -c 'tty; exit 3'"
+    )
+    done = subprocess.run(
+        ["script", "-qec", line, "/dev/null"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 3, done.stdout
+    assert b"/dev/pts/" in done.stdout
+
+
+def test_detached_task_exec_and_metrics(containerd: PrivateContainerd) -> None:
+    assert containerd.run("c1", "sleep", "600", flags=("-d",)).returncode == 0
+    done = containerd.ctr(
+        "task", "exec", "--exec-id", "e1", "c1", "sh", "-c", "cat; exit 5", stdin=b"in"
+    )
+    assert (done.returncode, done.stdout) == (5, b"in")
+    assert b"memory.usage " in containerd.ctr("task", "metrics", "c1").stdout
+    assert str(containerd.pid("c1")).encode() in containerd.ctr("task", "ps", "c1").stdout
+    refused = containerd.ctr("task", "pause", "c1")
+    assert b"not in this version" in refused.stderr
+    assert containerd.ctr("task", "delete", "c1").returncode != 0
+
+
+def test_killed_vmm(containerd: PrivateContainerd) -> None:
+    containerd.run("c1", "sleep", "600", flags=("-d",))
+    began = time.monotonic()
+    os.kill(containerd.pid("c1"), signal.SIGKILL)
+    wait_until(lambda: containerd.status("c1") == "STOPPED", "the exit", 5)
+    assert time.monotonic() - began < 1.5
+    assert b"exit code 137" in containerd.ctr("task", "delete", "c1").stderr
+
+
+def test_killed_shim(containerd: PrivateContainerd) -> None:
+    """containerd runs `delete`, which finds and ends the VMM by the state file."""
+    containerd.run("c1", "sleep", "600", flags=("-d",))
+    pid = containerd.pid("c1")
+    (shim,) = [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and _is_shim(entry, containerd)
+    ]
+    os.kill(shim, signal.SIGKILL)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the VMM's end", 6)
+    wait_until(lambda: containerd.status("c1") in ("", "STOPPED"), "the exit", 6)
+
+
+def _is_shim(entry: Path, containerd: PrivateContainerd) -> bool:
+    try:
+        line = (entry / "cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return f"{containerd.directory}/bin/containerd-shim".encode() in line
+
+
+def test_restart_of_containerd(containerd: PrivateContainerd) -> None:
+    """The task lives on, is found again, can be used, and its exit is not lost."""
+    containerd.run(
+        "c1", "sh", "-c", "trap 'exit 9' TERM; while :; do sleep 0.1; done", flags=("-d",)
+    )
+    containerd.kill()
+    containerd.start()
+    assert containerd.status("c1") == "RUNNING"
+    done = containerd.ctr("task", "exec", "--exec-id", "e1", "c1", "echo", "still here")
+    assert done.stdout == b"still here\n"
+    containerd.ctr("task", "kill", "-s", "TERM", "c1")
+    wait_until(lambda: containerd.status("c1") == "STOPPED", "the exit")
+    assert b"exit code 9" in containerd.ctr("task", "delete", "c1").stderr
+
+
+def test_started_again_after_its_end(containerd: PrivateContainerd) -> None:
+    """The same container, the same snapshot, a second task."""
+    assert containerd.run("c1", "sh", "-c", "exit 4", flags=()).returncode == 4
+    done = containerd.ctr("task", "start", "c1")
+    assert done.returncode == 4, done.stderr
+
+
+BAD = {
+    "io.vmcell.vcpus asks for 99 vCPUs": ("--annotation", "io.vmcell.vcpus=99"),
+    "io.vmcell.vcpus asks for 0 vCPUs": ("--annotation", "io.vmcell.vcpus=0"),
+    "1048576 bytes of memory": ("--memory-limit", "1048576"),
+    "belongs to the pod p1": ("--annotation", "io.kubernetes.cri.sandbox-id=p1"),
+    "live share": ("--mount", "type=bind,src=/usr,dst=/usr,options=rbind:rw"),
+}
+
+
+@pytest.mark.parametrize("sentence", BAD)
+def test_bad_requests(containerd: PrivateContainerd, sentence: str) -> None:
+    done = containerd.run("c1", "true", flags=("--rm", *BAD[sentence]))
+    assert done.returncode != 0
+    assert sentence in done.stderr.decode()
+    assert "Traceback" not in done.stderr.decode()
+
+
+def test_missing_program(containerd: PrivateContainerd) -> None:
+    done = containerd.run("c1", "/no/such/program", flags=("--rm",))
+    assert done.returncode != 0
+    assert b"/no/such/program" in done.stderr

@@ -1,0 +1,219 @@
+"""A containerd of one's own: private directories, private socket, a shim with a fake guest.
+
+Nothing of the machine's containerd is touched, except that shims' sockets stand in
+/run/containerd/s, where containerd puts them whatever its configuration says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+from shim_harness import wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE_ROOTS = [str(ROOT / name) for name in ("protos", "runtime", "shim")]
+RUNTIME = "io.containerd.vmcell.v2"
+IMAGE = "docker.io/vmcell-test/layers:latest"
+
+_CONFIG = """
+version = 2
+root = "{directory}/root"
+state = "{directory}/state"
+disabled_plugins = ["io.containerd.grpc.v1.cri"]
+[grpc]
+  address = "{directory}/containerd.sock"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{directory}/opt"
+"""
+
+_STUB = """#!{python} -ISB
+import sys
+sys.path[:0] = {roots!r}
+{patch}
+from vmcell_shim.bootstrap import main
+sys.exit(main(sys.argv))
+"""
+_PATCH = "import fake_vmm; from vmcell_runtime import handle; handle.spawn = fake_vmm.spawn"
+
+
+class PrivateContainerd:
+    """One daemon below `directory`; start() again after kill() for a restart."""
+
+    def __init__(self, directory: Path, *, fake_guest: bool) -> None:
+        self.directory = directory
+        self.socket = directory / "containerd.sock"
+        self.log = directory / "containerd.log"
+        self._popen: subprocess.Popen[bytes] | None = None
+        (directory / "bin").mkdir()
+        shim = directory / "bin/containerd-shim-vmcell-v2"
+        roots = [*SOURCE_ROOTS, str(ROOT / "tests/support")]
+        patch = _PATCH if fake_guest else ""
+        shim.write_text(_STUB.format(python=sys.executable, roots=roots, patch=patch))
+        shim.chmod(0o755)
+        (directory / "containerd.toml").write_text(_CONFIG.format(directory=directory))
+        for name in ("kernel", "base.erofs"):
+            (directory / name).touch()
+        (directory / "vmcell.toml").write_text(
+            f'kernel = "{directory}/kernel"\nbase_image = "{directory}/base.erofs"\n'
+            f'state_dir = "{directory}/run"\ncache_dir = "{directory}/cache"\n'
+            "writable_mib = 64\nboot_timeout_s = 20\n"
+        )
+
+    def start(self) -> None:
+        environment = {
+            **os.environ,
+            "PATH": f"{self.directory}/bin:{os.environ['PATH']}",
+            "VMCELL_CONFIG": str(self.directory / "vmcell.toml"),
+            "FAKE_RECORD": str(self.directory / "record.json"),
+        }
+        with self.log.open("ab") as log:
+            self._popen = subprocess.Popen(
+                ["containerd", "--config", str(self.directory / "containerd.toml")],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        wait_until(lambda: self.ctr("version").returncode == 0, "containerd", 30)
+
+    def kill(self) -> None:
+        if self._popen is not None:
+            self._popen.send_signal(signal.SIGKILL)
+            self._popen.wait(10)
+
+    def ctr(
+        self, *words: str, stdin: bytes = b"", timeout_s: float = 60
+    ) -> subprocess.CompletedProcess[bytes]:
+        command = ["ctr", "--address", str(self.socket), *words]
+        return subprocess.run(
+            command, input=stdin, capture_output=True, timeout=timeout_s, check=False
+        )
+
+    def run(
+        self, name: str, *words: str, flags: tuple[str, ...] = (), stdin: bytes = b""
+    ) -> subprocess.CompletedProcess[bytes]:
+        """`ctr run` of a program of the host (the fake guest runs it here)."""
+        return self.ctr("run", *flags, "--runtime", RUNTIME, IMAGE, name, *words, stdin=stdin)
+
+    def import_image(self) -> None:
+        """An image of two layers, the upper of which deletes and replaces."""
+        path = self.directory / "image.tar"
+        path.write_bytes(image_archive(IMAGE, [LOWER_LAYER, UPPER_LAYER]))
+        done = self.ctr("image", "import", str(path))
+        assert done.returncode == 0, done.stderr
+
+    def status(self, name: str) -> str:
+        """What `ctr task list` says of one task, "" when it is not there."""
+        for line in self.ctr("task", "list").stdout.decode().splitlines():
+            columns = line.split()
+            if columns and columns[0] == name:
+                return columns[2]
+        return ""
+
+    def pid(self, name: str) -> int:
+        for line in self.ctr("task", "list").stdout.decode().splitlines():
+            columns = line.split()
+            if columns and columns[0] == name:
+                return int(columns[1])
+        raise LookupError(name)
+
+    def leftovers(self) -> list[str]:
+        """Bundles, state, sandbox files and processes that are still there."""
+        found = [str(path) for path in self.directory.glob("run/*/*")]
+        found += [str(path) for path in self.directory.glob("cache/sandboxes/*/*")]
+        found += [str(path) for path in self.directory.glob("state/*.task/*/*")]
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    line = (entry / "cmdline").read_bytes()
+                except (FileNotFoundError, ProcessLookupError):
+                    continue
+                if f"{self.directory}/bin/containerd-shim".encode() in line:
+                    found.append(line.replace(b"\0", b" ").decode())
+        return found
+
+
+Layer = dict[str, bytes | str | None]
+# name → content, a link's target, or None for a directory.
+LOWER_LAYER: Layer = {
+    "bin": None,
+    "etc": None,
+    "etc/kept": b"from below",
+    "etc/replaced": b"from below",
+    "etc/deleted": b"from below",
+    "gone": None,
+    "gone/file": b"from below",
+    "bin/link": "../etc/kept",
+}
+UPPER_LAYER: Layer = {
+    "etc": None,
+    "etc/replaced": b"from above",
+    "etc/.wh.deleted": b"",
+    "gone": None,
+    "gone/.wh..wh..opq": b"",
+    "gone/new": b"from above",
+}
+
+
+def layer_tar(layer: Layer) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in layer.items():
+            entry = tarfile.TarInfo(name)
+            entry.mtime = 1_600_000_000
+            entry.mode = 0o755
+            if content is None:
+                entry.type = tarfile.DIRTYPE
+            elif isinstance(content, str):
+                entry.type, entry.linkname = tarfile.SYMTYPE, content
+            else:
+                entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content) if isinstance(content, bytes) else None)
+    return buffer.getvalue()
+
+
+def image_archive(name: str, layers: list[Layer]) -> bytes:
+    """An OCI layout in a tar, as `ctr image import` takes it (image-spec 1.0)."""
+    blobs: dict[str, bytes] = {}
+
+    def put(data: bytes, media_type: str) -> dict[str, object]:
+        digest = hashlib.sha256(data).hexdigest()
+        blobs[f"blobs/sha256/{digest}"] = data
+        return {"digest": f"sha256:{digest}", "size": len(data), "mediaType": media_type}
+
+    prefix = "application/vnd.oci.image"
+    rows = [put(layer_tar(layer), f"{prefix}.layer.v1.tar") for layer in layers]
+    config = {
+        "architecture": "amd64",
+        "os": "linux",
+        "config": {"Cmd": ["sh"], "Env": ["PATH=/bin:/usr/bin"]},
+        "rootfs": {"type": "layers", "diff_ids": [row["digest"] for row in rows]},
+    }
+    manifest = {
+        "schemaVersion": 2,
+        "config": put(json.dumps(config).encode(), f"{prefix}.config.v1+json"),
+        "layers": rows,
+    }
+    row = put(json.dumps(manifest).encode(), f"{prefix}.manifest.v1+json")
+    row["annotations"] = {"io.containerd.image.name": name}
+    files = {
+        "oci-layout": b'{"imageLayoutVersion":"1.0.0"}',
+        "index.json": json.dumps({"schemaVersion": 2, "manifests": [row]}).encode(),
+        **blobs,
+    }
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for path, data in files.items():
+            entry = tarfile.TarInfo(path)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return buffer.getvalue()
