@@ -120,7 +120,8 @@ def test_killed_vmm_ends_the_task_with_137(dev_vm: DevVm) -> None:
     finally:
         deleted = dev_vm.run("ctr", "task", "delete", "crash")
         dev_vm.check("ctr", "container", "delete", "crash")
-    assert deleted.code == 137, deleted.error_text
+    # ctr ends with 0 and says the task's exit status on stderr.
+    assert "137" in deleted.error_text
 
 
 BAD_REQUESTS = {
