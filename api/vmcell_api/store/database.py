@@ -1,5 +1,6 @@
-"""The engine of the store, its migration, and who owns the SQLite file.
+"""The engine of the store, its version, and who owns the SQLite file.
 
+Alembic is imported only when there is something to migrate: it costs more than all the rest.
 SQLite runs in WAL mode with a busy timeout, so the gunicorn workers and the key command share it.
 """
 
@@ -12,12 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy.engine import URL, Engine, make_url
 
+from vmcell_api.store.tables import SCHEMA_VERSION
 from vmcell_protos.errors import HostError
 
 BUSY_TIMEOUT_MS = 5000
@@ -63,21 +61,33 @@ def migrate(url: str, *, owner_uid: int | None = None) -> None:
             if owner_uid is not None and os.geteuid() == 0:
                 os.chown(path.parent, owner_uid, owner_uid)
                 os.chown(path, owner_uid, owner_uid)
-        with _one_at_a_time(path):
-            _upgrade(url)
+        engine = open_engine(url)
+        try:
+            with _one_at_a_time(path), engine.begin() as connection:
+                if _version(connection) != SCHEMA_VERSION:
+                    _upgrade(connection)
+        finally:
+            engine.dispose()
     except (OSError, sa.exc.SQLAlchemyError) as error:
         raise HostError(f"cannot bring the store {_shown(url)} up to date: {error}") from error
 
 
-def _upgrade(url: str) -> None:
-    engine = open_engine(url)
-    try:
-        with engine.begin() as connection:
-            config = _alembic_config()
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
-    finally:
-        engine.dispose()
+def _upgrade(connection: sa.Connection) -> None:
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", "vmcell_api.store:migrations")
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+
+
+def _version(connection: sa.Connection) -> str | None:
+    """What Alembic wrote into the store, None when it never did."""
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    version: str | None = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
+    return version
 
 
 @contextlib.contextmanager
@@ -99,23 +109,16 @@ def _one_at_a_time(path: Path | None) -> Iterator[None]:
 
 def check_version(engine: Engine) -> None:
     """Raises HostError unless the store has the version that this code wants."""
-    head = ScriptDirectory.from_config(_alembic_config()).get_current_head()
     try:
         with engine.connect() as connection:
-            found = MigrationContext.configure(connection).get_current_revision()
+            found = _version(connection)
     except sa.exc.SQLAlchemyError as error:
         raise HostError(f"cannot open the store: {error}") from error
-    if found != head:
+    if found != SCHEMA_VERSION:
         raise HostError(
-            f"the store has version {found}, this program wants {head}; "
+            f"the store has version {found}, this program wants {SCHEMA_VERSION}; "
             "run `python -m vmcell_api.keys migrate`"
         )
-
-
-def _alembic_config() -> Config:
-    config = Config()
-    config.set_main_option("script_location", "vmcell_api.store:migrations")
-    return config
 
 
 def _sqlite_path(url: URL) -> Path | None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 from sqlalchemy import JSON, BigInteger, Boolean, ForeignKey, String
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+# The newest revision in `migrations`; a test compares.
+SCHEMA_VERSION = "0001"
+
 
 class Base(DeclarativeBase):
     """Root of the tables."""

@@ -1,0 +1,167 @@
+"""The store: migrations, keys, tenants, limits, and what happens when it is broken."""
+
+from __future__ import annotations
+
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from vmcell_api.config import ApiConfig
+from vmcell_api.identifiers import API_KEY, hash_api_key, new_api_key
+from vmcell_api.keys import create_key
+from vmcell_api.store.database import check_version, migrate, open_engine
+from vmcell_api.store.records import SandboxRecord, Store
+from vmcell_api.store.tables import SCHEMA_VERSION, Base
+from vmcell_protos.errors import CallerError, HostError
+
+
+def _url(folder: Path) -> str:
+    return f"sqlite:///{folder}/store/api.sqlite"
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    migrate(_url(tmp_path))
+    return _url(tmp_path)
+
+
+def _record(name: str, team_id: str) -> SandboxRecord:
+    return SandboxRecord(
+        sandbox_id=name.ljust(20, "0"),
+        team_id=team_id,
+        template_id="base",
+        access_token="t" + name,
+        metadata={"é": "\n"},
+        created_at_unix_ms=1 << 41,
+    )
+
+
+def test_the_migrations_make_exactly_the_tables(url: str) -> None:
+    engine = open_engine(url)
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
+    engine.dispose()
+    config = Config()
+    config.set_main_option("script_location", "vmcell_api.store:migrations")
+    assert ScriptDirectory.from_config(config).get_current_head() == SCHEMA_VERSION
+
+
+def test_migrating_again_keeps_everything(url: str) -> None:
+    store = Store(open_engine(url))
+    team = store.ensure_team("one")
+    migrate(url)
+    assert store.ensure_team("one") == team
+    store.close()
+
+
+def test_migrating_at_once_from_several_processes(tmp_path: Path) -> None:
+    code = f"from vmcell_api.store.database import migrate; migrate({_url(tmp_path)!r})"
+    runs = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
+    assert [run.wait(60) for run in runs] == [0, 0, 0]
+
+
+def test_nobody_else_reads_the_file(url: str) -> None:
+    path = Path(url.removeprefix("sqlite:///"))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_only_the_hash_of_a_key_is_kept(tmp_path: Path) -> None:
+    config = ApiConfig(database_url=_url(tmp_path), api_uid=0)
+    key = create_key(config, "one")
+    assert API_KEY.fullmatch(key)
+    store = Store(open_engine(config.database_url))
+    team = store.team_of_key(hash_api_key(key))
+    assert team is not None
+    assert team.name == "one"
+    assert store.team_of_key(hash_api_key(new_api_key())) is None
+    store.close()
+    for path in (tmp_path / "store").iterdir():
+        assert key.encode() not in path.read_bytes()
+    with pytest.raises(CallerError, match="team name"):
+        create_key(config, "../x")
+
+
+def test_a_team_sees_its_own_rows_only(url: str) -> None:
+    store = Store(open_engine(url))
+    one, two = store.ensure_team("one").team_id, store.ensure_team("two").team_id
+    record = _record("a", one)
+    store.add_sandbox(record, limit=9, live=())
+    assert store.sandbox(record.sandbox_id, team_id=one) == record
+    assert store.sandbox(record.sandbox_id, team_id=two) is None
+    assert store.sandboxes(team_id=two) == {}
+    assert store.tokens() == {record.sandbox_id: "ta"}
+    store.forget_sandboxes([record.sandbox_id])
+    store.forget_sandboxes([record.sandbox_id])
+    assert store.sandboxes(team_id=one) == {}
+    store.close()
+
+
+def test_the_limit_counts_what_lives_and_what_is_being_made(url: str) -> None:
+    store = Store(open_engine(url))
+    team_id = store.ensure_team("one").team_id
+    store.add_sandbox(_record("a", team_id), limit=1, live=())
+    with pytest.raises(CallerError, match="at most 1"):
+        store.add_sandbox(_record("b", team_id), limit=1, live=())
+    store.mark_built(_record("a", team_id).sandbox_id)
+    store.add_sandbox(_record("b", team_id), limit=1, live=())
+    store.close()
+
+
+def test_the_templates_of_every_installation(url: str) -> None:
+    store = Store(open_engine(url))
+    for name in ("base", "small"):
+        template = store.template(name)
+        assert template is not None
+        assert template.image == f"docker.io/vmcell/{name}:latest"
+    assert store.template("other") is None
+    store.close()
+
+
+def test_writers_wait_for_each_other(url: str) -> None:
+    store = Store(open_engine(url))
+    team_id = store.ensure_team("one").team_id
+    start = threading.Barrier(8)
+
+    def write(number: int) -> None:
+        start.wait(10)
+        store.add_sandbox(_record(f"s{number}", team_id), limit=99, live=())
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert len(store.sandboxes(team_id=team_id)) == 8
+    store.close()
+
+
+def test_a_store_of_another_version_is_refused(url: str) -> None:
+    with sqlite3.connect(url.removeprefix("sqlite:///")) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    connection.close()
+    engine = open_engine(url)
+    with pytest.raises(HostError, match="version 9999"):
+        check_version(engine)
+    engine.dispose()
+
+
+def test_a_broken_store_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "store" / "api.sqlite"
+    path.parent.mkdir()
+    path.write_bytes(b"not a database" * 100)
+    with pytest.raises(HostError, match="cannot bring the store"):
+        migrate(_url(tmp_path))
+    store = Store(open_engine(_url(tmp_path)))
+    with pytest.raises(HostError, match="the store did not answer"):
+        store.team_of_key("x")
+    store.close()
+    with pytest.raises(HostError, match="database_url"):
+        open_engine("nonsense")
