@@ -51,7 +51,7 @@ test-kvm: venv
 	fi
 
 dev-up: artifacts
-	@$(BIN)/vmcell dev up --store make
+	@$(BIN)/vmcell dev up --store make --api-port 0 --data-port 0
 
 test-vm: dev-up
 	$(PYTEST) -m vm --timeout 900; status=$$?; $(BIN)/vmcell dev down; exit $$status

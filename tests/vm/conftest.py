@@ -16,7 +16,8 @@ from vmcell_tools.leak_check import leaks
 @pytest.fixture(scope="session")
 def dev_vm() -> DevVm:
     """The dev VM, up, with both images imported; `make test-vm` takes it down again."""
-    subprocess.run([*VMCELL, "dev", "up", "--store", "make"], check=True, timeout=600)
+    free_ports = ("--api-port", "0", "--data-port", "0")
+    subprocess.run([*VMCELL, "dev", "up", "--store", "make", *free_ports], check=True, timeout=600)
     status = json.loads(subprocess.check_output([*VMCELL, "dev", "status", "--json"]))
     vm = DevVm(
         out=Path(status["out"]),

@@ -52,15 +52,15 @@ def test_stdin_through_a_pipe_arrives_whole(dev_vm: DevVm) -> None:
     assert [line.split()[0] for line in output.splitlines()] == [digest, digest]
 
 
-def test_environment_directory_and_user(dev_vm: DevVm) -> None:
+def test_environment_and_directory(dev_vm: DevVm) -> None:
     result = dev_vm.ctr_run(
         "env1",
         "sh",
         "-c",
-        "echo $GREETING; pwd; id -u",
-        flags=("--env", "GREETING=hello", "--cwd", "/tmp", "--user", "1000"),
+        "echo $GREETING; pwd",
+        flags=("--env", "GREETING=hello", "--cwd", "/tmp"),
     )
-    assert result.text.split() == ["hello", "/tmp", "1000"], result.error_text
+    assert result.text.split() == ["hello", "/tmp"], result.error_text
 
 
 def test_exec_in_a_running_container(dev_vm: DevVm) -> None:
@@ -70,6 +70,10 @@ def test_exec_in_a_running_container(dev_vm: DevVm) -> None:
             "ctr", "task", "exec", "--exec-id", "e1", "ex", "sh", "-c", "echo in; exit 5"
         )
         assert (result.text.strip(), result.code) == ("in", 5), result.error_text
+        user = dev_vm.run(
+            "ctr", "task", "exec", "--exec-id", "e2", "--user", "1000:1000", "ex", "id", "-u"
+        )
+        assert user.text.strip() == "1000", user.error_text
         listed = dev_vm.check("ctr", "task", "list")
         assert "RUNNING" in listed
         metrics = dev_vm.check("ctr", "task", "metrics", "ex")

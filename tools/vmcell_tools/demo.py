@@ -21,12 +21,20 @@ from vmcell_tools.leak_check import Inventory, leaks
 VMCELL = [sys.executable, "-m", "vmcell_tools"]
 IMAGES = {"small": "docker.io/vmcell/small:latest", "base": "docker.io/vmcell/base:latest"}
 READY_WITHIN_S = 180
+STEP_WITHIN_S = 900
 
 
 def say(text: str) -> None:
     """One line of progress, at once."""
     sys.stdout.write(f"demo: {text}\n")
     sys.stdout.flush()
+
+
+def run_step(*command: str, env: dict[str, str] | None = None) -> None:
+    """Runs `command` with its output passed through; raises HostError when it fails."""
+    done = subprocess.run(command, env=env, check=False, timeout=STEP_WITHIN_S)
+    if done.returncode:
+        raise HostError(f"{' '.join(command)} ended with {done.returncode}; its message is above")
 
 
 def in_vm(*command: str, timeout_s: int = 300) -> str:
@@ -90,13 +98,13 @@ def run_client(api_url: str, sandbox_url: str, key: str) -> None:
         "E2B_SANDBOX_URL": sandbox_url,
         "E2B_API_KEY": key,
     }
-    subprocess.run([sys.executable, str(example)], env=environment, check=True, timeout=900)
+    run_step(sys.executable, str(example), env=environment)
 
 
 def run_demo() -> None:
-    """The whole demonstration; raises HostError or CalledProcessError when a step fails."""
+    """The whole demonstration; raises HostError when a step fails."""
     started = time.monotonic()
-    subprocess.run([*VMCELL, "dev", "up", "--store", "make"], check=True)
+    run_step(*VMCELL, "dev", "up", "--store", "make", "--api-port", "0", "--data-port", "0")
     status = _status()
     api_url = f"http://127.0.0.1:{status['api_port']}"
     sandbox_url = f"http://127.0.0.1:{status['data_port']}"
