@@ -142,8 +142,14 @@ def container_spec(process: dict[str, Any], **changes: Any) -> dict[str, Any]:
 class AgentClient:
     """The host's side of the control protocol and of the streams. Every wait has a deadline."""
 
-    def __init__(self, control: socket.socket, connect: Callable[[], socket.socket]) -> None:
+    def __init__(
+        self,
+        control: socket.socket,
+        connect: Callable[[], socket.socket],
+        deadline_seconds: float = DEADLINE_SECONDS,
+    ) -> None:
         """`connect` dials the agent's stream port."""
+        self.deadline_seconds = deadline_seconds
         self._control = control
         self._connect = connect
         self._protocol = ClientConnection()
@@ -170,10 +176,10 @@ class AgentClient:
                 self._replies[reply.stream_id] = reply
         return True
 
-    def finish(self, stream_id: int, seconds: float = DEADLINE_SECONDS) -> bytes:
+    def finish(self, stream_id: int) -> bytes:
         """The answer's payload; raises the agent's error."""
-        if not self.answered(stream_id, seconds):
-            raise TimeoutError(f"no answer to call {stream_id} within {seconds} s")
+        if not self.answered(stream_id, self.deadline_seconds):
+            raise TimeoutError(f"no answer to call {stream_id} in {self.deadline_seconds} s")
         reply = self._replies.pop(stream_id)
         if reply.error is not None:
             raise reply.error
@@ -185,7 +191,7 @@ class AgentClient:
     def dial(self, stream_id: int) -> socket.socket:
         """Connect the stream `stream_id`."""
         connection = self._connect()
-        connection.settimeout(DEADLINE_SECONDS)
+        connection.settimeout(self.deadline_seconds)
         connection.sendall(struct.pack("<Q", stream_id))
         return connection
 
@@ -256,6 +262,66 @@ class Running:
             connection.close()
 
 
+def _streams(client: AgentClient, *, terminal: bool, stdin: bool) -> messages.Streams:
+    if terminal:
+        return messages.Streams(stdout=client.new_stream(), terminal=True)
+    return messages.Streams(
+        stdin=client.new_stream() if stdin else 0,
+        stdout=client.new_stream(),
+        stderr=client.new_stream(),
+    )
+
+
+def create_container(
+    client: AgentClient,
+    container_id: str,
+    spec: dict[str, Any],
+    *,
+    terminal: bool = False,
+    stdin: bool = False,
+    upper: str = "vda",
+    files: list[messages.FileCopy] | None = None,
+    init: str = "",
+) -> Running:
+    """Create a container on pmem1; not started yet."""
+    streams = _streams(client, terminal=terminal, stdin=stdin)
+    client.call(
+        "CreateContainer",
+        messages.CreateContainerRequest(
+            container_id=container_id,
+            spec_json=json.dumps(spec).encode(),
+            rootfs=messages.Rootfs(lower_device="pmem1", upper_device=upper),
+            streams=streams,
+            files=files,
+            init=init,
+        ),
+    )
+    return Running(client, container_id, "", streams)
+
+
+def declare_process(
+    client: AgentClient,
+    init: Running,
+    process: dict[str, Any],
+    exec_id: str,
+    *,
+    terminal: bool = False,
+    stdin: bool = False,
+) -> Running:
+    """Declare a process beside `init`; not started yet."""
+    streams = _streams(client, terminal=terminal, stdin=stdin)
+    client.call(
+        "AddProcess",
+        messages.AddProcessRequest(
+            container_id=init.ref.container_id,
+            exec_id=exec_id,
+            process_json=json.dumps(process).encode(),
+            streams=streams,
+        ),
+    )
+    return Running(client, init.ref.container_id, exec_id, streams)
+
+
 class AgentUnderTest:
     """One agent process with its client; made by `running_agent`."""
 
@@ -291,68 +357,18 @@ class AgentUnderTest:
         self._stack.callback(run, "losetup", "--detach", device)
         (self.directory / "devices" / name).symlink_to(device)
 
-    def create(
-        self,
-        spec: dict[str, Any],
-        *,
-        terminal: bool = False,
-        stdin: bool = False,
-        upper: str = "vda",
-        files: list[messages.FileCopy] | None = None,
-        init: str = "",
-        streams: messages.Streams | None = None,
-    ) -> Running:
-        """Create a container; not started yet."""
+    def create(self, spec: dict[str, Any], **how: Any) -> Running:
+        """Create a container named c1, c2, …; not started yet. `how`: see create_container."""
         self._containers += 1
-        container_id = f"c{self._containers}"
-        streams = streams or self._streams(terminal=terminal, stdin=stdin)
-        self.client.call(
-            "CreateContainer",
-            messages.CreateContainerRequest(
-                container_id=container_id,
-                spec_json=json.dumps(spec).encode(),
-                rootfs=messages.Rootfs(lower_device="pmem1", upper_device=upper),
-                streams=streams,
-                files=files,
-                init=init,
-            ),
-        )
-        running = Running(self.client, container_id, "", streams)
+        running = create_container(self.client, f"c{self._containers}", spec, **how)
         self._stack.callback(running.close)
         return running
 
-    def add(
-        self,
-        init: Running,
-        process: dict[str, Any],
-        exec_id: str,
-        *,
-        terminal: bool = False,
-        stdin: bool = False,
-    ) -> Running:
+    def add(self, init: Running, process: dict[str, Any], exec_id: str, **how: Any) -> Running:
         """Declare a process in a running container; not started yet."""
-        streams = self._streams(terminal=terminal, stdin=stdin)
-        self.client.call(
-            "AddProcess",
-            messages.AddProcessRequest(
-                container_id=init.ref.container_id,
-                exec_id=exec_id,
-                process_json=json.dumps(process).encode(),
-                streams=streams,
-            ),
-        )
-        running = Running(self.client, init.ref.container_id, exec_id, streams)
+        running = declare_process(self.client, init, process, exec_id, **how)
         self._stack.callback(running.close)
         return running
-
-    def _streams(self, *, terminal: bool, stdin: bool) -> messages.Streams:
-        if terminal:
-            return messages.Streams(stdout=self.client.new_stream(), terminal=True)
-        return messages.Streams(
-            stdin=self.client.new_stream() if stdin else 0,
-            stdout=self.client.new_stream(),
-            stderr=self.client.new_stream(),
-        )
 
 
 def _folder_of(package: str) -> str:
