@@ -16,9 +16,12 @@ KERNEL_COMMAND_LINE = (
     "console=ttyS0 reboot=t panic=-1 quiet loglevel=4 mitigations=off audit=0 nowatchdog"
     " cgroup_no_v1=all net.ifnames=0 random.trust_cpu=on"
 )
+# QEMU's software CPU runs `rep movsb` a byte at a time, and `rep movsq` slower than a plain loop.
+# A kernel that believes in neither clears memory 9 times and copies it 2 to 3 times as fast there.
+TCG_COMMAND_LINE = " clearcpuid=rep_good"
 ACCELERATORS: dict[str, tuple[str, ...]] = {
     "kvm": ("-accel", "kvm", "-cpu", "host"),
-    "tcg": ("-accel", "tcg,thread=multi", "-cpu", "max"),
+    "tcg": ("-accel", "tcg,thread=multi", "-cpu", "max,-erms"),
     # One instruction is one nanosecond of guest time: CPU times inside are instruction counts.
     "icount": ("-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-cpu", "max"),
 }
@@ -74,6 +77,7 @@ def qemu_command(machine: Machine) -> list[str]:
     """QEMU's command line; an instruction-counting machine has one CPU whatever was asked."""
     cpu_count = 1 if machine.accelerator == "icount" else machine.cpu_count
     memory = f"memory-backend-memfd,id=mem,size={machine.memory_mib}M,share=on"
+    append = KERNEL_COMMAND_LINE + (TCG_COMMAND_LINE if machine.accelerator == "tcg" else "")
     command = [
         QEMU,
         *("-name", f"vmcell-dev-{machine.name}"),
@@ -82,7 +86,7 @@ def qemu_command(machine: Machine) -> list[str]:
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-serial", f"file:{machine.console_log}"),
         *("-kernel", str(machine.kernel), "-initrd", str(machine.initramfs)),
-        *("-append", KERNEL_COMMAND_LINE),
+        *("-append", append),
     ]
     for number, share in enumerate(machine.shares):
         command += ["-chardev", f"socket,id=share{number},path={share.socket}"]
