@@ -43,6 +43,7 @@ def main() -> None:
     control = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
     control.connect((abi.VMADDR_CID_HOST, CONTROL_PORT))
     gc.freeze()  # what is loaded by now lives as long as the guest; forks need not copy it
+    gc.enable()  # the init script turned it off for the imports
     places = Places(machine.CGROUP_ROOT, machine.STATE_DIRECTORY, machine.DEVICE_DIRECTORY)
     serve(Transports(control, listener, _from_the_host), places, {"envd": _load_envd}, log.write)
     machine.reset()

@@ -52,8 +52,10 @@ LEFT_OUT = ("pb", "__pycache__", "_tests", "tests")
 AGENT_ROOT = "usr/lib/vmcell/python"
 MOUNT_POINTS = ("proc", "sys", "dev", "run", "tmp", "mnt")
 # The kernel starts a script like any program, with one argument for its interpreter at most.
+# Imports make no garbage; PID 1 turns the collector on again once it is ready.
 INIT = f"""#!/usr/bin/{PYTHON} -ISB
-import sys
+import gc, sys
+gc.disable()
 sys.path.append("/{AGENT_ROOT}")
 from vmcell_agent.__main__ import main
 sys.exit(main())
