@@ -45,7 +45,7 @@ def pool() -> Iterator[SlotPool]:
             "route add default via 198.18.0.2",
         ):
             subprocess.run(["ip", *words.split()], check=True)
-        opened = SlotPool(network="10.88.0.0/16", slot_count=3)
+        opened = SlotPool(network="10.88.0.0/16", slot_count=3, nameservers=("198.18.0.2",))
         opened.open({})
         try:
             yield opened
@@ -147,10 +147,12 @@ def _way_out() -> Iterator[int]:
         os.close(fd)
 
 
-def _leaves(out: int, guest: Guest, witness: Guest, destination: str) -> bytes | None:
+def _leaves(
+    out: int, guest: Guest, witness: Guest, destination: str, port: int = 7
+) -> bytes | None:
     """The frame that left for `destination`, None when it was dropped."""
     seen: list[bytes] = []
-    guest.send(destination, b"question")
+    guest.send(destination, b"question", port=port)
     witness.send(OUTSIDE, MARK)
     _until(out, MARK, seen)
     return next((frame for frame in seen if b"question" in frame), None)
@@ -169,6 +171,17 @@ def test_out_to_the_internet_and_nowhere_else(pool: SlotPool) -> None:
                         "198.18.0.2", "224.0.0.1", "255.255.255.255", "0.1.2.3"):  # fmt: skip
             assert _leaves(out, guest, guest, private) is None, private
         assert _leaves(out, closed, guest, OUTSIDE) is None
+
+
+def test_a_private_name_server_is_open_on_its_port(pool: SlotPool) -> None:
+    with (
+        _guest(pool.claim(allow_internet=True)) as guest,
+        _guest(pool.claim(allow_internet=False)) as closed,
+        _way_out() as out,
+    ):
+        assert _leaves(out, guest, guest, "198.18.0.2", port=53) is not None
+        assert _leaves(out, guest, guest, "198.18.0.2", port=54) is None
+        assert _leaves(out, closed, guest, "198.18.0.2", port=53) is None
 
 
 def test_a_released_slot_has_its_internet_again(pool: SlotPool) -> None:

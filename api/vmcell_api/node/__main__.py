@@ -38,7 +38,11 @@ def build_node(config: ApiConfig) -> Node:
         nameservers=config.nameservers,
         start_timeout_s=config.start_timeout_s,
     )
-    slots = SlotPool(network=config.slot_network, slot_count=config.slot_count)
+    slots = SlotPool(
+        network=config.slot_network,
+        slot_count=config.slot_count,
+        nameservers=config.nameservers,
+    )
     return Node(containerd, slots, SandboxBuilder(containerd, settings), config.state_dir)
 
 

@@ -3,6 +3,7 @@
 The table is written whole in one transaction; afterwards a sandbox's policy is one element of the
 verdict map `egress`, keyed by its TAP. Sandbox to sandbox, to the host, to private ranges and to
 metadata addresses is closed whatever the map says; a slot that the map does not name is closed.
+The name servers of the node's settings are open on port 53 to whoever has the internet.
 Written and applied as libnftables JSON (libnftables-json(5)).
 """
 
@@ -29,7 +30,7 @@ Statement = dict[str, object]
 
 
 def table_commands(
-    network: str, slots: Iterable[Slot], closed_taps: Iterable[str]
+    network: str, slots: Iterable[Slot], closed_taps: Iterable[str], nameservers: Iterable[str]
 ) -> list[Statement]:
     """The commands that replace the whole table; `closed_taps` get no internet."""
     slots, closed = list(slots), set(closed_taps)
@@ -37,7 +38,7 @@ def table_commands(
         {"add": {"table": {"family": "inet", "name": "vmcell"}}},
         {"delete": {"table": {"family": "inet", "name": "vmcell"}}},
         {"add": {"table": {"family": "inet", "name": "vmcell"}}},
-        *_sets(slots, closed),
+        *_sets(slots, closed, list(nameservers)),
         _chain("spoofed", "prerouting", -300),
         _chain("forward", "forward", 0),
         _chain("input", "input", 0),
@@ -89,7 +90,7 @@ def apply(commands: list[Statement]) -> None:
         raise HostError(f"nft refused the rules of table inet vmcell: {words}")
 
 
-def _sets(slots: list[Slot], closed: set[str]) -> list[Statement]:
+def _sets(slots: list[Slot], closed: set[str], nameservers: list[str]) -> list[Statement]:
     own = [{"concat": [slot.tap, slot.guest_mac, slot.guest_address]} for slot in slots]
     opened = [[slot.tap, {"accept": None}] for slot in slots if slot.tap not in closed]
     ranges = []
@@ -99,6 +100,7 @@ def _sets(slots: list[Slot], closed: set[str]) -> list[Statement]:
     return [
         _set("own", ["ifname", "ether_addr", "ipv4_addr"], own),
         _set("closed", "ipv4_addr", ranges, flags=["interval"]),
+        _set("nameservers", "ipv4_addr", nameservers),
         {"add": {"map": {**TABLE, "name": "egress", "type": "ifname", "map": "verdict"}}},
         *([_elements("egress", opened)] if opened else []),
     ]
@@ -107,7 +109,9 @@ def _sets(slots: list[Slot], closed: set[str]) -> list[Statement]:
 def _set(
     name: str, kind: object, elements: Sequence[object], flags: list[str] | None = None
 ) -> Statement:
-    body: dict[str, object] = {**TABLE, "name": name, "type": kind, "elem": elements}
+    body: dict[str, object] = {**TABLE, "name": name, "type": kind}
+    if elements:
+        body["elem"] = elements
     if flags:
         body["flags"] = flags
     return {"add": {"set": body}}
@@ -158,8 +162,15 @@ def _spoofed_rules() -> list[Statement]:
 
 def _forward_rules() -> list[Statement]:
     verdict = {"vmap": {"key": {"meta": {"key": "iifname"}}, "data": "@egress"}}
+    transport = _match({"meta": {"key": "l4proto"}}, {"set": ["tcp", "udp"]})
+    to_nameserver = (
+        _match(_ip("daddr"), "@nameservers"),
+        transport,
+        _match(_ip("dport", "th"), 53),
+    )
     return [
         _rule("forward", _from_sandbox(), _to_sandbox(), _DROP),
+        _rule("forward", _from_sandbox(), *to_nameserver, verdict),
         _rule("forward", _from_sandbox(), _match(_ip("daddr"), "@closed"), _DROP),
         _rule("forward", _from_sandbox(), verdict),
         _rule("forward", _from_sandbox(), _DROP),

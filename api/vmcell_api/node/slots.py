@@ -26,8 +26,9 @@ class SlotPool:
     table stay when noded merely ends, because sandboxes outlive it).
     """
 
-    def __init__(self, *, network: str, slot_count: int) -> None:
+    def __init__(self, *, network: str, slot_count: int, nameservers: tuple[str, ...] = ()) -> None:
         self.network = network
+        self._nameservers = nameservers
         self.slot_count = slot_count
         self._slots = {n: slot_at(network, n) for n in range(1, slot_count + 1)}
         self._free: list[int] = []
@@ -49,7 +50,9 @@ class SlotPool:
             _make_taps(list(self._slots.values()))
             _enable_forwarding()
             firewall.apply(
-                firewall.table_commands(self.network, self._slots.values(), self._closed_taps)
+                firewall.table_commands(
+                    self.network, self._slots.values(), self._closed_taps, self._nameservers
+                )
             )
             numbers = range(self.slot_count, 0, -1)
             self._free = [number for number in numbers if number not in taken]
