@@ -212,20 +212,20 @@ class VmmHandle:
 
     def kill(self) -> None:
         """Ends the VMM now (SIGKILL); `wait_exit` then says killed. No error if it has ended."""
-        if self._exit is None and not self._closed:
-            try:
+        with self._changed, suppress(ProcessLookupError):
+            # Under the lock: `close` must not free the descriptor's number in between.
+            if not self._closed:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            except ProcessLookupError:
-                return
 
     def close(self) -> None:
         """Ends the VMM if it still runs, waits for it and gives everything back."""
-        if self._closed:
-            return
-        with suppress(OSError):  # the VMM may have been first
+        with suppress(OSError):  # the VMM may have been first, or `close` has been here
             self._sock.shutdown(socket.SHUT_RDWR)
         self._reader.join()
-        self._closed = True
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
         os.close(self._pidfd)
         self._sock.close()
         for sock in self._listening.values():

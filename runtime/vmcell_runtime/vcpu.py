@@ -10,6 +10,7 @@ exception it does not expect leaves the thread and ends the process (vmm.py).
 
 from __future__ import annotations
 
+import errno
 import signal
 import threading
 from collections.abc import Callable
@@ -68,6 +69,9 @@ class VcpuThread:
                 reason = run()
             except (InterruptedError, BlockingIOError):
                 continue
+            except OSError as error:
+                self._end_machine("vmm_error", _run_failure(error))
+                return
             exits[reason] = exits.get(reason, 0) + 1
             if reason == abi.KVM_EXIT_MMIO:
                 self._mmio()
@@ -121,3 +125,9 @@ class VcpuThread:
         if event == abi.KVM_SYSTEM_EVENT_CRASH:
             return "guest_panic", "the guest told KVM that it crashed"
         return "vmm_error", f"KVM reported system event {event}, which nothing here can answer"
+
+
+def _run_failure(error: OSError) -> str:
+    if error.errno == errno.EFAULT:
+        return "a page of the guest cannot be reached: was an image of it cut short?"
+    return f"KVM_RUN failed: {error.strerror}"

@@ -17,6 +17,7 @@ from payload import HLT_FOREVER, SPIN, TRIPLE_FAULT, in8, load32, out8, store32
 from vmcell_protos.errors import HostError
 from vmcell_runtime import layout
 from vmcell_runtime.boot.entry import ENTRY_MSRS, entry_fpu, entry_regs, entry_sregs, write_tables
+from vmcell_runtime.bus import Bus
 from vmcell_runtime.irq import IrqLine
 from vmcell_runtime.kvm import abi
 from vmcell_runtime.kvm.cpuid import guest_cpuid
@@ -25,7 +26,7 @@ from vmcell_runtime.kvm.system import System
 from vmcell_runtime.kvm.vcpu import Vcpu
 from vmcell_runtime.kvm.vm import Vm
 from vmcell_runtime.memory import HUGE_PAGE_BYTES, GuestMemory
-from vmcell_runtime.vcpu import KICK_SIGNAL, prepare_kicks
+from vmcell_runtime.vcpu import KICK_SIGNAL, VcpuThread, prepare_kicks
 
 pytestmark = pytest.mark.kvm
 
@@ -285,6 +286,38 @@ def test_a_read_only_window_is_read_and_never_written(bench: Bench) -> None:
         assert bench.vcpu.mmio_exit().is_write
         assert run(bench.vcpu) == abi.KVM_EXIT_IO
         assert os.pread(file.fileno(), 5, 0) == b"IMAGE"
+
+
+class Endings:
+    """What a vCPU thread said about the machine's end."""
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        self.said: list[tuple[str, str]] = []
+        self.thread = VcpuThread(0, vcpu, ports=Bus(), windows=Bus(), end_machine=self._note)
+
+    def _note(self, reason: str, detail: str) -> None:
+        self.said.append((reason, detail))
+
+
+@pytest.mark.parametrize("code", [SPIN, HLT_FOREVER], ids=["spinning", "halted"])
+def test_a_kick_stops_a_vcpu_thread_wherever_it_is(bench: Bench, code: bytes) -> None:
+    prepare_kicks()
+    bench.start(out8(0x80, 0) + code)
+    endings = Endings(bench.vcpu)
+    endings.thread.kick()
+    assert endings.thread.join(0), "one that never started has nothing to stop"
+    bench.vcpu.set_immediate_exit(False)
+    endings = Endings(bench.vcpu)
+    endings.thread.start()
+    deadline = time.monotonic() + 10
+    while not endings.thread.exits and time.monotonic() < deadline:
+        time.sleep(0.001)
+    start = time.monotonic()
+    endings.thread.kick()
+    assert endings.thread.join(10)
+    assert time.monotonic() - start < 1
+    assert endings.thread.exits == {abi.KVM_EXIT_IO: 1}
+    assert endings.said == []
 
 
 def test_guest_memory_is_what_devices_see(bench: Bench) -> None:
