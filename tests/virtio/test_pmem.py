@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 
+from fake_memory import FlippingMemory
 from guest_driver import Plug
 
 from vmcell_runtime.memory import GuestMemory
@@ -41,3 +42,14 @@ def test_request_without_room_for_an_answer_stops_it(memory: GuestMemory, plug: 
     driver.queues[0].offer([bytes(4)], [3])
     driver.kick(0)
     assert driver.needs_reset
+
+
+def test_request_is_read_once(flipping_memory: FlippingMemory, plug: Plug) -> None:
+    driver = plug(Pmem(flipping_memory, GPA, LENGTH), ram=flipping_memory)
+    driver.start()
+    flipping_memory.flip = True
+    buffer = driver.queues[0].offer([struct.pack("<I", 0)], [4])
+    driver.kick(0)
+    assert flipping_memory.second_reads == 0
+    flipping_memory.flip = False
+    assert driver.queues[0].contents(buffer) == bytes(4)
