@@ -184,6 +184,7 @@ class Queue:
         return waiting > 0
 
     def _walk(self, head: int) -> Chain:
+        """Copies and checks the chain that begins at `head`."""
         readable: list[tuple[int, int]] = []
         writable: list[tuple[int, int]] = []
         readable_bytes = writable_bytes = 0
