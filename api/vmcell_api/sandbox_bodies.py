@@ -73,7 +73,8 @@ def parse_timeout(
     body: dict[str, object], *, default: int, max_timeout_s: int, lowest: int = 0
 ) -> int:
     """The field `timeout` in seconds; raises CallerError."""
-    return int_field(body, "timeout", default=default, bounds=range(lowest, max_timeout_s + 1))
+    bounds = range(lowest, max_timeout_s + 1)
+    return int_field(body, "timeout", default=min(default, max_timeout_s), bounds=bounds)
 
 
 def parse_required_timeout(body: dict[str, object], max_timeout_s: int) -> int:
