@@ -36,8 +36,9 @@ def test_every_kind_of_change_shows(checkout: Path, tmp_path: Path) -> None:
     before = dev_sync.take_manifest({})
     (checkout / "shim" / "a.py").write_text("22")
     assert dev_sync.take_manifest({}).files != before.files
-    (tmp_path / "cache/vmcell/kernel/abc").mkdir(parents=True)
-    assert dev_sync.take_manifest({}).builds == ["kernel/abc"]
+    (tmp_path / "cache/vmcell/oci-image/abc").mkdir(parents=True)
+    (tmp_path / "cache/vmcell/oci-image/.building-x").mkdir()
+    assert dev_sync.take_manifest({}).builds == ["abc"]
     assert dev_sync.take_manifest({"/etc/x": b""}).configuration != before.configuration
 
 

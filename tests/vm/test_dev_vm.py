@@ -53,9 +53,9 @@ def test_nat_verdict_maps_and_taps(dev_vm: DevVm) -> None:
         " ip link delete probe0"
     )
     rules = b"""table ip probe {
-        map policy { type ifname : verdict; }
-        chain forward { type filter hook forward priority 0; iifname vmap @policy; }
-        chain out { type nat hook postrouting priority srcnat; ct state new masquerade; }
+        map verdicts { type ifname : verdict; }
+        chain probe_forward { type filter hook forward priority 0; iifname vmap @verdicts; }
+        chain probe_out { type nat hook postrouting priority srcnat; ct state new masquerade; }
     }"""
     dev_vm.check("sh", "-c", script, stdin=rules)
 

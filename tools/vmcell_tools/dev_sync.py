@@ -25,6 +25,7 @@ from vmcell_protos.errors import HostError
 from vmcell_tools.build_cache import BuildCache
 from vmcell_tools.dev_ssh import ssh_command
 from vmcell_tools.dev_state import DevVm, locked
+from vmcell_tools.oci_image import KIND as IMAGE_KIND
 from vmcell_tools.setup_host import compile_sources
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -41,7 +42,8 @@ Stamps = dict[str, list[int]]
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What a VM has: `files` of the checkout with inode, size in bytes and mtime_ns; `builds`, the
-    cache's `kind/digest`; `configuration`, the digests of its own files under /etc and /usr."""
+    OCI images of the cache, which a VM looks for by itself; `configuration`, the digests of its own
+    files under /etc and /usr."""
 
     files: Stamps
     builds: list[str]
@@ -54,7 +56,7 @@ def take_manifest(configuration: Mapping[str, bytes]) -> Manifest:
     root = BuildCache.default().root
     return Manifest(
         files=dict(_walk(str(CHECKOUT), len(str(CHECKOUT)) + 1)),
-        builds=sorted(str(path.relative_to(root)) for path in root.glob("*/*")),
+        builds=sorted(path.name for path in (root / IMAGE_KIND).glob("[!.]*")),
         configuration={
             path: hashlib.sha256(content).hexdigest() for path, content in configuration.items()
         },

@@ -77,6 +77,7 @@ def up(request: Request, progress: Progress) -> tuple[DevVm, bool]:
         if running is not None and running.ready and running.qemu.alive():
             return running, False
         _end(request.name)
+        _check_ports(request)
         return _start(request, progress), True
 
 
@@ -126,6 +127,9 @@ def _check(request: Request) -> None:
     state_directory(request.name)
     if request.store is not None:
         check_key(request.store)
+
+
+def _check_ports(request: Request) -> None:
     for port in (request.api_port, request.data_port):
         if port and not _port_is_free(port):
             raise CallerError(
