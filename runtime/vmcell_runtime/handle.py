@@ -102,7 +102,8 @@ def _start_process(log_fd: int) -> VmmHandle:
     roots = [_source_root(module.__file__ or "") for module in (errors, memory)]
     bootstrap = _BOOTSTRAP.format(roots=roots, fd=_SHIM_FD)
     # -I -S: no site, no environment, no current directory; only these roots and the stdlib.
-    arguments = [sys.executable, "-I", "-S", "-c", bootstrap, "vmcell-vmm"]
+    # -B: it writes nothing beside the source; `vmcell setup` has compiled it.
+    arguments = [sys.executable, "-I", "-S", "-B", "-c", bootstrap, "vmcell-vmm"]
     actions = [
         (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
         (os.POSIX_SPAWN_DUP2, log_fd, 1),
