@@ -22,6 +22,7 @@ from vmcell_api.sandbox_bodies import (
     parse_required_timeout,
     parse_timeout,
 )
+from vmcell_protos.errors import CallerError
 
 
 def _body(req: falcon.Request) -> dict[str, object]:
@@ -59,6 +60,8 @@ class Sandboxes:
         self._write_page(resp, page)
 
     def _create(self, req: falcon.Request, resp: falcon.Response, *, version: int) -> None:
+        if req.get_header("Idempotency-Key"):
+            raise CallerError("this server does not have Idempotency-Key; leave the header out")
         limit_s = self._config.max_timeout_s
         body = parse_create(_body(req), version=version, max_timeout_s=limit_s)
         record, _ = self._control.create(req.context.team, body)

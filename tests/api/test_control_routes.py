@@ -122,6 +122,13 @@ def test_bad_create_is_refused_by_name(
     assert not service.store.sandboxes(team_id=service.store.ensure_team("team-one").team_id)
 
 
+def test_an_idempotency_key_is_refused(service: ApiService, client: Client) -> None:
+    body = {"templateID": "base"}
+    answer = client("POST", "/v2/sandboxes", body, headers={"Idempotency-Key": "k"})
+    _assert_error(answer, 400, "Idempotency-Key")
+    assert not service.node.orders
+
+
 def test_options_that_ask_for_nothing_are_fine(client: Client) -> None:
     client.create(
         autoPause=False,

@@ -51,9 +51,13 @@ def _ask(
 
 @pytest.fixture
 def service() -> Iterator[Running]:
-    folder = Path(tempfile.mkdtemp(prefix="vms"))
-    folder.chmod(0o755)  # the API's user must reach its sockets
-    with own_netns(), real_containerd(folder / "c") as containerd:
+    with (
+        tempfile.TemporaryDirectory(prefix="vms") as name,
+        own_netns(),
+        real_containerd(Path(name, "c")) as containerd,
+    ):
+        folder = Path(name)
+        folder.chmod(0o755)  # the API's user must reach its sockets
         subprocess.run(["ip", "addr", "add", "10.88.0.3/32", "dev", "lo"], check=True)
         import_stand_ins(containerd)
         settings = {

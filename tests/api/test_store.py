@@ -76,6 +76,13 @@ def test_nobody_else_reads_the_file(url: str) -> None:
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
+def test_a_folder_that_was_there_keeps_its_owner_and_mode(tmp_path: Path) -> None:
+    before = tmp_path.stat()
+    migrate(f"sqlite:///{tmp_path}/api.sqlite", owner_uid=before.st_uid + 1)
+    after = tmp_path.stat()
+    assert (after.st_uid, after.st_mode) == (before.st_uid, before.st_mode)
+
+
 def test_only_the_hash_of_a_key_is_kept(tmp_path: Path) -> None:
     config = ApiConfig(database_url=_url(tmp_path), api_uid=0)
     key = create_key(config, "one")

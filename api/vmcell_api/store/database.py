@@ -50,17 +50,13 @@ def _prepare_sqlite(connection, _) -> None:  # type: ignore[no-untyped-def]  # D
 def migrate(url: str, *, owner_uid: int | None = None) -> None:
     """Brings the store to the newest version; makes it first where it is a missing SQLite file.
 
-    `owner_uid` gets the SQLite file and its folder, when we are root. Raises HostError.
+    `owner_uid` gets the SQLite file, and its folder if that is made here, when we are root.
+    Raises HostError.
     """
     path = _sqlite_path(make_url(url))
     try:
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            path.touch(mode=0o600)
-            # SQLite gives its side files the owner of the database file.
-            if owner_uid is not None and os.geteuid() == 0:
-                os.chown(path.parent, owner_uid, owner_uid)
-                os.chown(path, owner_uid, owner_uid)
+            _make_file(path, owner_uid if os.geteuid() == 0 else None)
         engine = open_engine(url)
         try:
             with _one_at_a_time(path), engine.begin() as connection:
@@ -70,6 +66,18 @@ def migrate(url: str, *, owner_uid: int | None = None) -> None:
             engine.dispose()
     except (OSError, sa.exc.SQLAlchemyError) as error:
         raise HostError(f"cannot bring the store {_shown(url)} up to date: {error}") from error
+
+
+def _make_file(path: Path, owner_uid: int | None) -> None:
+    """Makes the file and its folder unless they are there; a folder that was there stays as is."""
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True, mode=0o700)
+        if owner_uid is not None:
+            os.chown(path.parent, owner_uid, owner_uid)
+    path.touch(mode=0o600)
+    # SQLite gives its side files the owner of the database file.
+    if owner_uid is not None:
+        os.chown(path, owner_uid, owner_uid)
 
 
 def _upgrade(connection: sa.Connection) -> None:
