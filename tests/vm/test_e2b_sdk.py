@@ -32,7 +32,7 @@ def service(dev_vm: DevVm) -> Iterator[DevVm]:
         patch.setenv("E2B_SANDBOX_URL", dev_vm.sandbox_url)
         patch.setenv("E2B_API_KEY", key.split()[-1])
         yield dev_vm
-    dev_vm.run("pkill", "-TERM", "-f", "vmcell_api.serve")
+    dev_vm.run("pkill", "-TERM", "-f", "[v]mcell_api.serve")
 
 
 def _create(**options: object) -> Sandbox:
