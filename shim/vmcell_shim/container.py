@@ -105,7 +105,8 @@ class Container:
         try:
             self._make(deadline)
             self.init.advance("created")
-        except VmcellError:
+        except VmcellError as error:
+            self._journal.error(f"{self.id} not created: {error}")
             self._give_up()
             raise
         request = self._request
@@ -146,7 +147,11 @@ class Container:
         self._files.shim = identify(os.getpid())
         self._files.create(self.bundle)
         self._journal.attach(self._files.shim_log)
+        self._journal.info(
+            f"creating {self.id}: {plan.size.vcpus} vCPUs, {plan.size.memory_mib} MiB"
+        )
         images = self._images(source)
+        self._journal.info(f"root image {images.image}, disk {images.disk or 'none'}")
         self._saves_writes = bool(images.disk and source.snapshot_dir)
         hello = self.guest.boot(self._shape(plan, images), deadline, self._record_vmm)
         self._journal.info(f"guest {hello.kernel_release} ready, agent {hello.agent_version}")
@@ -260,6 +265,7 @@ class Container:
                 self._vm_ended()
             raise
         process.advance("started")
+        self._journal.info(f"{process.name} started")
         pid = self.guest.pid
         if process.exec_id:
             self._events.publish(
@@ -354,6 +360,7 @@ class Container:
         if not process.finish(status):
             return
         process.stdio.close()
+        self._journal.info(f"{process.name} ended with {status}")
         self._events.publish(
             TaskExit(
                 container_id=self.id,

@@ -179,15 +179,17 @@ class Guest:
         with self._lock:
             self._handle = vmm
             killed = self._killed
+        self._journal.info(f"VMM {vmm.pid} started")
         threading.Thread(target=self._watch, args=(vmm,), name="vmm", daemon=True).start()
         if killed:
             raise HostError("it was killed while being created", code="aborted")
         return vmm
 
     def _watch(self, vmm: VmmHandle) -> None:
-        self.end = vmm.wait_exit()
+        end = vmm.wait_exit()
+        self._journal.info(f"VMM {vmm.pid} ended: {end.reason}: {end.detail}")
+        self.end = end
         self.ended.set()
-        self._journal.info(f"VMM {vmm.pid} ended: {self.end.reason}: {self.end.detail}")
         self._on_end()
 
     def _greet(self, vmm: VmmHandle, shape: GuestShape, deadline: float) -> HelloResponse:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _IDLE_S = 30.0
 _TICK_S = 5.0
 _FLUSH_S = 2.0
+_ANSWER_S = 1.0
 
 
 def serve(listener_fd: int, invocation: Invocation, bundle: str) -> None:
@@ -58,9 +59,9 @@ def serve(listener_fd: int, invocation: Invocation, bundle: str) -> None:
     finally:
         if os.path.exists(path):
             os.unlink(path)
+        server.close(_ANSWER_S)
         events.flush(_FLUSH_S)
         events.close()
-        server.close()
         journal.close()
 
 

@@ -39,6 +39,8 @@ class TtrpcServer:
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._lock = threading.Lock()
         self._connections: set[socket.socket] = set()
+        self._answered = threading.Condition()
+        self._open_calls = 0
 
     @property
     def connection_count(self) -> int:
@@ -60,8 +62,11 @@ class TtrpcServer:
         """Makes serve() return. Idempotent, from any thread."""
         os.eventfd_write(self._wake, 1)
 
-    def close(self) -> None:
-        """Cuts every connection. After serve() has returned."""
+    def close(self, timeout_s: float = 0.0) -> None:
+        """Cuts every connection once all calls are answered, or after `timeout_s`. After serve()
+        has returned."""
+        with self._answered:
+            self._answered.wait_for(lambda: not self._open_calls, timeout_s)
         with self._lock:
             for connection in self._connections:
                 _shut(connection)
@@ -88,6 +93,8 @@ class TtrpcServer:
                 calls, answers = protocol.receive(data)
                 _send(connection, sending, answers)
                 for call in calls:
+                    with self._answered:
+                        self._open_calls += 1
                     arguments = (connection, sending, protocol, call)
                     threading.Thread(target=self._answer, args=arguments, daemon=True).start()
         except ProtocolError as error:
@@ -114,6 +121,9 @@ class TtrpcServer:
             answer = protocol.fail(call.stream_id, error.code, str(error))
         finally:
             _send(connection, sending, answer)
+            with self._answered:
+                self._open_calls -= 1
+                self._answered.notify_all()
 
 
 def _receive(connection: socket.socket) -> bytes:

@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -73,10 +72,11 @@ def connect(address: str) -> TtrpcClient:
 def shut_down(address: str) -> None:
     """Ends the server behind `address` the way containerd does."""
     client = connect(address)
-    request = task.ShutdownRequest(id="c1")
-    with suppress(OSError):
+    try:
+        request = task.ShutdownRequest(id="c1")
         client.call("containerd.task.v2.Task", "Shutdown", request, Empty, 10)
-    client.close()
+    finally:
+        client.close()
     wait_until(lambda: not os.path.exists(address.removeprefix("unix://")), "the shim's end")
 
 

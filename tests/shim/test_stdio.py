@@ -149,9 +149,10 @@ def test_no_stdin_is_an_immediate_end(shim: Shim) -> None:
 def test_process_that_stops_reading(shim: Shim) -> None:
     """`yes | head -1`: the writer gets EPIPE as from any process."""
     broken = threading.Event()
+    path = shim.fifo("in")
 
     def write() -> None:
-        with open(shim.fifo("in"), "wb", buffering=0) as file:
+        with open(path, "wb", buffering=0) as file:
             try:
                 while True:
                     file.write(b"y\n" * 1000)
@@ -160,7 +161,7 @@ def test_process_that_stops_reading(shim: Shim) -> None:
 
     out = Reader(shim.fifo("out"))
     threading.Thread(target=write, daemon=True).start()
-    shim.create("/usr/bin/head", "-1", stdin=shim.fifo("in"), stdout=shim.fifo("out"))
+    shim.create("/usr/bin/head", "-1", stdin=path, stdout=shim.fifo("out"))
     shim.start()
     assert shim.wait() == 0
     assert out.to_end() == b"y\n"
@@ -170,10 +171,8 @@ def test_process_that_stops_reading(shim: Shim) -> None:
 def test_client_may_go_away_and_come_back(shim: Shim) -> None:
     """Without a reader the workload is neither killed nor loses what it wrote (64 KiB)."""
     first = os.open(shim.fifo("out"), os.O_RDONLY | os.O_NONBLOCK)
-    shim.create(
-        "/bin/sh", "-c", "echo one; read line; echo two", stdin=shim.fifo("in"),
-        stdout=shim.fifo("out"),
-    )  # fmt: skip
+    script = "echo one; read line; echo two; read line; exit 8"
+    shim.create("/bin/sh", "-c", script, stdin=shim.fifo("in"), stdout=shim.fifo("out"))
     shim.start()
     poll = select.poll()
     poll.register(first, select.POLLIN)
@@ -182,7 +181,9 @@ def test_client_may_go_away_and_come_back(shim: Shim) -> None:
     os.close(first)
     feed(shim.fifo("in"), b"go\n").join(DEADLINE_S)
     second = Reader(shim.fifo("out"))
-    assert shim.wait() == 0
+    second.wait_for(b"two\n")
+    feed(shim.fifo("in"), b"end\n").join(DEADLINE_S)
+    assert shim.wait() == 8
     assert second.to_end() == b"two\n"
 
 
