@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +83,30 @@ def test_ending_waits_until_the_process_is_gone(sleeper: subprocess.Popen[bytes]
     assert not process.alive()
     assert sleeper.wait(5) == -15
     process.end(grace_s=5)
+
+
+# Its first thread ends by itself (exit(2), 60 on x86-64), the second goes on.
+HEADLESS = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(1000,)).start()
+print(flush=True)
+ctypes.CDLL(None).syscall(60, 0)
+"""
+
+
+def test_a_process_lives_until_its_last_thread_has_ended() -> None:
+    command = [sys.executable, "-c", HEADLESS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as headless:
+        assert headless.stdout is not None
+        headless.stdout.readline()
+        process = ProcessId.of(headless.pid)
+        deadline = time.monotonic() + 10
+        while ") Z " not in Path(f"/proc/{headless.pid}/stat").read_text():
+            assert time.monotonic() < deadline
+        assert process.alive()
+        process.end(grace_s=5)
+        assert not process.alive()
+        assert headless.wait(5) == -15
 
 
 def test_a_process_that_ignores_sigterm_is_killed() -> None:

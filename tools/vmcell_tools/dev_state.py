@@ -83,13 +83,18 @@ class ProcessId:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """Field 22, or None for a process that is gone or only waits to be reaped."""
+    """Field 22, or None for a process that is gone or only waits to be reaped.
+
+    The first thread of a process that is ending is a zombie before the others have ended, and until
+    then its files are open and locked.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
+        thread_count = len(os.listdir(f"/proc/{pid}/task"))
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = stat[stat.rindex(")") + 2 :].split()
-    return None if fields[0] in "ZX" else int(fields[19])
+    return None if fields[0] in "ZX" and thread_count < 2 else int(fields[19])
 
 
 @dataclass(frozen=True, kw_only=True)
