@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import threading
 import time
@@ -113,17 +114,16 @@ def test_kill_of_a_created_task_stops_it(shim: Shim) -> None:
 
 
 def test_signal_reaches_the_process(shim: Shim) -> None:
-    shim.create("/bin/sh", "-c", "trap 'exit 4' TERM; while :; do sleep 0.05; done")
+    ready = os.open(shim.fifo("out"), os.O_RDONLY | os.O_NONBLOCK)
+    script = "trap 'exit 4' TERM; echo ready; while :; do sleep 0.05; done"
+    shim.create("/bin/sh", "-c", script, stdout=shim.fifo("out"))
     shim.start()
-    wait_until(lambda: _kill_ends(shim), "the exit on SIGTERM")
-    assert shim.wait() == 4
-
-
-def _kill_ends(shim: Shim) -> bool:
-    """The shell may not have set its trap yet: signal 28 first shows that it runs."""
-    shim.kill(28)
+    poll = select.poll()
+    poll.register(ready, select.POLLIN)
+    assert poll.poll(20_000)
+    os.close(ready)
     shim.kill(15)
-    return True
+    assert shim.wait() == 4
 
 
 def test_exec(shim: Shim) -> None:
