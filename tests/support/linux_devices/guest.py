@@ -117,7 +117,6 @@ def try_network(address: str, peer: str, sent_bytes: int) -> dict[str, Any]:
         fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("<16sH22x", b"eth0", IFF_UP_RUNNING))
     with socket.create_connection((peer, 5000), timeout=60) as sock:
         result = transfer(sock, sent_bytes)
-        sock.recv(1)
     return {"mac": read_text("/sys/class/net/eth0/address"), **result}
 
 
@@ -134,6 +133,9 @@ def main() -> None:
     report["network"] = try_network(address, peer, sent_bytes)
     with dial(REPORT_PORT) as stream:
         stream.sendall(json.dumps(report).encode())
+        stream.shutdown(socket.SHUT_WR)
+        # TCP still delivers what was sent; the host closes when it has all of it.
+        stream.recv(1)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def drive(vmm: handle.VmmHandle, listener: socket.socket, sent_bytes: int) -> di
         text = b""
         while data := report.recv(1 << 16):
             text += data
-    server.join(DEADLINE_S)
+        server.join(DEADLINE_S)
     result["guest"] = json.loads(text or b"{}")
     result["exit"] = vmm.wait_exit()._asdict()
     return result
