@@ -57,12 +57,16 @@ class DevVm:
         return result.text
 
     def ctr_run(
-        self, *words: str, image: str = SMALL, flags: tuple[str, ...] = (), stdin: bytes = b""
+        self,
+        *words: str,
+        image: str = SMALL,
+        namespace: str = "default",
+        flags: tuple[str, ...] = (),
+        stdin: bytes = b"",
     ) -> Result:
         """`ctr run --rm` of a vmcell container; words: container id, then the command."""
-        return self.run(
-            "ctr", "run", "--rm", "--runtime", RUNTIME, *flags, image, *words, stdin=stdin
-        )
+        command = ("ctr", "-n", namespace, "run", "--rm", "--runtime", RUNTIME)
+        return self.run(*command, *flags, image, *words, stdin=stdin)
 
     def inventory(self) -> dict[str, list[str]]:
         """What sandboxes have on the VM right now (vmcell_tools.leak_check)."""

@@ -8,26 +8,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from dev_vm import BASE, SMALL, VMCELL, DevVm
+from dev_vm import VMCELL, DevVm
 
+from vmcell_tools.dev_service import UP, import_image
 from vmcell_tools.leak_check import leaks
+from vmcell_tools.progress import Progress
 
 
 @pytest.fixture(scope="session")
 def dev_vm() -> DevVm:
     """The dev VM, up, with both images imported; `make test-vm` takes it down again."""
-    free_ports = ("--api-port", "0", "--data-port", "0")
-    subprocess.run([*VMCELL, "dev", "up", "--store", "make", *free_ports], check=True, timeout=600)
+    subprocess.run(UP, check=True, timeout=600)
     status = json.loads(subprocess.check_output([*VMCELL, "dev", "status", "--json"]))
     vm = DevVm(
         out=Path(status["out"]),
         api_url=f"http://127.0.0.1:{status['api_port']}",
         sandbox_url=f"http://127.0.0.1:{status['data_port']}",
     )
-    present = vm.check("ctr", "images", "list", "-q").split()
-    for name, image in (("small", SMALL), ("base", BASE)):
-        if image not in present:
-            vm.check(*VMCELL, "image", "import", name, timeout_s=300)
+    with Progress("vm lane") as progress:
+        import_image("small", ("default", "vmcell"), progress)
+        import_image("base", ("vmcell",), progress)
     return vm
 
 

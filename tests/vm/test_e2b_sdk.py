@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import time
 from collections.abc import Iterator
 
@@ -13,7 +12,8 @@ from dev_vm import DevVm
 from e2b import CommandExitException, NotFoundException, Sandbox
 from e2b.exceptions import AuthenticationException, SandboxException
 
-from vmcell_tools.demo import run_client, start_service
+from vmcell_tools.demo import run_client
+from vmcell_tools.dev_service import create_key, start_service, stop_service
 
 pytestmark = pytest.mark.vm
 
@@ -23,16 +23,13 @@ PATIENCE_S = 300
 @pytest.fixture(scope="module")
 def service(dev_vm: DevVm) -> Iterator[DevVm]:
     """noded, API and nginx in the VM, a fresh key, and the SDK's variables set to them."""
-    for name in ("small", "base"):
-        dev_vm.check(sys.executable, "-m", "vmcell_tools", "image", "import", name, timeout_s=300)
     start_service(dev_vm.api_url)
-    key = dev_vm.check(sys.executable, "-m", "vmcell_api.keys", "create", "--team", "vm-lane")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("E2B_API_URL", dev_vm.api_url)
         patch.setenv("E2B_SANDBOX_URL", dev_vm.sandbox_url)
-        patch.setenv("E2B_API_KEY", key.split()[-1])
+        patch.setenv("E2B_API_KEY", create_key("vm-lane"))
         yield dev_vm
-    dev_vm.run("pkill", "-TERM", "-f", "[v]mcell_api.serve")
+    stop_service()
 
 
 def _create(**options: object) -> Sandbox:

@@ -29,6 +29,7 @@ dev_sync         checkout, builds and configuration as they are on the host
 dev_vm           up, down, status
 dev_run          one command in the dev VM
 leak_check       what sandboxes have on a machine
+dev_service      images and the E2B service in the dev VM
 demo             an E2B client against a real microVM
 cli_output       errors, JSON and tables of all commands
 cli_dev          words and options of `vmcell dev`

@@ -1,0 +1,77 @@
+"""Images and the E2B service inside the dev VM, as the demo and the vm lane need them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+from vmcell_protos.errors import HostError
+from vmcell_tools.build_cache import BuildCache
+from vmcell_tools.image_import import archive_digest
+from vmcell_tools.oci_image import find_oci_image
+from vmcell_tools.progress import Progress
+
+VMCELL = [sys.executable, "-m", "vmcell_tools"]
+# The disk of containerd that outlives dev VMs, shared by the demo and the tests.
+STORE = "make"
+UP = [*VMCELL, "dev", "up", "--store", STORE, "--api-port", "0", "--data-port", "0"]
+READY_WITHIN_S = 180
+IMPORT_WITHIN_S = 600
+
+
+def in_vm(*command: str, timeout_s: int = 300) -> str:
+    """Standard output of `command` run in the dev VM; raises HostError with its last lines."""
+    words = [*VMCELL, "dev", "run", "--timeout", str(timeout_s), "--", *command]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        tail = "\n".join((done.stderr or done.stdout).splitlines()[-15:])
+        raise HostError(f"{' '.join(command)} in the dev VM ended with {done.returncode}:\n{tail}")
+    return done.stdout
+
+
+def import_image(name: str, namespaces: tuple[str, ...], progress: Progress) -> None:
+    """Imports the built image into the VM's containerd, where it has not the same already."""
+    # Found on this side: finding it asks apt, which takes long on the emulated CPU.
+    image = find_oci_image(name, BuildCache.default(), progress)
+    if image is None:
+        raise HostError(f"image {name!r} is not built; run: vmcell image build {name}")
+    digest = archive_digest(image.archive)
+    for namespace in namespaces:
+        present = in_vm("ctr", "-n", namespace, "images", "list").splitlines()
+        if any(line.startswith(image.reference) and digest in line for line in present):
+            continue
+        progress.step(f"importing {image.reference} into containerd's namespace {namespace}")
+        archive = str(image.archive)
+        in_vm("ctr", "-n", namespace, "images", "import", archive, timeout_s=IMPORT_WITHIN_S)
+
+
+def start_service(api_url: str) -> None:
+    """Starts `vmcell serve` in the VM and returns when its API answers."""
+    command = " ".join([*VMCELL, "serve"])
+    in_vm("sh", "-c", f"setsid {command} > /mnt/out/serve.log 2>&1 < /dev/null &")
+    deadline = time.monotonic() + READY_WITHIN_S
+    while True:
+        try:
+            with urllib.request.urlopen(f"{api_url}/health", timeout=10):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+            if time.monotonic() > deadline:
+                tail = in_vm("tail", "-n", "20", "/mnt/out/serve.log")
+                raise HostError(
+                    f"the API did not answer within {READY_WITHIN_S} s ({error}):\n{tail}"
+                ) from error
+            time.sleep(0.5)
+
+
+def stop_service() -> None:
+    """Ends the service with SIGTERM and returns when it is gone."""
+    # The brackets keep pkill's own shell from matching.
+    in_vm("sh", "-c", "pkill -TERM -f '[v]mcell_api.serve'; pidwait -f '[v]mcell_api.serve' || :")
+
+
+def create_key(team: str) -> str:
+    """A fresh API key of the service in the VM."""
+    return in_vm(sys.executable, "-m", "vmcell_api.keys", "create", "--team", team).split()[-1]
