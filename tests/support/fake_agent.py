@@ -194,13 +194,14 @@ class FakeAgent:
         process.terminal, inner = pty.openpty()
         process.popen = self.spawn(args, inner, inner, inner)
         os.close(inner)
+        # The process may be over at once: each thread has a socket of its own from the beginning.
+        backwards = stream.dup()
         outwards = threading.Thread(target=self.copy_out, args=(process.terminal, stream))
-        outwards.start()
         process.copies.append(outwards)
-        inwards = threading.Thread(
-            target=self.copy_in, args=(stream.dup(), process.terminal), daemon=True
-        )
-        inwards.start()
+        outwards.start()
+        threading.Thread(
+            target=self.copy_in, args=(backwards, process.terminal), daemon=True
+        ).start()
         return agent.StartProcessResponse(guest_pid=process.popen.pid)
 
     def copy_out(self, terminal: int, stream: socket.socket) -> None:
