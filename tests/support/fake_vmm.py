@@ -73,6 +73,7 @@ class FakeVmm:
     def close(self) -> None:
         self._popen.kill()
         self._popen.wait()
+        self._control.close()
         self._directory.cleanup()
 
 
