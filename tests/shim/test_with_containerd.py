@@ -164,3 +164,19 @@ def test_missing_program(containerd: PrivateContainerd) -> None:
     done = containerd.run("c1", "/no/such/program", flags=("--rm",))
     assert done.returncode != 0
     assert b"/no/such/program" in done.stderr
+
+
+def test_real_vmm_without_a_kernel(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Not the fake: either /dev/kvm runs no Linux, or the kernel is an empty file."""
+    containerd = PrivateContainerd(tmp_path_factory.mktemp("real"), fake_guest=False)
+    containerd.start()
+    try:
+        containerd.import_image()
+        done = containerd.run("c1", "true", flags=("--rm",))
+        assert done.returncode != 0
+        sentence = done.stderr.decode()
+        assert "cannot start the microVM" in sentence
+        assert sentence.count("\n") == 1
+        wait_until(lambda: containerd.leftovers() == [], "the shim's end")
+    finally:
+        containerd.kill()
