@@ -7,6 +7,7 @@ Source: containerd runtime/v2/shim/util.go (SocketAddress, WriteAddress), runc/m
 
 from __future__ import annotations
 
+import _socket
 import os
 
 from vmcell_protos.errors import CallerError
@@ -70,6 +71,30 @@ def write_address(bundle: str, address: str) -> None:
     finally:
         os.close(fd)
     os.rename(temporary, os.path.join(bundle, "address"))
+
+
+def answers(path: str) -> bool:
+    """Whether a server listens on the socket at `path`."""
+    probe = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    try:
+        probe.connect(path)
+    except OSError:
+        return False
+    finally:
+        probe.close()
+    return True
+
+
+def remove_dead_socket(bundle: str) -> None:
+    """Removes the socket of a shim that was killed; one that answers stays."""
+    try:
+        with open(os.path.join(bundle, "address"), encoding="utf-8") as file:
+            path = file.read().removeprefix("unix://")
+        if path.startswith("/") and not answers(path):
+            os.unlink(path)
+    except FileNotFoundError:
+        # The shim never came so far, or has cleaned up behind itself.
+        return
 
 
 def _sha256() -> Callable[[bytes], _Hash]:

@@ -12,6 +12,7 @@ import time
 
 from vmcell_protos.task import DeleteResponse
 from vmcell_protos.wellknown import Timestamp
+from vmcell_shim.bundle import remove_dead_socket
 from vmcell_shim.sandbox_files import BUNDLE_LINK, kill_survivors, load
 
 KILLED_STATUS = 137
@@ -30,6 +31,7 @@ def delete(bundle: str) -> bytes:
         pid = kill_survivors(files, _KILL_TIMEOUT_S)
         files.remove()
         os.unlink(link)
+    remove_dead_socket(bundle)
     now = time.time_ns()
     exited_at = Timestamp(seconds=now // 10**9, nanos=now % 10**9)
     return DeleteResponse(pid=pid, exit_status=KILLED_STATUS, exited_at=exited_at).encode()

@@ -13,7 +13,7 @@ import errno
 import os
 
 from vmcell_protos.errors import CallerError, HostError
-from vmcell_shim.bundle import group_id, socket_path, write_address
+from vmcell_shim.bundle import answers, group_id, socket_path, write_address
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def bind(path: str) -> _socket.socket | None:
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
-            if _answers(path):
+            if answers(path):
                 listener.close()
                 return None
             os.unlink(path)
@@ -116,17 +116,6 @@ def _bind_private(listener: _socket.socket, path: str) -> None:
         listener.bind(path)
     finally:
         os.umask(umask)
-
-
-def _answers(path: str) -> bool:
-    probe = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    try:
-        probe.connect(path)
-    except OSError:
-        return False
-    finally:
-        probe.close()
-    return True
 
 
 def _become_server(listener: _socket.socket, invocation: Invocation, bundle: str) -> None:

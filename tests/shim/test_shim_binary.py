@@ -115,6 +115,20 @@ def test_start_of_older_containerd(bundle: Path, stdin: bytes) -> None:
     shut_down(address)
 
 
+def test_delete_removes_the_socket_of_a_killed_shim(bundle: Path, sockets: str) -> None:
+    done = run(bundle, *start_words(bundle), stdin=bootstrap(sockets))
+    client = connect(json.loads(done.stdout)["address"])
+    request = task.ConnectRequest(id="c1")
+    answer = client.call("containerd.task.v2.Task", "Connect", request, task.ConnectResponse, 10)
+    delete(bundle)
+    assert len(os.listdir(sockets)) == 1, "a socket that answers stays"
+    os.kill(answer.shim_pid, signal.SIGKILL)
+    wait_until(lambda: client.lost, "the end of the shim")
+    client.close()
+    delete(bundle)
+    assert os.listdir(sockets) == []
+
+
 def test_second_start_finds_the_first(bundle: Path, sockets: str) -> None:
     first = run(bundle, *start_words(bundle), stdin=bootstrap(sockets))
     second = run(bundle, *start_words(bundle), stdin=bootstrap(sockets))
