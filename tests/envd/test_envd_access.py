@@ -206,28 +206,51 @@ class TestSignedUrls:
         assert right.body == b"x"
 
 
-def test_files_are_reached_with_the_user_s_own_rights(envd_open: Envd) -> None:
+def test_files_are_touched_as_root_and_given_to_the_user(envd_open: Envd) -> None:
+    """As E2B's envd does: `files.write("/app/x")` works for a user who may not make `/app`."""
     secret = envd_open.path(SECRET)
     secret.write_text("secret")
     os.symlink(SECRET, envd_open.path("/home/user/link"))
-    for query, status in (("", 403), ("&username=nobody", 403), ("&username=root", 200)):
+    for query in ("", "&username=nobody", "&username=root"):
         answer = request(envd_open, "GET", "/files?path=/home/user/link" + query)
-        assert answer.status == status
+        assert (answer.status, answer.body) == (200, b"secret")
     octets = {"Content-Type": "application/octet-stream"}
-    for path in ("/home/user/link", f"{ROOT_HOME}/new", "/etc/passwd", "/usr/new"):
+    envd_open.path("/etc/mine").write_text("root's own")
+    for path in ("/app/new/file", f"{ROOT_HOME}/new", "/etc/mine"):
         answer = request(envd_open, "POST", f"/files?path={path}", b"x", octets)
-        assert answer.status == 403, path
-    assert secret.read_text() == "secret"
+        assert answer.status == 200, path
+        status = envd_open.path(path).stat()
+        assert (status.st_uid, status.st_gid, status.st_size) == (1000, 1000, 1), path
+    for path in ("/app", "/app/new"):
+        status = envd_open.path(path).stat()
+        assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (1000, 1000, 0o755)
+    assert envd_open.path(ROOT_HOME).stat().st_uid == 0
+    made = unary(envd_open, "filesystem.Filesystem/MakeDir", {"path": "/srv/a/b"})
+    assert made.json()["entry"]["owner"] == "user"
     moved = unary(
         envd_open,
         "filesystem.Filesystem/Move",
-        {"source": "/etc/passwd", "destination": "/tmp/passwd"},
+        {"source": f"{ROOT_HOME}/secret", "destination": "/opt/d/secret"},
     )
-    assert (moved.status, moved.json()["code"]) == (403, "permission_denied")
-    # envd itself is root again afterwards.
-    status = envd_open.path("/proc/1/status").read_text()
-    assert "Uid:\t0\t0\t0\t0" in status
-    assert "Gid:\t0\t0\t0\t0" in status
+    assert (moved.status, moved.json()["entry"]["owner"]) == (200, "root")
+    owners = [envd_open.path(path).stat().st_uid for path in ("/srv", "/srv/a", "/opt", "/opt/d")]
+    assert owners == [1000] * 4
+    assert unary(envd_open, "filesystem.Filesystem/Remove", {"path": "/opt"}).status == 200
+    # What no root may do is still told as such.
+    answer = request(envd_open, "POST", "/files?path=/usr/new", b"x", octets)
+    assert answer.status == 403
+
+
+def test_a_file_of_another_user_in_tmp_is_written_in_place(envd_open: Envd) -> None:
+    octets = {"Content-Type": "application/octet-stream"}
+    path = envd_open.path("/tmp/theirs")
+    path.write_text("theirs")
+    os.chown(path, 65534, 65534)
+    os.symlink("/tmp/target", envd_open.path("/tmp/dangling"))
+    for name in ("theirs", "dangling"):
+        answer = request(envd_open, "POST", f"/files?path=/tmp/{name}", b"x", octets)
+        assert answer.status == 200, answer.body
+    assert envd_open.path("/tmp/target").read_text() == path.read_text() == "x"
 
 
 def test_accounts_that_appear_later_and_images_without_any(tmp_path_factory) -> None:  # type: ignore[no-untyped-def]

@@ -128,8 +128,12 @@ class TestSdk:
         sandbox.files.write("/tmp/plain", "x")
         with pytest.raises(InvalidArgumentException):
             sandbox.files.watch_dir("/tmp/plain")
-        with pytest.raises(SandboxException, match="permission"):
-            sandbox.files.watch_dir("/root")
+
+    def test_a_directory_of_root_can_be_watched(self, sandbox: Sandbox) -> None:
+        watch = sandbox.files.watch_dir("/root")
+        sandbox.files.write("/root/watched", "x")
+        assert {event.name for event in watch.get_new_events()} == {"watched"}
+        watch.stop()
 
 
 @pytest.mark.root

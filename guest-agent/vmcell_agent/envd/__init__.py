@@ -1,11 +1,12 @@
 """envd: the E2B data plane inside a sandbox, on port 49983; pid 1 of its container.
 
 One thread, one epoll loop, no blocking call but short ones on files. `serve.run` is the entry.
+Files are touched as root and what is made is given to the user, as E2B's envd does; commands run
+with the user's rights.
 
 Reading order:
 wire                what is read and written, without I/O
 accounts            the container's /etc/passwd and /etc/group
-identity            acting with a user's rights
 paths               which absolute path a client means
 loop                epoll, timers, deferred calls
 settings            what /init told: token, environment, defaults

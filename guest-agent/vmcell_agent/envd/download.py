@@ -9,10 +9,8 @@ import stat
 import zlib
 from collections.abc import Mapping
 
-from .accounts import Account
 from .exchange import Exchange, HttpError
 from .file_access import authorise, file_path, file_user
-from .identity import acting_as
 from .settings import Settings
 from .wire.headers import (
     ByteRange,
@@ -43,14 +41,14 @@ class Download:
     def __init__(self, exchange: Exchange, settings: Settings) -> None:
         self._exchange = exchange
         authorise(exchange.request, settings, "read")
-        self._account = file_user(exchange.request, settings)
-        self._path = file_path(exchange.request.query.get("path", ""), self._account, settings)
+        account = file_user(exchange.request, settings)
+        self._path = file_path(exchange.request.query.get("path", ""), account, settings)
 
     def feed(self, chunk: bytes) -> None:
         """A body of a GET has no meaning (RFC 9110 section 9.3.1)."""
 
     def finish(self) -> None:
-        descriptor, status = _open(self._path, self._account)
+        descriptor, status = _open(self._path)
         sender = _Sender(self._exchange, descriptor)
         try:
             self._answer(sender, status)
@@ -171,11 +169,10 @@ class _Sender:
         return piece
 
 
-def _open(path: str, account: Account) -> tuple[int, os.stat_result]:
-    """The file opened with the user's rights; never waits for a fifo's other end."""
+def _open(path: str) -> tuple[int, os.stat_result]:
+    """The file opened for reading; never waits for a fifo's other end."""
     try:
-        with acting_as(account):
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except OSError as error:
         raise open_error(path, error) from None
     status = os.fstat(descriptor)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator
 from vmcell_protos.errors import CallerError
 
 from .entry import entry_info
-from .identity import acting_as
 from .job import T, file_error, run_job
 from .loop import Loop
 from .paths import resolve_path
@@ -43,8 +42,7 @@ class FilesystemService:
     def _entry(self, call: Call, path: str) -> dict[str, object]:
         """The entry as this client may see it; CallerError when it is not there."""
         try:
-            with acting_as(call.account):
-                entry = entry_info(path, self._settings.accounts)
+            entry = entry_info(path, self._settings.accounts)
         except (FileNotFoundError, NotADirectoryError):
             raise _missing(path) from None
         except OSError as error:
@@ -66,7 +64,7 @@ class FilesystemService:
         def succeeded(result: T) -> None:
             call.exchange.attempt(lambda: call.reply(done(result)))
 
-        run_job(self._loop, call.account, steps, succeeded, failed)
+        run_job(self._loop, steps, succeeded, failed)
 
     def _stat(self, call: Call, message: Fields) -> None:
         call.reply({"entry": self._entry(call, self._path(call, message))})
@@ -75,8 +73,7 @@ class FilesystemService:
         path = self._path(call, message)
         depth = message.uint32("depth") or 1
         try:
-            with acting_as(call.account):
-                is_directory = stat.S_ISDIR(os.stat(path).st_mode)
+            is_directory = stat.S_ISDIR(os.stat(path).st_mode)
         except (FileNotFoundError, NotADirectoryError):
             raise _missing(path) from None
         except OSError as error:
@@ -94,8 +91,7 @@ class FilesystemService:
     def _make_dir(self, call: Call, message: Fields) -> None:
         path = self._path(call, message)
         try:
-            with acting_as(call.account):
-                made = make_directories(path)
+            made = make_directories(path, call.account)
         except OSError as error:
             raise file_error(f"make directory '{path}'", error) from None
         if not made:
@@ -111,7 +107,7 @@ class FilesystemService:
         self._run(
             call,
             f"move '{source}' to '{destination}'",
-            move(source, destination),
+            move(source, destination, call.account),
             lambda _: {"entry": self._entry(call, destination)},
         )
 

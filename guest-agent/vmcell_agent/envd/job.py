@@ -9,8 +9,6 @@ from typing import TypeVar
 
 from vmcell_protos.errors import CallerError
 
-from .accounts import Account
-from .identity import acting_as
 from .loop import Loop, report_bug
 
 # How long one slice may keep the others waiting.
@@ -46,17 +44,15 @@ def file_error(what: str, error: OSError) -> CallerError:
 
 def run_job(
     loop: Loop,
-    account: Account,
     steps: Generator[None, None, T],
     done: Callable[[T], None],
     failed: Callable[[OSError | CallerError], None],
 ) -> None:
-    """Run `steps` with the account's rights, the first slice at once; then `done` or `failed`."""
+    """Run `steps`, the first slice at once; then `done` or `failed`."""
     until = time.monotonic() + SLICE_SECONDS
     try:
-        with acting_as(account):
-            while time.monotonic() < until:
-                next(steps)
+        while time.monotonic() < until:
+            next(steps)
     except StopIteration as stop:
         done(stop.value)
     except (OSError, CallerError) as error:
@@ -67,4 +63,4 @@ def run_job(
         report_bug("a job on files", error)
         failed(CallerError("envd failed to serve this request", code="internal"))
     else:
-        loop.soon(lambda: run_job(loop, account, steps, done, failed))
+        loop.soon(lambda: run_job(loop, steps, done, failed))

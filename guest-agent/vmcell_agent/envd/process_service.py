@@ -10,7 +10,6 @@ from collections.abc import Callable
 from vmcell_protos.errors import CallerError
 
 from .accounts import Account
-from .identity import acting_as
 from .loop import Timer
 from .paths import resolve_path
 from .process import Process, ProcessConfig, event_frame
@@ -100,16 +99,15 @@ def _terminal_size(pty: Fields | None) -> TerminalSize | None:
 
 def _directory(account: Account, asked: str, settings: Settings) -> str:
     path = resolve_path(asked, account.home, settings.default_workdir)
-    with acting_as(account):
-        try:
-            os.stat(path)
-        except FileNotFoundError:
-            if asked or settings.default_workdir:
-                raise CallerError(f"cwd '{path}' does not exist") from None
-            # A user whose home was never made can still run commands.
-            return "/"
-        except OSError as error:
-            raise CallerError(f"cwd '{path}' cannot be used: {error.strerror}") from None
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        if asked or settings.default_workdir:
+            raise CallerError(f"cwd '{path}' does not exist") from None
+        # A user whose home was never made can still run commands.
+        return "/"
+    except OSError as error:
+        raise CallerError(f"cwd '{path}' cannot be used: {error.strerror}") from None
     return path
 
 
@@ -295,9 +293,12 @@ class ProcessService:
             if not name or "=" in name:
                 raise CallerError(f"{name!r} is no name of an environment variable")
         directory = _directory(account, config.directory or "", self._settings)
+        executable = _find_executable(config.command, environment.get("PATH", ""), directory)
+        # A busybox that is called bash knows no such applet.
+        name = executable if executable == _SHELL_INSTEAD else config.command
         return Launch(
-            executable=_find_executable(config.command, environment.get("PATH", ""), directory),
-            argv=(config.command, *config.arguments),
+            executable=executable,
+            argv=(name, *config.arguments),
             environment=environment,
             directory=directory,
             account=account,

@@ -1,7 +1,7 @@
 """Work on directory trees: make, list, remove, move; generators that yield after each few steps.
 
-All of it runs with the rights of one user (see job.run_job). Trees are removed and copied by
-descriptor, so a directory swapped for a link meanwhile leads nowhere.
+What is made belongs to the user who asked for it. Trees are removed by descriptor, so a directory
+swapped for a link meanwhile leads nowhere.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import ExitStack, suppress
 
 from vmcell_protos.errors import CallerError
 
-from .accounts import Accounts
+from .accounts import Account, Accounts
 from .entry import entry_info
 
 Steps = Generator[None, None, None]
@@ -24,10 +24,13 @@ _COPY_BYTES = 256 * 1024
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def make_directories(path: str) -> bool:
-    """mkdir -p; False when the directory was there. CallerError when a file is in the way."""
+def make_directories(path: str, owner: Account) -> bool:
+    """mkdir -p, each one made is `owner`'s; False when the directory was there.
+
+    Raises OSError, and CallerError when a file is in the way.
+    """
     try:
-        os.mkdir(path, 0o755)
+        _make_directory(path, owner)
         return True
     except FileExistsError:
         if not os.path.isdir(path):
@@ -37,11 +40,16 @@ def make_directories(path: str) -> bool:
         parent = posixpath.dirname(path)
         if parent == path:
             raise
-        make_directories(parent)
+        make_directories(parent, owner)
         # Somebody else may have made it in between; that is as good.
         with suppress(FileExistsError):
-            os.mkdir(path, 0o755)
+            _make_directory(path, owner)
         return True
+
+
+def _make_directory(path: str, owner: Account) -> None:
+    os.mkdir(path, 0o755)
+    os.chown(path, owner.uid, owner.gid, follow_symlinks=False)
 
 
 def list_tree(
@@ -110,8 +118,8 @@ def _remove_below(parent: int, name: str) -> Steps:
         os.rmdir(name, dir_fd=parent)
 
 
-def move(source: str, destination: str) -> Steps:
-    """rename(2), parents of the destination made; copies and removes where rename cannot.
+def move(source: str, destination: str, owner: Account) -> Steps:
+    """rename(2), missing parents made for `owner`; copies and removes where rename cannot.
 
     It cannot between file systems, and not for a directory of an overlay's lower layer (EXDEV,
     kernel's overlayfs.rst). A copy that fails half-way is removed, source and destination are then
@@ -120,7 +128,7 @@ def move(source: str, destination: str) -> Steps:
     os.lstat(source)
     if destination.startswith(source.rstrip("/") + "/"):
         raise CallerError(f"cannot move '{source}' into itself")
-    make_directories(posixpath.dirname(destination))
+    make_directories(posixpath.dirname(destination), owner)
     try:
         os.rename(source, destination)
         return
@@ -140,7 +148,7 @@ def move(source: str, destination: str) -> Steps:
 
 
 def _copy(source: str, destination: str) -> Steps:
-    """One entry with all below it; owner, mode and times as far as the user's rights allow."""
+    """One entry with all below it; with its owner, mode and times."""
     status = os.lstat(source)
     if stat.S_ISLNK(status.st_mode):
         os.symlink(os.readlink(source), destination)
@@ -171,7 +179,7 @@ def _copy_file(source: str, destination: str) -> Steps:
 
 
 def _copy_attributes(source: str, destination: str, status: os.stat_result) -> None:
-    with suppress(PermissionError):
+    with suppress(PermissionError):  # a container may lack CAP_CHOWN
         os.chown(destination, status.st_uid, status.st_gid, follow_symlinks=False)
     if stat.S_ISLNK(status.st_mode):
         return

@@ -22,7 +22,6 @@ from .download import open_error
 from .entry import METADATA_PREFIX
 from .exchange import Exchange, HttpError
 from .file_access import authorise, file_path, file_user
-from .identity import acting_as
 from .settings import Settings
 from .tree import make_directories
 from .wire.multipart import (
@@ -42,7 +41,7 @@ _PART_NAME = "file"
 
 
 class _Target:
-    """One file being written: opened with the user's rights, then filled through the descriptor."""
+    """One file being written: opened, given to the user, then filled through the descriptor."""
 
     def __init__(self, path: str, account: Account, metadata: dict[str, str]) -> None:
         self.path = path
@@ -51,9 +50,8 @@ class _Target:
         self._made = False
         self._descriptor = -1
         try:
-            with acting_as(account):
-                make_directories(posixpath.dirname(path))
-                self._open()
+            make_directories(posixpath.dirname(path), account)
+            self._open()
         except OSError as error:
             self.discard()
             raise open_error(path, error) from None
@@ -64,21 +62,28 @@ class _Target:
             raise
 
     def _open(self) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+        flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
         try:
-            self._descriptor = os.open(self.path, flags | os.O_EXCL, 0o644)
+            self._descriptor = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o644)
             self._made = True
         except FileExistsError:
-            self._descriptor = os.open(self.path, flags, 0o644)
+            self._descriptor = self._open_existing(flags)
         status = os.fstat(self._descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise HttpError(400, f"path '{self.path}' is not a regular file")
         if not self._made:
             os.ftruncate(self._descriptor, 0)
-        if status.st_uid == self._account.uid:
-            # E2B's envd gives the file to its user after opening it; watchers wait for the event.
-            os.fchown(self._descriptor, -1, status.st_gid)
+        # Also when nothing changes by it: clients that watch count the event (E2B does the same).
+        os.fchown(self._descriptor, self._account.uid, self._account.gid)
         self._set_metadata()
+
+    def _open_existing(self, flags: int) -> int:
+        """Without O_CREAT, by which fs.protected_regular would refuse another user's file in /tmp
+        (kernel's sysctl/fs.rst); with it only for a link that leads to nothing yet."""
+        try:
+            return os.open(self.path, flags)
+        except FileNotFoundError:
+            return os.open(self.path, flags | os.O_CREAT, 0o644)
 
     def _set_metadata(self) -> None:
         """Replace the whole set; a file system without xattrs is an error only if one is asked."""
@@ -122,7 +127,7 @@ class _Target:
         os.close(self._descriptor)
         self._descriptor = -1
         if self._made:
-            with suppress(OSError), acting_as(self._account):
+            with suppress(OSError):
                 os.unlink(self.path)
 
 

@@ -14,8 +14,6 @@ from contextlib import suppress
 
 from vmcell_protos.errors import CallerError
 
-from .accounts import Account
-from .identity import acting_as
 from .inotify import (
     IN_ATTRIB,
     IN_CREATE,
@@ -68,14 +66,13 @@ class DirectoryWatch:
     """Calls `on_event(kind, full path, name relative to the root)`; owns its inotify instance.
 
     `on_lost` is called when the kernel dropped events. Raises OSError when the root cannot be
-    watched with the account's rights, or the instances of the kernel are used up.
+    watched, or the instances of the kernel are used up.
     """
 
     def __init__(
         self,
         loop: Loop,
         root: str,
-        account: Account,
         *,
         recursive: bool,
         on_event: Callable[[str, str, str], None],
@@ -83,7 +80,6 @@ class DirectoryWatch:
     ) -> None:
         self._loop = loop
         self._root = root
-        self._account = account
         self._recursive = recursive
         self._on_event = on_event
         self._on_lost = on_lost
@@ -92,10 +88,9 @@ class DirectoryWatch:
         self._told: set[str] = set()
         self._inotify = Inotify()
         try:
-            with acting_as(account):
-                self._add(root)
-                if recursive:
-                    self._add_below(root)
+            self._add(root)
+            if recursive:
+                self._add_below(root)
         except BaseException:
             self._inotify.close()
             raise
@@ -128,7 +123,7 @@ class DirectoryWatch:
                         (entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries
                     ]
             except OSError:
-                # Gone already, or not this user's to read.
+                # Gone already.
                 continue
             for path, is_directory in children:
                 if found is not None:
@@ -191,9 +186,8 @@ class DirectoryWatch:
         elif mask & (IN_CREATE | IN_MOVED_TO):
             found: list[str] = []
             try:
-                with acting_as(self._account):
-                    self._add(path)
-                    self._add_below(path, found)
+                self._add(path)
+                self._add_below(path, found)
             except (FileNotFoundError, NotADirectoryError, PermissionError):
                 return
             except OSError as error:

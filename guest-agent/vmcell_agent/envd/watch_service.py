@@ -9,9 +9,7 @@ from collections import deque
 
 from vmcell_protos.errors import CallerError
 
-from .accounts import Account
 from .entry import entry_info
-from .identity import acting_as
 from .job import file_error
 from .loop import Loop
 from .paths import resolve_path
@@ -34,17 +32,15 @@ Event = dict[str, object]
 class _Teller:
     """Turns a watch's events into FilesystemEvents for one client."""
 
-    def __init__(self, settings: Settings, account: Account, *, with_entry: bool) -> None:
+    def __init__(self, settings: Settings, *, with_entry: bool) -> None:
         self._settings = settings
-        self._account = account
         self._with_entry = with_entry
 
     def event(self, kind: str, path: str, name: str) -> Event:
         event: Event = {"name": name, "type": kind}
         if self._with_entry and kind not in (REMOVE, RENAME):
             try:
-                with acting_as(self._account):
-                    event["entry"] = entry_info(path, self._settings.accounts)
+                event["entry"] = entry_info(path, self._settings.accounts)
             except OSError:
                 # Gone again; the event itself still happened.
                 return event
@@ -158,13 +154,11 @@ class WatchService:
         }
 
     def _open(self, call: Call, message: Fields, client: _Stream | _Watcher) -> DirectoryWatch:
-        account = call.account
-        path = resolve_path(message.text("path"), account.home, self._settings.default_workdir)
+        path = resolve_path(message.text("path"), call.account.home, self._settings.default_workdir)
         recursive = message.boolean("recursive")
         network_allowed = message.boolean("allowNetworkMounts")
         try:
-            with acting_as(account):
-                is_directory = stat.S_ISDIR(os.stat(path).st_mode)
+            is_directory = stat.S_ISDIR(os.stat(path).st_mode)
             if not is_directory:
                 raise CallerError(f"path '{path}' is not a directory")
             if not network_allowed and is_network_mount(path):
@@ -173,7 +167,6 @@ class WatchService:
             return DirectoryWatch(
                 self._loop,
                 path,
-                account,
                 recursive=recursive,
                 on_event=client.on_event,
                 on_lost=on_lost,
@@ -183,12 +176,11 @@ class WatchService:
         except OSError as error:
             raise file_error(f"watch '{path}'", error) from None
 
-    def _teller(self, call: Call, message: Fields) -> _Teller:
-        with_entry = message.boolean("includeEntry")
-        return _Teller(self._settings, call.account, with_entry=with_entry)
+    def _teller(self, message: Fields) -> _Teller:
+        return _Teller(self._settings, with_entry=message.boolean("includeEntry"))
 
     def _watch_dir(self, call: Call, message: Fields) -> None:
-        teller = self._teller(call, message)
+        teller = self._teller(message)
         stream = _Stream(call)
         try:
             watch = self._open(call, message, stream)
@@ -203,7 +195,7 @@ class WatchService:
                 f"{MAX_WATCHERS} watchers exist already: remove some", code="resource_exhausted"
             )
         watcher = _Watcher()
-        watcher.teller = self._teller(call, message)
+        watcher.teller = self._teller(message)
         watcher.watch = self._open(call, message, watcher)
         number = os.urandom(12).hex()
         self._watchers[number] = watcher
