@@ -92,15 +92,16 @@ def test_what_cannot_start(envd: Envd, message: object, code: str, text: str) ->
     wait_until(lambda: envd.open_descriptors() <= before, "no descriptor left behind")
 
 
-def test_a_bash_that_is_not_there_is_sh(fresh_envd: Envd) -> None:
+@pytest.mark.parametrize("shell_program", ["dash", "busybox"])
+def test_a_bash_that_is_not_there_is_sh(fresh_envd: Envd, shell_program: str) -> None:
     # /bin is a link; a bin directory without bash stands in for a small image.
     usr_bin = fresh_envd.path("/bin")
     usr_bin.unlink()
     usr_bin.mkdir()
-    (usr_bin / "sh").symlink_to("/usr/bin/dash")
+    (usr_bin / "sh").symlink_to(f"/usr/bin/{shell_program}")
     message = {"process": {"cmd": "/bin/bash", "args": ["-l", "-c", "echo $0; exit 2"]}}
     with Stream(fresh_envd, START, message) as stream:
-        assert stream.output() == b"/bin/bash\n"
+        assert stream.output() == b"/bin/sh\n"
         assert stream.last["exitCode"] == 2
 
 

@@ -295,7 +295,7 @@ class ProcessService:
         directory = _directory(account, config.directory or "", self._settings)
         executable = _find_executable(config.command, environment.get("PATH", ""), directory)
         # A busybox that is called bash knows no such applet.
-        name = executable if executable == _SHELL_INSTEAD else config.command
+        name = executable if config.command == _SHELL else config.command
         return Launch(
             executable=executable,
             argv=(name, *config.arguments),
