@@ -130,8 +130,9 @@ class TestSdk:
             sandbox.files.watch_dir("/tmp/plain")
 
     def test_a_directory_of_root_can_be_watched(self, sandbox: Sandbox) -> None:
-        watch = sandbox.files.watch_dir("/root")
-        sandbox.files.write("/root/watched", "x")
+        sandbox.files.make_dir("/var/of-root", user="root")
+        watch = sandbox.files.watch_dir("/var/of-root")
+        sandbox.files.write("/var/of-root/watched", "x")
         assert {event.name for event in watch.get_new_events()} == {"watched"}
         watch.stop()
 
