@@ -56,6 +56,38 @@ def test_the_migrations_make_exactly_the_tables(url: str) -> None:
     assert ScriptDirectory.from_config(config).get_current_head() == SCHEMA_VERSION
 
 
+def test_an_error_of_the_database_tells_no_token(url: str) -> None:
+    store = Store(open_engine(url))
+    team = store.ensure_team("one")
+    store.add_sandbox(_record("first", team.team_id), limit=9, live=())
+    with pytest.raises(HostError) as caught:
+        store.add_sandbox(_record("first", team.team_id), limit=9, live=())
+    store.close()
+    assert "tfirst" not in str(caught.value)
+    assert "UNIQUE" in str(caught.value)
+
+
+def test_the_limit_holds_for_creates_at_once(url: str) -> None:
+    store = Store(open_engine(url))
+    team = store.ensure_team("one")
+    others = [Store(open_engine(url)) for _ in range(2)]
+    barrier = threading.Barrier(8)
+
+    def add(number: int) -> bool:
+        barrier.wait(10)
+        try:
+            record = _record(f"s{number}", team.team_id)
+            others[number % 2].add_sandbox(record, limit=3, live=())
+        except CallerError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(add, range(8))) == 3
+    for each in (store, *others):
+        each.close()
+
+
 def test_migrating_again_keeps_everything(url: str) -> None:
     store = Store(open_engine(url))
     team = store.ensure_team("one")

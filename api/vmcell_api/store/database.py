@@ -30,7 +30,8 @@ _PRAGMAS = (
 def open_engine(url: str) -> Engine:
     """An engine for `url`; nothing is connected yet. Raises HostError for a URL that is none."""
     try:
-        engine = sa.create_engine(url, pool_pre_ping=True)
+        # Parameters are tokens and hashes of keys; errors go into logs and answers.
+        engine = sa.create_engine(url, pool_pre_ping=True, hide_parameters=True)
     except (sa.exc.ArgumentError, ImportError) as error:
         raise HostError(
             f"database_url cannot be used: {error}; give one like sqlite:////path or postgresql://"

@@ -108,6 +108,10 @@ class Store:
         Raises CallerError (resource_exhausted) when the team has reached it.
         """
         with self._transaction() as session:
+            # Locks the team's row (SQLite: the store), so that creates at once are counted apart.
+            session.execute(
+                sa.update(TeamRow).where(TeamRow.id == record.team_id).values(name=TeamRow.name)
+            )
             rows = session.execute(
                 sa.select(SandboxRow.id, SandboxRow.built).where(
                     SandboxRow.team_id == record.team_id
