@@ -67,9 +67,12 @@ class Refusal:
 
 
 def find_target(request: Request, domain: str) -> Target | Signed | Refusal:
-    """The sandbox and port that `request` names. `domain` "": host names of any domain do."""
+    """The sandbox and port that `request` names.
+
+    `domain` is as clients are told it, perhaps with a port; "": host names of any domain do.
+    """
     match = _HOST.fullmatch(_host_name(request.host))
-    if match and domain in ("", match["domain"]):
+    if match and _host_name(domain) in ("", match["domain"]):
         return _target(match["id"], match["port"], request.uri)
     if request.id_header and request.port_header:
         sandbox_id = request.id_header.lower().partition("-")[0]

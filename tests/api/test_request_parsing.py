@@ -135,6 +135,7 @@ def test_hosts(host: str, target: Target) -> None:
     request = Request(method="GET", host=host, uri="/")
     assert find_target(request, "") == target
     assert find_target(request, "sbx.example") == target
+    assert find_target(request, "SBX.example:8443") == target, "SDKs are told the port with it"
     refused = find_target(request, "other.example")
     assert isinstance(refused, Refusal)
     assert refused.status == 400
