@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 
 SIGKILL = 9
 KILLED_STATUS = 128 + SIGKILL
+# What a shell answers for a program it cannot run.
+NOT_STARTED_STATUS = 127
 # Signals whose default is to do nothing (signal(7)), and the null signal.
 _HARMLESS_SIGNALS = (0, 17, 18, 23, 28)
 _KILL_ANSWER_S = 5.0
@@ -252,7 +254,11 @@ class Container:
         self._events.publish(TaskExecAdded(container_id=self.id, exec_id=request.exec_id))
 
     def start(self, process: Process) -> int:
-        """Runs a created process; returns the pid to report. A failed start leaves it created."""
+        """Runs a created process; returns the pid to report.
+
+        A failed start leaves an exec created. An init has ended by it: its guest cannot start one
+        again, and clients refuse to delete a task that is created.
+        """
         process.advance("start")
         try:
             process.stdio.join(self.guest.dial)
@@ -263,6 +269,8 @@ class Container:
             process.advance("start_failed")
             if self.guest.ended.is_set():
                 self._vm_ended()
+            elif not process.exec_id:
+                self._finish(process, NOT_STARTED_STATUS)
             raise
         process.advance("started")
         self._journal.info(f"{process.name} started")

@@ -205,14 +205,16 @@ def test_second_container_is_refused(shim: Shim) -> None:
     assert shim.state().status == task.TaskStatus_CREATED
 
 
-def test_failed_start_leaves_it_created(shim: Shim) -> None:
+def test_failed_start_ends_the_task(shim: Shim) -> None:
+    """`ctr run` deletes without a kill, which a client refuses for a created task."""
     shim.create("/no/such/program")
     with pytest.raises(VmcellError, match="/no/such/program"):
         shim.start()
-    assert shim.state().status == task.TaskStatus_CREATED
-    shim.kill(9)
+    assert shim.state().status == task.TaskStatus_STOPPED
+    assert shim.wait() == 127
     shim.delete()
     assert shim.left_behind() == []
+    shim.containerd.wait_topics("create", "exit", "delete")
 
 
 def test_state_answers_while_the_guest_boots(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
