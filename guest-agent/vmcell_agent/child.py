@@ -142,7 +142,8 @@ def _prepare(launch: Launch, *keep: int) -> None:
     with attempt("join the container's cgroup"):
         os.write(launch.cgroup_procs, b"0")
         os.close(launch.cgroup_procs)
-    credentials.set_oom_score(launch.process.oom_score_adj)
+    if launch.process.oom_score_adj is not None:
+        credentials.set_oom_score(launch.process.oom_score_adj)
 
 
 def _close_all_but(kept: tuple[int, ...]) -> None:

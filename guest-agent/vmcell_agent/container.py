@@ -93,8 +93,10 @@ class Container:
         self._root = RootFilesystem(f"{around.state_directory}/{self.id}")
         self._processes: dict[str, Process] = {}
         process = spec.process
-        if builtin is not None:  # envd switches users itself, so it starts as root
-            process = process._replace(uid=0, gid=0, additional_gids=())
+        if builtin is not None:
+            # envd switches users itself, so it starts as root; the OOM killer spares it as it does
+            # PID 1, because its end is the container's, and does not spare what it starts.
+            process = process._replace(uid=0, gid=0, additional_gids=(), oom_score_adj=None)
         self._declare("", process, request.streams, says_ready=builtin is not None)
         try:
             self._cgroup.create(spec.cgroup_files)

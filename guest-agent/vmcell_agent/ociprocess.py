@@ -62,7 +62,7 @@ class ProcessSpec(NamedTuple):
     capabilities: CapabilitySets
     rlimits: tuple[Rlimit, ...]
     no_new_privileges: bool
-    oom_score_adj: int
+    oom_score_adj: int | None  # None: the agent's own (-1000)
     rows: int  # of the terminal; 0: not said
     columns: int
 

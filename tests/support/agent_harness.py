@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SERVICE = "vmcell.agent.v1.Agent"
 DEADLINE_SECONDS = 30.0
 UPPER_BYTES = 96 << 20
+# One of its own, as PID 1 has -1000 in a guest (which takes a capability that tests may lack).
+AGENT_OOM_SCORE = 300
 ALL_CAPABILITIES = ["CAP_CHOWN", "CAP_KILL", "CAP_SETUID", "CAP_SETGID", "CAP_NET_BIND_SERVICE"]
 BUSYBOX = "/bin/busybox"
 
@@ -41,6 +43,8 @@ from vmcell_agent.guest import Places, Transports, serve
 from vmcell_agent.__main__ import BUILTINS
 from vmcell_agent import network, process
 network.loopback_up()
+with open("/proc/self/oom_score_adj", "w") as file:
+    file.write("{oom_score}")
 process.DIAL_SECONDS = 2.0
 control = socket.socket(fileno={control})
 listener = socket.socket(fileno={listener})
@@ -395,6 +399,7 @@ def running_agent() -> Iterator[AgentUnderTest]:
         listener.bind(address)
         listener.listen(64)
         code = _DRIVER.format(
+            oom_score=AGENT_OOM_SCORE,
             path=[str(ROOT / "guest-agent"), str(ROOT / "protos"), _folder_of("h11")],
             control=theirs.fileno(),
             listener=listener.fileno(),
