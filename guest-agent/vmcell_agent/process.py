@@ -38,6 +38,13 @@ DIAL_SECONDS = 10.0
 # what it has not taken stays there until DeleteProcess.
 SETTLE_SECONDS = 2.0
 MAX_WAITERS = 64
+# Ignored by default, or stopping what does not run yet.
+_HARMLESS_SIGNALS = frozenset(
+    (
+        *(signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH),
+        *(signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU),
+    )
+)
 
 
 class Exit(NamedTuple):
@@ -107,10 +114,12 @@ class Process:
         self._answer_waiters()
 
     def signal(self, number: int) -> None:
-        """Send a signal; one to a process not yet started ends it unstarted."""
+        """Send a signal; to a process not yet started it does what it does by default (signal(7)):
+        it ends unstarted, or nothing happens."""
         if self.state == DECLARED:
-            self._stdio.close()
-            self._end(128 + number)
+            if number not in _HARMLESS_SIGNALS:
+                self._stdio.close()
+                self._end(128 + number)
         elif self.state in (SPAWNING, RUNNING):
             os.kill(self.pid, number)
         elif self.state == DIALLING:

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from agent_harness import AgentUnderTest, container_spec, process_spec
+from agent_harness import AGENT_OOM_SCORE, AgentUnderTest, container_spec, process_spec
 
 from vmcell_protos import agent as messages
 from vmcell_protos.errors import VmcellError
@@ -303,8 +303,10 @@ def test_envd_as_init_answers_once_it_listens(agent: AgentUnderTest) -> None:
     spec["linux"]["resources"]["pids"] = {}
     init = agent.create(spec, init="envd").start()
     fetch = "wget -S -O - http://127.0.0.1:49983/health; cat /proc/1/comm; stat -c %u /proc/1"
+    # A guest out of memory must lose the hog, not the data plane; what is added has its own score.
+    fetch += "; cat /proc/1/oom_score_adj /proc/self/oom_score_adj"
     added = agent.add(init, process_spec("sh", "-c", fetch), "e").start()
-    assert added.read().split() == [b"envd", b"0"]
+    assert added.read().split() == [b"envd", b"0", b"%d" % AGENT_OOM_SCORE, b"0"]
     assert b"204" in added.read("stderr")
     init.signal(signal.SIGTERM)
     assert init.wait() == 143
@@ -323,6 +325,17 @@ def test_streams_that_are_not_dialled_in_time(agent: AgentUnderTest) -> None:
         agent.client.call("StartProcess", init.ref)
     assert error.value.code == "deadline_exceeded"
     init.delete()
+
+
+@pytest.mark.parametrize("number", [signal.SIGWINCH, signal.SIGCONT, signal.SIGURG, signal.SIGCHLD])
+def test_a_signal_that_ends_nobody_leaves_what_was_not_started(
+    agent: AgentUnderTest, number: int
+) -> None:
+    init = agent.create(container_spec(process_spec("echo", "ran")))
+    init.signal(number)
+    init.start()
+    assert init.read() == b"ran\n"
+    assert init.wait() == 0
 
 
 def test_killing_a_container_that_was_not_started(agent: AgentUnderTest) -> None:
