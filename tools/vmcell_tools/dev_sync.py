@@ -77,8 +77,8 @@ def push_changes(vm: DevVm, configuration: Mapping[str, bytes]) -> bool:
         now = take_manifest(configuration)
         if now == before:
             return False
-        if now.builds != before.builds:
-            _in_vm(vm, FORGET_HOST_FILES, b"")
+        # A file replaced on the host is a stale handle in what the VM still remembers of it.
+        _in_vm(vm, FORGET_HOST_FILES, b"")
         gone = [f"{CHECKOUT}/{path}" for path in before.files if path not in now.files]
         if gone:
             _in_vm(vm, f"rm -f -- {shlex.join(gone)}", b"")
@@ -89,7 +89,7 @@ def push_changes(vm: DevVm, configuration: Mapping[str, bytes]) -> bool:
         }
         changed = [path for path, stamp in now.files.items() if before.files.get(path) != stamp]
         if changed or contents:
-            _in_vm(vm, "tar -x -C / -f -", archive(CHECKOUT, changed, contents))
+            _in_vm(vm, "tar -x --unlink-first -C / -f -", archive(CHECKOUT, changed, contents))
         remember(directory, now)
     return True
 
