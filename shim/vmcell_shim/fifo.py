@@ -8,8 +8,14 @@ is kept, so that a detached client is no end of input: CloseIO closes it.
 
 from __future__ import annotations
 
+import fcntl
 import os
+import select
 import stat
+import termios
+import threading
+import time
+from array import array
 
 from vmcell_protos.errors import CallerError
 
@@ -44,6 +50,7 @@ class OutputFifo:
     is_pipe = True
 
     def __init__(self, path: str) -> None:
+        self._lock = threading.Lock()
         # The read end first: opening the write end needs a reader.
         self._keep = _open_fifo(path, os.O_RDONLY)
         try:
@@ -54,9 +61,24 @@ class OutputFifo:
 
     def forget_reader(self) -> None:
         """From now on a client that is gone shows as EPIPE instead of a full pipe."""
-        if self._keep >= 0:
-            os.close(self._keep)
-            self._keep = -1
+        with self._lock:
+            if self._keep >= 0:
+                os.close(self._keep)
+                self._keep = -1
+
+    def wait_reader(self, timeout_s: float) -> None:
+        """What is in the pipe lives as long as somebody has it open: a client that is still on its
+        way to open it gets `timeout_s`. Returns at once when there is a reader or nothing to read.
+        """
+        self.forget_reader()
+        unread = array("i", [0])
+        fcntl.ioctl(self.fd, termios.FIONREAD, unread)
+        poll = select.poll()
+        poll.register(self.fd, 0)
+        until = time.monotonic() + timeout_s
+        # POLLERR on the writing end: no reader (pipe(7)). Nothing tells when one comes.
+        while unread[0] and poll.poll(0) and time.monotonic() < until:
+            time.sleep(0.01)
 
     def close(self) -> None:
         self.forget_reader()
@@ -76,6 +98,9 @@ class OutputFile:
 
     def forget_reader(self) -> None:
         """A file has no reader that could go away."""
+
+    def wait_reader(self, timeout_s: float) -> None:
+        """What is in a file stays there."""
 
     def close(self) -> None:
         if self.fd >= 0:

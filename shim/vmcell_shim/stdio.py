@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 # A child in the background may hold stdout for ever; a client may have stopped reading.
 SILENT_S = 2.0
 FULL_S = 10.0
+# A client may still be opening its end when a short process has ended already.
+READER_S = 0.5
 
 
 class Stdio:
@@ -104,14 +106,13 @@ class Stdio:
     def flush(self) -> None:
         """Everything the guest wrote has reached the FIFOs, or waiting for it made no sense; then
         all is closed. Called once the process has ended."""
-        with self._lock:
-            for output in self._outputs.values():
-                output.forget_reader()
         for name, pump in self._pumps.items():
             if name == "stdin":
                 pump.stop()
-            else:
-                pump.wait_quiet(silent_s=SILENT_S, full_s=FULL_S)
+                continue
+            if not pump.wait_end(READER_S):
+                self._outputs[name].forget_reader()
+            pump.wait_quiet(silent_s=SILENT_S, full_s=FULL_S)
         self.close()
 
     def close(self) -> None:
@@ -154,6 +155,7 @@ class Stdio:
         output = self._outputs[name]
 
         def end() -> None:
+            output.wait_reader(READER_S)
             with self._lock:
                 output.close()
 

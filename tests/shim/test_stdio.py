@@ -205,6 +205,32 @@ def test_dead_client_does_not_hold_the_exit(shim: Shim) -> None:
     assert time.monotonic() - began < 5
 
 
+def test_client_that_opens_late_gets_everything(shim: Shim) -> None:
+    """A process may be over before its client has opened the FIFO."""
+    shim.create("/bin/echo", "short", stdout=shim.fifo("out"))
+    shim.start()
+    readable = os.open(shim.fifo("out"), os.O_RDONLY | os.O_NONBLOCK)
+    poll = select.poll()
+    poll.register(readable, select.POLLIN)
+    assert poll.poll(DEADLINE_S * 1000)
+    assert os.read(readable, 100) == b"short\n"
+    os.close(readable)
+    assert shim.wait() == 0
+
+
+def test_output_nobody_reads_is_kept_for_a_moment(tmp_path: Path) -> None:
+    path = str(tmp_path / "fifo")
+    os.mkfifo(path)
+    output = OutputFifo(path)
+    os.write(output.fd, b"late")
+    began = time.monotonic()
+    reader = Reader(path)
+    output.wait_reader(DEADLINE_S)
+    assert time.monotonic() - began < DEADLINE_S / 2
+    output.close()
+    assert reader.to_end() == b"late"
+
+
 def test_terminal(shim: Shim) -> None:
     out = Reader(shim.fifo("out"))
     shim.create(

@@ -130,7 +130,7 @@ def test_restart_of_containerd(containerd: PrivateContainerd) -> None:
     containerd.start()
     assert containerd.status("c1") == "RUNNING"
     done = containerd.ctr("task", "exec", "--exec-id", "e1", "c1", "echo", "still here")
-    assert done.stdout == b"still here\n"
+    assert done.stdout == b"still here\n", done.stderr
     containerd.ctr("task", "kill", "-s", "TERM", "c1")
     wait_until(lambda: containerd.status("c1") == "STOPPED", "the exit")
     assert b"exit code 9" in containerd.ctr("task", "delete", "c1").stderr
