@@ -107,8 +107,9 @@ class Container:
         try:
             self._make(deadline)
             self.init.advance("created")
-        except VmcellError as error:
-            self._journal.error(f"{self.id} not created: {error}")
+        except BaseException as error:
+            # A bug of ours too must not leave a microVM that nobody owns.
+            self._journal.error(f"{self.id} not created: {error!r}")
             self._give_up()
             raise
         request = self._request
@@ -248,7 +249,7 @@ class Container:
         try:
             self.guest.call("AddProcess", message, Empty, self._config.boot_timeout_s)
             process.advance("created")
-        except VmcellError:
+        except BaseException:
             self._forget(process)
             raise
         self._events.publish(TaskExecAdded(container_id=self.id, exec_id=request.exec_id))
@@ -265,7 +266,7 @@ class Container:
             ref = self._ref(process)
             timeout_s = self._config.boot_timeout_s
             self.guest.call("StartProcess", ref, StartProcessResponse, timeout_s)
-        except VmcellError:
+        except BaseException:
             process.advance("start_failed")
             if self.guest.ended.is_set():
                 self._vm_ended()
@@ -313,7 +314,7 @@ class Container:
             return
         try:
             self._delete_all()
-        except VmcellError:
+        except BaseException:
             # So that the next Delete tries again.
             process.advance("delete_failed")
             raise

@@ -19,6 +19,7 @@ from vmcell_protos.errors import VmcellError
 from vmcell_protos.events import TaskExit, TaskStart
 from vmcell_protos.metrics import Metrics
 from vmcell_protos.wellknown import Empty
+from vmcell_shim.stdio import Stdio
 
 
 @pytest.fixture
@@ -263,6 +264,24 @@ def test_failed_boot_leaves_nothing(shim: Shim, monkeypatch: pytest.MonkeyPatch,
     assert shim.left_behind() == []
     assert not shim.service.has_containers
     assert shim.containerd.topics() == []
+
+
+def test_surprise_in_create_leaves_nothing(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception nobody planned for, after the VM has been started."""
+
+    def surprise(*_: object) -> None:
+        raise RuntimeError("no more ids")
+
+    logged: list[type[BaseException]] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: logged.append(args.exc_type))
+    monkeypatch.setattr(Stdio, "declare", surprise)
+    with refused("internal"):
+        shim.create("/bin/true")
+    assert shim.left_behind() == []
+    assert not shim.service.has_containers
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+    wait_until(lambda: logged == [RuntimeError], "the traceback")
 
 
 def test_boot_deadline_is_the_clients(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
