@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import struct
 import termios
 import time
@@ -382,3 +383,32 @@ def test_sigterm_ends_the_server_in_order(fresh_envd: Envd) -> None:
         assert fresh_envd.process.wait(20) == 143, fresh_envd.output()
         with pytest.raises((EOFError, OSError, http.client.HTTPException)):
             list(stream)
+
+
+def _has_taken_all(port: int) -> bool:
+    """Whether the server's socket to the client's `port` was half-closed and read to its end."""
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, _, remote, state, queues, *_ = line.split()
+        if int(remote.partition(":")[2], 16) == port:
+            return state == "08" and queues.partition(":")[2] == "00000000"  # CLOSE_WAIT
+    return False
+
+
+def test_a_client_that_half_closes_and_then_resets_is_let_go(envd: Envd) -> None:
+    """epoll reports such a socket for ever, and nothing is to be sent yet that would notice."""
+    with start(envd, "sleep 1000", stdin=True) as stream:
+        pid = stream.started()
+        before = envd.open_descriptors()
+        octets = base64.b64encode(b"x" * 300_000).decode()
+        body = json.dumps({"process": {"pid": pid}, "input": {"stdin": octets}}).encode()
+        head = (
+            "POST /process.Process/SendInput HTTP/1.1\r\nHost: x\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        with envd.connect() as sock:
+            sock.sendall(head.encode() + body)
+            sock.shutdown(socket.SHUT_WR)
+            wait_until(lambda: _has_taken_all(sock.getsockname()[1]), "the request taken")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        wait_until(lambda: envd.open_descriptors() <= before, "the connection closed", 5)
+        kill(envd, pid)

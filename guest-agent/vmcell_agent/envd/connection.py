@@ -15,7 +15,7 @@ from collections.abc import Callable
 import h11
 
 from .exchange import BodyReader, Exchange, HttpError, Request
-from .loop import READABLE, WRITABLE, Loop
+from .loop import HUNG_UP, READABLE, WRITABLE, Loop
 from .wire.headers import http_date
 from .wire.target import split_target
 
@@ -145,6 +145,9 @@ class Connection:
             self._flush()
         if mask & ~WRITABLE and not self._is_closed:
             self._receive()
+        if mask & HUNG_UP and self._end_of_input:
+            # Reset after its end: recv(2) tells the end only, and epoll goes on reporting it.
+            self.close()
 
     def _receive(self) -> None:
         try:

@@ -13,6 +13,8 @@ from contextlib import suppress
 
 READABLE = select.EPOLLIN | select.EPOLLRDHUP
 WRITABLE = select.EPOLLOUT
+# Reported whether asked for or not.
+HUNG_UP = select.EPOLLHUP | select.EPOLLERR
 
 # epoll_wait(2) counts milliseconds in an int; Connect's timeouts reach 116 days.
 _LONGEST_WAIT_SECONDS = 86_400.0
