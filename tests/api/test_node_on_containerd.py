@@ -6,8 +6,10 @@ left behind and what a second noded makes of it do.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,7 @@ from stand_in_images import BROKEN, GOOD, REFUSES, SILENT, import_stand_ins
 from vmcell_api.config import ApiConfig
 from vmcell_api.identifiers import new_sandbox_id
 from vmcell_api.node import door
+from vmcell_api.node import node as node_module
 from vmcell_api.node.__main__ import build_node
 from vmcell_api.node.build import SandboxRequest
 from vmcell_api.node.node import Node
@@ -217,6 +220,91 @@ def test_a_task_that_dies_is_cleaned_up(node: Node, containerd: RealContainerd) 
     containerd.ctr("tasks", "kill", "-s", "SIGKILL", sandbox_id)
     _wait_until(lambda: not node.list())
     _wait_until(lambda: not any(containerd.traces().values()))
+
+
+def test_a_machine_that_dies_in_a_create_ends_the_create(
+    node: Node, containerd: RealContainerd, config: ApiConfig
+) -> None:
+    """A lost machine says nothing any more: its end must be seen before the 30 s are over."""
+    request = _request(image=SILENT)
+    with ThreadPoolExecutor(1) as pool:
+        creating = pool.submit(node.create, request)
+        _wait_until(lambda: "RUNNING" in containerd.ctr("tasks", "list"))
+        with _nothing_comes_from("10.88.0.3"):
+            containerd.ctr("tasks", "kill", "-s", "SIGKILL", request.sandbox_id)
+            with pytest.raises(HostError, match="ended"):
+                creating.result(10)
+    _nothing_left(node, containerd, config)
+
+
+@contextlib.contextmanager
+def _nothing_comes_from(address: str) -> Iterator[None]:
+    rules = "add table ip lost; add chain ip lost out { type filter hook output priority 0; }; "
+    subprocess.run(["nft", f"{rules} add rule ip lost out ip saddr {address} drop"], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["nft", "delete table ip lost"], check=True)
+
+
+def test_a_stepped_clock_neither_shortens_nor_keeps_from_extending(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox_id = node.create(_request(timeout_ms=600_000)).sandbox_id
+    now = node_module.unix_ms_now
+    monkeypatch.setattr(node_module, "unix_ms_now", lambda: now() + 3_600_000)
+    node.set_deadline(sandbox_id, 1000, only_extend=True)
+    monkeypatch.setattr(node_module, "unix_ms_now", lambda: now() - 3_600_000)
+    moved = node.set_deadline(sandbox_id, 900_000, only_extend=True)
+    assert abs(moved.end_at_unix_ms - (now() - 2_700_000)) < 10_000
+    monkeypatch.undo()
+    again = node.set_deadline(sandbox_id, 800_000, only_extend=True)
+    assert again == moved, "900 s were left: nothing to extend"
+
+
+def test_a_shim_that_is_slow_to_answer_is_no_dead_sandbox(
+    containerd: RealContainerd, config: ApiConfig
+) -> None:
+    """containerd lists a task whose shim did not answer within 2 s as UNKNOWN."""
+    first = build_node(config)
+    first.open()
+    sandbox_id = first.create(_request()).sandbox_id
+    first.close()
+    shim = _shim_of(sandbox_id)
+    second = build_node(config)
+    os.kill(shim, signal.SIGSTOP)
+    try:
+        second.open()
+    finally:
+        os.kill(shim, signal.SIGCONT)
+    try:
+        assert [sandbox.sandbox_id for sandbox in second.list()] == [sandbox_id]
+        second.kill(sandbox_id)
+        _nothing_left(second, containerd, config)
+    finally:
+        second.close()
+        second.slots.close_all()
+
+
+def _shim_of(sandbox_id: str) -> int:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if words[0].endswith(b"shim-runc-v2") and sandbox_id.encode() in words:
+                    return int(entry.name)
+    raise AssertionError(f"no shim of {sandbox_id}")
+
+
+def test_only_one_noded_of_a_socket(config: ApiConfig) -> None:
+    with (
+        door.only_one(config.node_socket),
+        pytest.raises(HostError, match="another noded"),
+        door.only_one(config.node_socket),
+    ):
+        pass
+    with door.only_one(config.node_socket):
+        pass
 
 
 def test_the_same_id_twice(node: Node) -> None:

@@ -6,6 +6,7 @@ say `creating` until the end, so that whoever finds a half-made one knows.
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass, field, replace
 
@@ -76,8 +77,17 @@ class SandboxBuilder:
             self._images[target.digest] = oci_image.parse_config(config, name)
         return self._images[target.digest]
 
-    def build(self, request: SandboxRequest, image: oci_image.ImageConfig, slot: Slot) -> Sandbox:
-        """Makes and starts the sandbox in `slot`; its deadline counts from the return on."""
+    def build(
+        self,
+        request: SandboxRequest,
+        image: oci_image.ImageConfig,
+        slot: Slot,
+        died: threading.Event,
+    ) -> Sandbox:
+        """Makes and starts the sandbox in `slot`; its deadline counts from the return on.
+
+        Whoever sees its task end sets `died`: then the guest is not waited for any longer.
+        """
         sandbox = Sandbox(
             sandbox_id=request.sandbox_id,
             template_id=request.template_id,
@@ -99,6 +109,7 @@ class SandboxBuilder:
             environment=_guest_environment(request),
             default_user=request.default_user,
             timeout_s=max(1.0, deadline - time.monotonic()),
+            died=died,
         )
         now = unix_ms_now()
         sandbox = replace(sandbox, started_at_unix_ms=now, end_at_unix_ms=now + request.timeout_ms)

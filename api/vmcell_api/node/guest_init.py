@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
+import threading
 import time
+from collections.abc import Callable
 
 from vmcell_protos.errors import HostError
 
@@ -15,6 +18,7 @@ ENVD_PORT = 49983
 # The task has started when envd listens; a guest under load may be a moment late.
 CONNECT_PATIENCE_S = 5.0
 RETRY_S = 0.02
+SLICE_S = 1.0
 
 
 def initialise(
@@ -24,10 +28,11 @@ def initialise(
     environment: dict[str, str],
     default_user: str,
     timeout_s: float,
+    died: threading.Event,
 ) -> None:
     """Gives envd its token, environment, user and the time, then checks its health.
 
-    Raises HostError when it does not answer with success in time.
+    Raises HostError when it does not answer with success in time, or at once when `died` is set.
     """
     body: dict[str, object] = {
         "envVars": environment,
@@ -37,16 +42,22 @@ def initialise(
     if access_token:
         body["accessToken"] = access_token
     deadline = time.monotonic() + timeout_s
-    _ask(address, "POST", "/init", json.dumps(body).encode(), deadline)
-    _ask(address, "GET", "/health", None, deadline)
+    _ask(address, "POST", "/init", json.dumps(body).encode(), deadline, died)
+    _ask(address, "GET", "/health", None, deadline, died)
 
 
-def _ask(address: str, method: str, path: str, body: bytes | None, deadline: float) -> None:
+def _ask(
+    address: str,
+    method: str,
+    path: str,
+    body: bytes | None,
+    deadline: float,
+    died: threading.Event,
+) -> None:
     patience = min(deadline, time.monotonic() + CONNECT_PATIENCE_S)
     while True:
-        left_s = max(1.0, deadline - time.monotonic())
         try:
-            status, text = _exchange(address, method, path, body, left_s)
+            status, text = _exchange(address, method, path, body, deadline, died)
             break
         except ConnectionRefusedError as error:
             if time.monotonic() > patience:
@@ -62,16 +73,39 @@ def _ask(address: str, method: str, path: str, body: bytes | None, deadline: flo
 
 
 def _exchange(
-    address: str, method: str, path: str, body: bytes | None, timeout_s: float
+    address: str,
+    method: str,
+    path: str,
+    body: bytes | None,
+    deadline: float,
+    died: threading.Event,
 ) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection(address, ENVD_PORT, timeout=timeout_s)
+    connection = http.client.HTTPConnection(address, ENVD_PORT, timeout=SLICE_S)
     headers = {"Content-Type": "application/json"} if body is not None else {}
     try:
+        _until_in_time(connection.connect, deadline, died)
+        connection.sock.settimeout(max(1.0, deadline - time.monotonic()))
         connection.request(method, path, body=body, headers=headers)
+        connection.sock.settimeout(SLICE_S)
+        _until_in_time(lambda: connection.sock.recv(1, socket.MSG_PEEK), deadline, died)
+        connection.sock.settimeout(max(1.0, deadline - time.monotonic()))
         answer = connection.getresponse()
         return answer.status, answer.read(4096)
     finally:
         connection.close()
+
+
+def _until_in_time(call: Callable[[], object], deadline: float, died: threading.Event) -> None:
+    """Repeats a call that times out after SLICE_S, so that the machine's end is seen between."""
+    while True:
+        try:
+            call()
+            return
+        except TimeoutError:
+            if died.is_set():
+                raise ConnectionAbortedError("the machine has ended") from None
+            if time.monotonic() > deadline:
+                raise
 
 
 def _silent(address: str, method: str, path: str, error: Exception) -> HostError:

@@ -34,7 +34,9 @@ from vmcell_protos.pb.containerd import types_pb2
 
 log = logging.getLogger("vmcell.noded")
 
-ALIVE = (types_pb2.RUNNING, types_pb2.PAUSED, types_pb2.PAUSING)
+# containerd does not list a task without a shim. UNKNOWN is a shim that was slow to answer: its
+# sandbox ends by an event or its deadline.
+ENDED = (None, types_pb2.STOPPED)
 TIMED_OUT, DIED = "timed out", "ended by itself"
 RETRY_S = 5.0
 RECONNECT_S = 1.0
@@ -42,11 +44,15 @@ RECONNECT_S = 1.0
 
 @dataclass
 class _Entry:
-    """A place in the registry; `sandbox` is None until it is built."""
+    """A place in the registry; `sandbox` is None until it is built.
+
+    `died` is set without the lock: it ends a build that waits for the guest.
+    """
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     sandbox: Sandbox | None = None
     ended: bool = False
+    died: threading.Event = field(default_factory=threading.Event)
     due_monotonic_s: float = 0.0
 
 
@@ -96,7 +102,7 @@ class Node:
         with self._new_entry(request.sandbox_id) as entry:
             slot = self.slots.claim(allow_internet=request.allow_internet)
             try:
-                sandbox = self._builder.build(request, image, slot)
+                sandbox = self._builder.build(request, image, slot, entry.died)
             except BaseException:
                 self._remove(request.sandbox_id, slot.number)
                 raise
@@ -137,9 +143,9 @@ class Node:
         with entry.lock:
             if entry.ended or entry.sandbox is None:
                 raise _not_found(sandbox_id)
-            end_at = unix_ms_now() + timeout_ms
-            if only_extend and end_at <= entry.sandbox.end_at_unix_ms:
+            if only_extend and time.monotonic() + timeout_ms / 1000 <= entry.due_monotonic_s:
                 return entry.sandbox
+            end_at = unix_ms_now() + timeout_ms
             self.containerd.set_labels(sandbox_id, {END_LABEL: str(end_at)})
             entry.sandbox = entry.sandbox.ending_at(end_at)
             self._set_due(entry, sandbox_id=sandbox_id, left_ms=timeout_ms)
@@ -196,6 +202,8 @@ class Node:
             entry = self._entry(sandbox_id)
         except CallerError:
             return
+        if why == DIED:
+            entry.died.set()
         with entry.lock:
             if entry.ended or entry.sandbox is None:
                 return
@@ -242,7 +250,7 @@ class Node:
                 log.error("%s", error)
                 doomed[container.id] = None
                 continue
-            running = labels[STATE_LABEL] == RUNNING and states.get(container.id) in ALIVE
+            running = labels[STATE_LABEL] == RUNNING and states.get(container.id) not in ENDED
             if running and sandbox.end_at_unix_ms > unix_ms_now():
                 alive.append(sandbox)
             else:
@@ -298,7 +306,7 @@ class Node:
         known = [sandbox.sandbox_id for sandbox in self.list()]
         states = self.containerd.task_states()
         for sandbox_id in known:
-            if states.get(sandbox_id) not in ALIVE:
+            if states.get(sandbox_id) in ENDED:
                 self._later(self._end_quietly, sandbox_id, DIED)
 
 
