@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
@@ -67,8 +69,11 @@ def run(config: ApiConfig) -> None:
     ending = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ending.set())
-    node = build_node(config)
-    try:
+    os.umask(0o022)  # others pass through the sockets' folder, and guests read the files
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(door.only_one(config.node_socket))
+        node = build_node(config)
+        stack.callback(node.close)
         wait_for_containerd(node.containerd, config.containerd_socket)
         node.open()
         server = door.serve(
@@ -79,8 +84,6 @@ def run(config: ApiConfig) -> None:
         log.info("noded listens on %s, %d slots", config.node_socket, config.slot_count)
         ending.wait()
         server.stop(GRACE_S).wait()
-    finally:
-        node.close()
 
 
 def serve(config: ApiConfig) -> int:

@@ -5,10 +5,12 @@ Everything that comes in is checked here, because whoever took over the API spea
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -152,6 +154,28 @@ def _checked_id(sandbox_id: str) -> str:
     if not SANDBOX_ID.fullmatch(sandbox_id):
         raise CallerError(f"{sandbox_id[:40]!r} is no sandbox id; one is 20 of a-z0-9")
     return sandbox_id
+
+
+@contextlib.contextmanager
+def only_one(socket_path: str) -> Iterator[None]:
+    """Holds the lock beside `socket_path`; raises HostError when another noded has it.
+
+    Two would settle each other's sandboxes and give one slot to two of them.
+    """
+    path = f"{socket_path}.lock"
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise HostError(f"cannot open {path}: {error}; run noded as root") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise HostError(f"another noded holds {path}; end that one first") from error
+        yield
+    finally:
+        os.close(lock)
 
 
 def serve(door: node_pb2_grpc.NodeServicer, socket_path: str, *, owner_uid: int) -> grpc.Server:
