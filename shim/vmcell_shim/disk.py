@@ -104,5 +104,4 @@ def _copy_extents(reader: int, writer: int, size: int) -> None:
         position = os.lseek(reader, start, os.SEEK_HOLE)
         while start < position:
             chunk = os.pread(reader, min(position - start, 1 << 20), start)
-            os.pwrite(writer, chunk, start)
-            start += len(chunk)
+            start += os.pwrite(writer, chunk, start)

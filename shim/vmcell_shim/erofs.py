@@ -46,11 +46,20 @@ def chain_image(lower_dirs: list[str], cache_dir: str) -> str:
         with _Locked(os.path.join(directory, "lock")):
             _remove_unusable(directory)
             if not os.path.exists(image):
-                merged_image(lower_dirs, image)
-                _write_sources(image, chain)
+                _build(lower_dirs, image, chain)
     except OSError as error:
         raise HostError(f"cannot build the image {image}: {error}") from error
     return image
+
+
+def _build(lower_dirs: list[str], image: str, chain: list[tuple[str, int, int, int]]) -> None:
+    """The image, and before it its sources: without them it would never be collected."""
+    _write_sources(image, chain)
+    try:
+        merged_image(lower_dirs, image)
+    except BaseException:
+        os.unlink(image + ".json")
+        raise
 
 
 def _identity(path: str) -> tuple[str, int, int, int]:
@@ -147,8 +156,25 @@ def _free_space(path: str) -> str:
 
 
 def _write_sources(image: str, chain: list[tuple[str, int, int, int]]) -> None:
-    with open(image + ".json", "w", encoding="utf-8") as file:
-        json.dump([path for path, *_ in chain], file)
+    path = image + ".json.partial"
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump([source for source, *_ in chain], file)
+        os.rename(path, image + ".json")
+    except BaseException:
+        if os.path.exists(path):
+            os.unlink(path)
+        raise
+
+
+def _read_sources(path: str) -> list[str]:
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    try:
+        return [str(layer) for layer in json.loads(text)]
+    except ValueError:
+        # Cut short by a power failure; no directory has this name, so its image goes.
+        return [""]
 
 
 def _remove_unusable(directory: str) -> None:
@@ -160,9 +186,7 @@ def _remove_unusable(directory: str) -> None:
         elif name.endswith((".merged", ".empty")):
             os.rmdir(path)
         elif name.endswith(".erofs.json"):
-            with open(path, encoding="utf-8") as file:
-                layers = json.load(file)
-            if not all(os.path.isdir(layer) for layer in layers):
+            if not all(os.path.isdir(layer) for layer in _read_sources(path)):
                 os.unlink(path)
                 image = path[: -len(".json")]
                 if os.path.exists(image):

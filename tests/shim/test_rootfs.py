@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import subprocess
 import threading
@@ -94,6 +95,16 @@ def test_disk_is_a_sparse_copy_that_is_kept(tmp_path: Path) -> None:
     with disk.open("rb") as file:
         assert file.read(4) == b"kept"
     assert [path.name for path in disk.parent.iterdir()] == ["vmcell.ext4"]
+
+
+def test_short_writes_are_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is nearly full takes a part first; the error comes with the next write."""
+    writable_disk(str(tmp_path / "whole"), 64, str(tmp_path / "cache"))
+    whole_pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: whole_pwrite(fd, data[:5000], at))
+    monkeypatch.setattr("vmcell_shim.disk._clone", lambda *_: False)
+    writable_disk(str(tmp_path / "parts"), 64, str(tmp_path / "cache"))
+    assert filecmp.cmp(tmp_path / "whole", tmp_path / "parts", shallow=False)
 
 
 def test_impossible_disk_leaves_nothing(tmp_path: Path) -> None:
@@ -247,6 +258,18 @@ def test_image_of_a_removed_chain_is_collected(store: Path) -> None:
     names = sorted(path.name for path in (store / "cache/erofs").iterdir())
     base = os.path.basename(new_image)
     assert names == sorted([base, f"{base}.json", "lock"])
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("text", ["", "[", '["/no/such/layer"]'])
+def test_damaged_list_of_sources_is_removed_with_its_image(store: Path, text: str) -> None:
+    cache = store / "cache/erofs"
+    cache.mkdir(parents=True)
+    (cache / "x.erofs").write_text("of an image whose layers nobody knows")
+    (cache / "x.erofs.json").write_text(text)
+    image = chain_image(layers(store), str(store / "cache"))
+    base = os.path.basename(image)
+    assert sorted(path.name for path in cache.iterdir()) == sorted([base, f"{base}.json", "lock"])
 
 
 @pytest.mark.root
