@@ -72,10 +72,11 @@ class RootFilesystem:
                 _unmount(target)
             self._mounted.pop()
         for name in ("root", "upper", "lower", ""):
-            try:
-                os.rmdir(f"{self.directory}/{name}")
-            except FileNotFoundError:
-                continue
+            with attempt(f"remove {self.directory}/{name}"):
+                try:
+                    os.rmdir(f"{self.directory}/{name}")
+                except FileNotFoundError:
+                    continue
 
 
 def _unmount(target: str) -> None:

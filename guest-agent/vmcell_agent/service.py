@@ -89,9 +89,12 @@ class AgentService:
         answer(messages.Empty())
         running = False
         for container in self._containers.values():
-            if container.cgroup.populated():
-                container.cgroup.signal_all(signal.SIGTERM)
-                running = True
+            try:
+                if container.cgroup.populated():
+                    running = True
+                    container.cgroup.signal_all(signal.SIGTERM)
+            except HostError as error:  # it is killed without having been asked
+                self._around.log(f"container {container.id}: {error}")
         self._around.loop.call_later(_TERM_SECONDS if running else 0, self._stop)
 
     # -- containers
