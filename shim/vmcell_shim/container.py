@@ -106,7 +106,6 @@ class Container:
         """
         try:
             self._make(deadline)
-            self.init.advance("created")
         except BaseException as error:
             # A bug of ours too must not leave a microVM that nobody owns.
             self._journal.error(f"{self.id} not created: {error!r}")
@@ -128,6 +127,8 @@ class Container:
                 pid=self.guest.pid,
             )
         )
+        # Only now: a VM that ends from here on has a task whose exit is told after its creation.
+        self.init.advance("created")
         if self.guest.ended.is_set():
             self._vm_ended()
         return self.guest.pid
@@ -201,7 +202,7 @@ class Container:
 
     def _give_up(self) -> None:
         """Undoes a creation; what cannot be undone is logged, the first error is the user's."""
-        self.init.finish(KILLED_STATUS)
+        self.init.finish(KILLED_STATUS, lambda: None)
         self.init.stdio.close()
         for step in (self.guest.close, self._files.remove):
             try:
@@ -341,7 +342,8 @@ class Container:
             self.guest.ended.wait(self._shutdown_s)
         self.guest.close()
         for process in self.processes():
-            process.finish(KILLED_STATUS)
+            # An exec whose end was still being waited for has one too.
+            self._finish(process, KILLED_STATUS)
             process.stdio.close()
         self._files.remove()
 
@@ -366,21 +368,23 @@ class Container:
         self._finish(process, status if status <= 255 else 255)
 
     def _finish(self, process: Process, status: int) -> None:
-        if not process.finish(status):
+        if not process.finish(status, lambda: self._publish_exit(process)):
             return
         process.stdio.close()
         self._journal.info(f"{process.name} ended with {status}")
+        if not process.exec_id:
+            threading.Thread(target=self._end_vm, name="end-vm", daemon=True).start()
+
+    def _publish_exit(self, process: Process) -> None:
         self._events.publish(
             TaskExit(
                 container_id=self.id,
                 id=process.id,
                 pid=self.guest.pid,
-                exit_status=status,
+                exit_status=process.exit_status,
                 exited_at=timestamp(process.exited_at_ns),
             )
         )
-        if not process.exec_id:
-            threading.Thread(target=self._end_vm, name="end-vm", daemon=True).start()
 
     def _end_vm(self) -> None:
         """The init has ended: what else ran in the container ends with it, then the VM."""

@@ -14,6 +14,8 @@ from vmcell_shim.lifecycle import CREATING, DELETED, STARTING, STOPPED, next_sta
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmcell_shim.stdio import Stdio
 
 
@@ -49,14 +51,18 @@ class Process:
             self._condition.notify_all()
             return before
 
-    def finish(self, exit_status: int) -> bool:
-        """The process has ended; False when that was known already."""
+    def finish(self, exit_status: int, announce: Callable[[], None]) -> bool:
+        """The process has ended; False when that was known already.
+
+        `announce` runs before anybody who waits is told, and so before a delete: it may not wait.
+        """
         with self._condition:
             if self.state in (STOPPED, DELETED):
                 return False
             self.state = next_state(self.state, "exit", self.name)
             self.exit_status = exit_status
             self.exited_at_ns = time.time_ns()
+            announce()
             self._condition.notify_all()
             return True
 

@@ -19,6 +19,7 @@ from vmcell_protos.errors import VmcellError
 from vmcell_protos.events import TaskExit, TaskStart
 from vmcell_protos.metrics import Metrics
 from vmcell_protos.wellknown import Empty
+from vmcell_shim.process import Process
 from vmcell_shim.stdio import Stdio
 
 
@@ -144,6 +145,43 @@ def test_exec(shim: Shim) -> None:
     shim.containerd.wait_topics(
         "create", "start", "exec-added", "exec-started", "exit", "exit", "delete"
     )
+
+
+def test_exec_with_a_client_that_does_not_read_has_an_exit_before_the_delete(shim: Shim) -> None:
+    reader = os.open(shim.fifo("out"), os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        shim.create("/bin/sh", "-c", "exit 0")
+        shim.add_exec("e1", "/bin/sh", "-c", "cat /dev/zero", stdout=shim.fifo("out"))
+        shim.start("e1")
+        poll = select.poll()
+        poll.register(reader, select.POLLIN)
+        assert poll.poll(20_000)
+        shim.start()
+        assert shim.wait() == 0
+        shim.delete()
+    finally:
+        os.close(reader)
+    shim.containerd.wait_topics(
+        "create", "exec-added", "exec-started", "start", "exit", "exit", "delete"
+    )
+    exits = [TaskExit.decode(value) for _, _, value in shim.containerd.events[4:6]]
+    assert [(row.id, row.exit_status) for row in exits] == [("c1", 0), ("e1", 137)]
+
+
+def test_exit_is_published_before_anybody_is_told() -> None:
+    order: list[str] = []
+    process = Process("c1", "", Stdio(stdin="", stdout="", stderr="", terminal=False))
+
+    def wait() -> None:
+        process.wait_ended(20)
+        order.append("told")
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    assert process.finish(0, lambda: order.append("published"))
+    assert not process.finish(1, lambda: order.append("twice"))
+    waiting.join(20)
+    assert order == ["published", "told"]
 
 
 def test_pids_are_never_empty(shim: Shim) -> None:
