@@ -81,12 +81,8 @@ class Guest:
     ) -> None:
         """One UDP datagram."""
         udp = struct.pack(">HHHH", source_port, port, 8 + len(payload), 0) + payload
-        start = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(udp), 1, 0, 64, 17, 0)
         ends = socket.inet_aton(source or self.slot.guest_address) + socket.inet_aton(destination)
-        words = struct.unpack(">10H", start + ends)
-        total = sum(words)
-        checksum = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
-        ip = start[:10] + struct.pack(">H", checksum) + ends
+        ip = _ipv4(ends, len(udp))
         ethernet = _mac(self.slot.host_mac) + _mac(mac or self.slot.guest_mac) + b"\x08\x00"
         os.write(self.fd, ethernet + ip + udp)
 
@@ -96,9 +92,28 @@ class Guest:
         ip = struct.pack(">IHBB", 6 << 28, 0, 59, 64) + b"\xfe\x80" + bytes(30)
         os.write(self.fd, ethernet + ip)
 
+    def ask_arp(self, address: str, *, source: str = "") -> None:
+        """Who has `address`?"""
+        ethernet = b"\xff" * 6 + _mac(self.slot.guest_mac) + b"\x08\x06"
+        sender = _mac(self.slot.guest_mac) + socket.inet_aton(source or self.slot.guest_address)
+        question = struct.pack(">HHBBH", 1, 0x0800, 6, 4, 1) + sender
+        os.write(self.fd, ethernet + question + bytes(6) + socket.inet_aton(address))
+
     def receive(self, payload: bytes) -> bytes:
         """The next frame that holds `payload`."""
         return _until(self.fd, payload)
+
+
+def _ipv4(ends: bytes, length_bytes: int) -> bytes:
+    """An IPv4 header for UDP; `ends` are source and destination."""
+    start = struct.pack(">BBHHHBBH", 0x45, 0, 20 + length_bytes, 1, 0, 64, 17, 0)
+    total = sum(struct.unpack(">10H", start + ends))
+    checksum = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
+    return start[:10] + struct.pack(">H", checksum) + ends
+
+
+def _host_socket() -> socket.socket:
+    return socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 
 
 def _mac(text: str) -> bytes:
@@ -193,6 +208,46 @@ def test_a_released_slot_has_its_internet_again(pool: SlotPool) -> None:
     assert again == closed
     with _guest(again) as guest, _way_out() as out:
         assert _leaves(out, guest, guest, OUTSIDE) is not None
+
+
+def test_the_peers_of_the_last_sandbox_do_not_reach_the_next(pool: SlotPool) -> None:
+    slot = pool.claim(allow_internet=True)
+    with _guest(slot) as guest, _way_out() as out, _host_socket() as host:
+        guest.send(OUTSIDE, MARK, port=7, source_port=4000)
+        leaving = _until(out, MARK)
+        answer = _answer_to(leaving, b"late answer")
+        os.write(out, answer)
+        guest.receive(b"late answer")
+        pool.release(slot.number)
+        assert pool.claim(allow_internet=True) == slot
+        os.write(out, answer)
+        # What comes from outside is taken in order: the second frame is through when this is.
+        guest.send(OUTSIDE, b"of the next", port=8, source_port=4001)
+        os.write(out, _answer_to(_until(out, b"of the next"), b"fresh answer"))
+        seen: list[bytes] = []
+        _until(guest.fd, b"fresh answer", seen)
+        host.sendto(MARK, (slot.guest_address, 7))
+        _until(guest.fd, MARK, seen)
+        assert not [frame for frame in seen if b"late answer" in frame]
+
+
+def test_arp_tells_the_gateway_and_no_other_address_of_the_host(pool: SlotPool) -> None:
+    slot = pool.claim(allow_internet=True)
+    with _guest(slot) as guest:
+        guest.ask_arp("198.18.0.1")
+        guest.ask_arp(slot.host_address, source=pool.at(2).guest_address)
+        guest.ask_arp(slot.host_address)
+        told: list[bytes] = []
+        _until(guest.fd, _mac(slot.host_mac) + socket.inet_aton(slot.host_address), told)
+        assert not [frame for frame in told if frame[12:14] == b"\x08\x06"]
+
+
+def _answer_to(frame: bytes, payload: bytes) -> bytes:
+    """A UDP datagram the other way round, as the far end would send it."""
+    ports = struct.unpack(">HH", frame[34:38])
+    udp = struct.pack(">HHHH", ports[1], ports[0], 8 + len(payload), 0) + payload
+    ip = _ipv4(frame[30:34] + frame[26:30], len(udp))
+    return frame[6:12] + frame[:6] + b"\x08\x00" + ip + udp
 
 
 def test_only_as_itself(pool: SlotPool) -> None:

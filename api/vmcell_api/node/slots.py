@@ -14,7 +14,7 @@ from pathlib import Path
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from vmcell_api.node import firewall
+from vmcell_api.node import conntrack, firewall
 from vmcell_api.node.slot_plan import TAP_PREFIX, Slot, slot_at
 from vmcell_protos.errors import HostError
 
@@ -56,6 +56,8 @@ class SlotPool:
             )
             numbers = range(self.slot_count, 0, -1)
             self._free = [number for number in numbers if number not in taken]
+            if self._free:  # says now, not at the first end, that the kernel cannot
+                conntrack.forget(self._slots[self._free[-1]].guest_address)
 
     @property
     def free_count(self) -> int:
@@ -85,10 +87,14 @@ class SlotPool:
             return slot
 
     def release(self, number: int) -> None:
-        """Gives a slot back with its default policy; a free slot stays free."""
+        """Gives a slot back, its connections forgotten, its policy the default one.
+
+        A free slot stays free.
+        """
         with self._lock:
             if number in self._free:
                 return
+            conntrack.forget(self._slots[number].guest_address)
             self._set_egress(self._slots[number], True)
             if number <= self.slot_count:
                 self._free.append(number)
@@ -130,6 +136,8 @@ def _make_tap(netlink: IPRoute, slot: Slot, index: int | None) -> None:
         index = netlink.link_lookup(ifname=slot.tap)[0]
     netlink.link("set", index=index, address=slot.host_mac, state="up")
     Path(f"/proc/sys/net/ipv6/conf/{slot.tap}/disable_ipv6").write_text("1")
+    # Only for its own address and only to the guest's: no guest learns the host's other addresses.
+    Path(f"/proc/sys/net/ipv4/conf/{slot.tap}/arp_ignore").write_text("2")
     netlink.addr("replace", index=index, address=slot.host_address, prefixlen=31)
     netlink.neigh(
         "replace", dst=slot.guest_address, lladdr=slot.guest_mac, ifindex=index, state="permanent"

@@ -1,0 +1,58 @@
+"""Forgetting the connections of a sandbox that has ended.
+
+The forward chain lets replies in. Without this the peers of one sandbox could go on talking to the
+next one in its slot, for as long as they keep the kernel's entries alive.
+"""
+
+from __future__ import annotations
+
+from pyroute2 import NFCTSocket
+from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.netlink.nfnetlink.nfctsocket import NFCTAttr, NFCTAttrTuple
+
+from vmcell_protos.errors import HostError
+
+ENOENT = 2
+
+
+class _SameTuple(NFCTAttr):
+    """The original direction of a dumped entry, whatever its protocol."""
+
+    def __init__(self, entry: object) -> None:
+        self._attrs = entry.get_attr("CTA_TUPLE_ORIG")["attrs"]  # type: ignore[attr-defined]
+
+    def attrs(self) -> list[object]:
+        return [[name, value] for name, value, *_ in self._attrs]
+
+
+def forget(address: str) -> None:
+    """Deletes every entry that `address` (IPv4) opened or that was opened to it.
+
+    Raises HostError.
+    """
+    try:
+        with NFCTSocket() as netlink:
+            for end in ("saddr", "daddr"):
+                for entry in list(netlink.dump(tuple_orig=NFCTAttrTuple(**{end: address}))):
+                    if _has(entry, end, address):
+                        _delete(netlink, entry)
+    except (NetlinkError, OSError) as error:
+        raise HostError(
+            f"cannot forget the connections of {address} ({error}); noded needs the kernel module "
+            "nf_conntrack_netlink"
+        ) from error
+
+
+def _has(entry: object, end: str, address: str) -> bool:
+    """Kernels before 5.8 do not filter."""
+    name = "CTA_IP_V4_SRC" if end == "saddr" else "CTA_IP_V4_DST"
+    ends = entry.get_attr("CTA_TUPLE_ORIG").get_attr("CTA_TUPLE_IP")  # type: ignore[attr-defined]
+    return bool(ends.get_attr(name) == address)
+
+
+def _delete(netlink: NFCTSocket, entry: object) -> None:
+    try:
+        netlink.entry("del", tuple_orig=_SameTuple(entry))
+    except NetlinkError as error:
+        if error.code != ENOENT:  # it timed out in between
+            raise
