@@ -311,12 +311,19 @@ def _wait_for_socket(path: Path, helper: ProcessId, out: Path, deadline: float) 
         time.sleep(0.01)
 
 
+def console_steps(path: Path) -> list[str]:
+    """What the VM has said of itself; a line that is still being written is not one yet."""
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    whole, _, _ = text.rpartition("\n")
+    lines = whole.replace("\r", "").splitlines()
+    return [line.partition(CONSOLE_PREFIX)[2] for line in lines if CONSOLE_PREFIX in line]
+
+
 def _wait_until_ready(vm: DevVm, deadline: float, progress: Progress) -> None:
     """Follows the console: each line of our own there is a step, `ready` the last."""
     seen = 0
     while True:
-        lines = console_tail(vm.console_log, 10_000).splitlines()
-        steps = [line.partition(CONSOLE_PREFIX)[2] for line in lines if CONSOLE_PREFIX in line]
+        steps = console_steps(vm.console_log)
         for step in steps[seen:]:
             if step == "ready":
                 return
