@@ -167,14 +167,14 @@ def _write_sources(image: str, chain: list[tuple[str, int, int, int]]) -> None:
         raise
 
 
-def _read_sources(path: str) -> list[str]:
-    with open(path, encoding="utf-8") as file:
+def _all_there(sources: str) -> bool:
+    """Every layer of the list is still a directory; not so for a list that was cut short."""
+    with open(sources, encoding="utf-8") as file:
         text = file.read()
     try:
-        return [str(layer) for layer in json.loads(text)]
+        return all(os.path.isdir(layer) for layer in json.loads(text))
     except ValueError:
-        # Cut short by a power failure; no directory has this name, so its image goes.
-        return [""]
+        return False
 
 
 def _remove_unusable(directory: str) -> None:
@@ -185,9 +185,8 @@ def _remove_unusable(directory: str) -> None:
             os.unlink(path)
         elif name.endswith((".merged", ".empty")):
             os.rmdir(path)
-        elif name.endswith(".erofs.json"):
-            if not all(os.path.isdir(layer) for layer in _read_sources(path)):
-                os.unlink(path)
-                image = path[: -len(".json")]
-                if os.path.exists(image):
-                    os.unlink(image)
+        elif name.endswith(".erofs.json") and not _all_there(path):
+            os.unlink(path)
+            image = path[: -len(".json")]
+            if os.path.exists(image):
+                os.unlink(image)
