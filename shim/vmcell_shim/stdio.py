@@ -82,12 +82,12 @@ class Stdio:
         """Dials one vsock stream for each declared channel and starts moving bytes.
 
         `dial` gives the connected stream of an id. Raises what `dial` raises. A second call, after
-        a start that failed, does nothing.
+        a start that failed, joins what the first one did not.
         """
-        if self._pumps:
-            return
         self._open_input()
         for name, stream_id in self._ids.items():
+            if name in self._pumps:
+                continue
             stream = dial(stream_id)
             stream.setblocking(False)
             self._sockets.append(stream)
