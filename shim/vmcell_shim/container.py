@@ -102,7 +102,8 @@ class Container:
     def create(self, deadline: float) -> int:
         """Boots the VM and makes the container in it; returns the pid to report.
 
-        `deadline` in time.monotonic() seconds. After an error nothing of it is left.
+        `deadline` in time.monotonic() seconds is the client's; the boot has one of its own, which
+        begins when the images are there. After an error nothing of it is left.
         """
         try:
             self._make(deadline)
@@ -110,6 +111,8 @@ class Container:
             # A bug of ours too must not leave a microVM that nobody owns.
             self._journal.error(f"{self.id} not created: {error!r}")
             self._give_up()
+            if isinstance(error, OSError):
+                raise HostError(f"cannot create {self.id}: {error}") from error
             raise
         request = self._request
         io = TaskIO(
@@ -157,6 +160,12 @@ class Container:
         images = self._images(source)
         self._journal.info(f"root image {images.image}, disk {images.disk or 'none'}")
         self._saves_writes = bool(images.disk and source.snapshot_dir)
+        deadline = min(deadline, time.monotonic() + config.boot_timeout_s)
+        if deadline <= time.monotonic():
+            raise HostError(
+                "the client gave up while the root image was made; it is kept, so try again",
+                code="deadline_exceeded",
+            )
         hello = self.guest.boot(self._shape(plan, images), deadline, self._record_vmm)
         self._journal.info(f"guest {hello.kernel_release} ready, agent {hello.agent_version}")
         request = CreateContainerRequest(
@@ -310,6 +319,9 @@ class Container:
         """Removes an ended or never started process; with the init, everything else too."""
         if process.advance("delete") == CREATED:
             process.exit_status, process.exited_at_ns = KILLED_STATUS, time.time_ns()
+            if not process.exec_id:
+                # No end of an init has begun to end the VM.
+                self._end_vm()
         if process.exec_id:
             self._delete_exec(process)
             return
@@ -411,6 +423,9 @@ class Container:
         request = SignalProcessRequest(
             container_id=self.id, exec_id=process.exec_id, signal=signal, all=everyone
         )
+        if signal == SIGKILL and not process.exec_id:
+            # Whatever the guest answers: it may be one that does not want to be killed.
+            threading.Thread(target=self._enforce_kill, args=(process,), daemon=True).start()
         try:
             self.guest.call("SignalProcess", request, Empty, _KILL_ANSWER_S)
         except ConnectionLost as error:
@@ -420,8 +435,6 @@ class Container:
                 raise
             self._journal.error(f"{error}; killing the microVM")
             self.guest.kill()
-        if signal == SIGKILL and not process.exec_id:
-            threading.Thread(target=self._enforce_kill, args=(process,), daemon=True).start()
 
     def _enforce_kill(self, process: Process) -> None:
         if not process.wait_ended(_KILL_ANSWER_S + self._shutdown_s):

@@ -91,9 +91,7 @@ class TaskService:
     def _create(self, payload: bytes, timeout_ns: int) -> Message:
         request = task.CreateTaskRequest.decode(payload)
         config = load_config()
-        timeout_s = float(config.boot_timeout_s)
-        if timeout_ns > 0:
-            timeout_s = min(timeout_s, timeout_ns / 1e9)
+        timeout_s = timeout_ns / 1e9 if timeout_ns > 0 else float("inf")
         names = (self._namespace, request.id)
         container = self._register(
             request.id,

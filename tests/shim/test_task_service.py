@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import threading
 import time
@@ -321,6 +322,28 @@ def test_surprise_in_create_leaves_nothing(shim: Shim, monkeypatch: pytest.Monke
     wait_until(lambda: logged == [RuntimeError], "the traceback")
 
 
+def test_time_for_the_image_is_not_time_for_the_boot(
+    shim: Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = shim.directory / "bin/mkfs.erofs"
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/sh\nsleep 2.5\nexec {shutil.which("mkfs.erofs")} "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{slow.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("VMCELL_BOOT_TIMEOUT_S", "2")
+    shim.create("/bin/true")
+    shim.start()
+    assert shim.wait() == 0
+
+
+def test_file_system_that_fails_is_one_sentence(shim: Shim) -> None:
+    (shim.directory / "cache").write_text("no directory")
+    with pytest.raises(VmcellError, match="cannot create c1: .*Not a directory"):
+        shim.create("/bin/true")
+    assert shim.left_behind() == []
+    assert not shim.service.has_containers
+
+
 def test_boot_deadline_is_the_clients(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_BEHAVIOUR", json.dumps({"silent": ["Hello"], "console": "early\n"}))
     with pytest.raises(VmcellError):
@@ -338,6 +361,25 @@ def test_agent_that_hangs_up_later_loses_its_vm(
     with pytest.raises(VmcellError):
         shim.call("Stats", task.StatsRequest(id="c1"), task.StatsResponse)
     assert shim.wait() == 137
+
+
+def test_guest_that_refuses_the_kill_is_killed(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmcell_shim.container._KILL_ANSWER_S", 0.2)
+    monkeypatch.setenv("FAKE_BEHAVIOUR", json.dumps({"deny": ["SignalProcess"]}))
+    shim.create("/bin/sleep", "600")
+    shim.start()
+    with pytest.raises(VmcellError, match="no SignalProcess for you"):
+        shim.kill(9)
+    assert shim.wait() == 137
+
+
+def test_created_task_with_a_disk_is_deleted_at_once(shim: Shim) -> None:
+    shim.create("/bin/true")
+    shim.service._containers["c1"]._saves_writes = True
+    began = time.monotonic()
+    shim.delete()
+    assert time.monotonic() - began < 1.0
+    assert shim.left_behind() == []
 
 
 def test_exit_status_of_a_lying_guest_is_one_byte(

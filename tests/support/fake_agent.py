@@ -4,6 +4,7 @@ Started by `fake_vmm` in place of a VMM; killing it is what killing a VMM is. St
 handed to the processes as they are. `behaviour` (JSON) makes it misbehave:
   "console": text written to the console log at once
   "silent": methods that are never answered
+  "deny": methods that are answered with an error
   "hang_up": method at which it closes the control connection and lives on
   "exit_status": what WaitProcess says instead of the truth
 """
@@ -88,7 +89,11 @@ class FakeAgent:
         assert isinstance(silent, list)
         if call.method in silent:
             return
+        denied = self.behaviour.get("deny", [])
+        assert isinstance(denied, list)
         try:
+            if call.method in denied:
+                raise CallerError(f"no {call.method} for you", code="internal")
             payload = self.act(call.method, call.payload).encode()
             data = protocol.respond(call.stream_id, payload)
         except VmcellError as error:
