@@ -132,7 +132,8 @@ def _network(values: dict[str, str]) -> TapNetwork | None:
 def _check_interface_address(text: str) -> None:
     address, slash, prefix = text.partition("/")
     bits = _address_bits(address)
-    if bits is None or not slash or not prefix.isdigit() or int(prefix) > bits:
+    is_number = prefix.isascii() and prefix.isdigit() and len(prefix) <= 3
+    if bits is None or not slash or not is_number or int(prefix) > bits:
         raise CallerError(
             f"annotation {PREFIX}net.address is {text!r}; it takes an address with its prefix "
             "length, as 10.88.0.3/31"

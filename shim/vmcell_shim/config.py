@@ -44,7 +44,8 @@ def load_config() -> ShimConfig:
     override = os.environ.get("VMCELL_BOOT_TIMEOUT_S")
     if override is None:
         return config
-    if not override.isdigit() or not int(override):
+    good = override.isascii() and override.isdigit() and len(override) <= 9
+    if not good or not int(override):
         raise HostError(f"VMCELL_BOOT_TIMEOUT_S is {override!r}; give whole seconds above 0")
     values = {row.name: getattr(config, row.name) for row in fields(config)}
     return ShimConfig(**{**values, "boot_timeout_s": int(override)})

@@ -7,6 +7,7 @@ and the error names it the way the OCI runtime specification does ("linux.resour
 from __future__ import annotations
 
 import json
+import re
 
 from vmcell_protos.errors import CallerError
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 LIMIT_BYTES = 2 << 20
 
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 # What a kind is called in an error sentence.
 _KIND_NAMES = {dict: "an object", list: "a list", str: "a string", int: "a whole number"}
 
@@ -38,6 +40,7 @@ def parse_object(data: bytes, name: str) -> Json:
         raise CallerError(f"{name} is larger than {LIMIT_BYTES} bytes; make the spec smaller")
     try:
         value = json.loads(data)
+        _check_strings(value, name)
     except RecursionError as error:
         raise CallerError(f"{name} is nested too deeply to be an OCI spec") from error
     except ValueError as error:
@@ -45,6 +48,20 @@ def parse_object(data: bytes, name: str) -> Json:
     if not isinstance(value, dict):
         raise CallerError(f"{name} holds no JSON object; an OCI spec is one")
     return value
+
+
+def _check_strings(value: Any, name: str) -> None:
+    """CallerError for a string that can be neither a path nor UTF-8: JSON's escapes can say both a
+    zero byte and half a character."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_strings(key, name)
+            _check_strings(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_strings(inner, name)
+    elif isinstance(value, str) and _NO_TEXT.search(value):
+        raise CallerError(f"{name} holds {value[:60]!a}, which is no text; correct the spec")
 
 
 def take(spec: Json, path: str, kind: type, default: Any) -> Any:

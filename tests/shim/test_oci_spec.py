@@ -102,6 +102,7 @@ REFUSED = {
     "interface's name": {"annotations": {**NETWORK, "io.vmcell.net.tap": "../eth0"}},
     "no IP address": {"annotations": {**NETWORK, "io.vmcell.net.gateway": "gw.example"}},
     "10.88.0.3/33": {"annotations": {**NETWORK, "io.vmcell.net.address": "10.88.0.3/33"}},
+    "10.88.0.3/²": {"annotations": {**NETWORK, "io.vmcell.net.address": "10.88.0.3/²"}},
     "unicast MAC": {"annotations": {**NETWORK, "io.vmcell.net.mac": "01:00:00:00:00:03"}},
     "hooks.prestart": {"hooks": {"prestart": [{"path": "/bin/true"}]}},
     "/proc/1/ns/net": {"linux": {"namespaces": [{"type": "network", "path": "/proc/1/ns/net"}]}},
@@ -208,11 +209,19 @@ def test_links_out_of_a_tree_and_sockets_are_refused(tmp_path: Path) -> None:
         (b"\xff\xfe\xfa", "not valid JSON"),
         (b"[" * 100_000, "nested too deeply"),
         (b" " * (LIMIT_BYTES + 1), "larger than"),
+        (b'{"hostname": "\\ud800"}', "no text"),
+        (b'{"mounts": [{"source": "/a\\u0000b"}]}', "no text"),
+        (b'{"\\udfff": 1}', "no text"),
     ],
 )
 def test_malformed_documents(data: bytes, word: str) -> None:
     with pytest.raises(CallerError, match=word):
         parse_object(data, "config.json")
+
+
+def test_any_text_may_be_an_argument() -> None:
+    args = ["\\u0000", "\U0001f600", "ä", "\x7f"]
+    assert parse_object(json.dumps(args_spec := {"args": args}).encode(), "x") == args_spec
 
 
 JSON = st.recursive(

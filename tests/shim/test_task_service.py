@@ -338,7 +338,7 @@ def test_time_for_the_image_is_not_time_for_the_boot(
 
 def test_file_system_that_fails_is_one_sentence(shim: Shim) -> None:
     (shim.directory / "cache").write_text("no directory")
-    with pytest.raises(VmcellError, match="cannot create c1: .*Not a directory"):
+    with pytest.raises(VmcellError, match=r"cannot create c1: .*Not a directory"):
         shim.create("/bin/true")
     assert shim.left_behind() == []
     assert not shim.service.has_containers
