@@ -12,7 +12,6 @@ from dev_vm import DevVm
 from e2b import CommandExitException, NotFoundException, Sandbox
 from e2b.exceptions import AuthenticationException, SandboxException
 
-from vmcell_tools.demo import run_client
 from vmcell_tools.dev_service import create_key, start_service, stop_service
 
 pytestmark = pytest.mark.vm
@@ -34,11 +33,6 @@ def service(dev_vm: DevVm) -> Iterator[DevVm]:
 
 def _create(**options: object) -> Sandbox:
     return Sandbox.create(template="base", timeout=900, request_timeout=PATIENCE_S, **options)
-
-
-@pytest.mark.usefixtures("nothing_left")
-def test_the_example_of_the_readme(service: DevVm) -> None:
-    run_client(service.api_url, service.sandbox_url, os.environ["E2B_API_KEY"])
 
 
 def test_commands_files_and_isolation(service: DevVm) -> None:
