@@ -49,6 +49,7 @@ class StandardStreams:
         self._connections: dict[str, socket.socket] = {}
         self._missing: dict[str, int] = {}
         self._input: Pump | None = None
+        self._input_closed = False
         self._outputs: list[Pump] = []
         self._master = -1
         check(streams)
@@ -78,6 +79,8 @@ class StandardStreams:
         if stdin >= 0:
             connection = self._connections.pop("stdin")
             self._input = self._pump(connection.detach(), stdin, lambda: os.close(stdin), False)
+            if self._input_closed:
+                self._input.finish_input()
         for name, pipe in (("stdout", stdout), ("stderr", stderr)):
             if pipe >= 0:
                 connection = self._connections.pop(name)
@@ -118,7 +121,9 @@ class StandardStreams:
             terminal.set_size(self._master, rows, columns)
 
     def close_input(self) -> None:
-        """Hand over what has arrived on standard input, then end it."""
+        """Hand over what has arrived on standard input, then end it; before there is a process,
+        once there is one."""
+        self._input_closed = True
         if self._input is not None:
             self._input.finish_input()
 

@@ -88,6 +88,40 @@ def test_close_stdin_hands_over_what_has_arrived_first(agent: AgentUnderTest) ->
     assert init.wait() == 0
 
 
+def test_stdin_closed_before_the_start_is_at_its_end(agent: AgentUnderTest) -> None:
+    """`ctr run </dev/null` may say CloseIO before Start."""
+    init = agent.create(container_spec(process_spec("wc", "-c")), stdin=True)
+    agent.client.call("CloseStdin", init.ref)
+    init.start()
+    assert init.read() == b"0\n"
+    assert init.wait() == 0
+
+
+def test_output_of_a_terminal_is_whole_however_late_it_is_read(agent: AgentUnderTest) -> None:
+    script = "sleep 0.2; seq 1 30000; exit 5"
+    init = agent.create(container_spec(process_spec("sh", "-c", script)), terminal=True).start()
+    waiting = agent.client.begin("WaitProcess", init.ref)
+    assert not agent.client.answered(waiting, 1.0)
+    expected = "".join(f"{number}\r\n" for number in range(1, 30001)).encode()
+    assert init.read() == expected
+    payload = agent.client.finish(waiting)
+    assert messages.WaitProcessResponse.decode(payload).exit_status == 5
+
+
+def test_a_program_is_not_looked_for_where_no_path_is_named(agent: AgentUnderTest) -> None:
+    """Go's exec.LookPath, by which runc finds programs, takes an empty PATH for no directory."""
+    init = agent.create(container_spec(process_spec("busybox", env=["A=b"], cwd="/bin")))
+    with pytest.raises(VmcellError, match="executable file not found"):
+        init.start()
+
+
+def test_an_empty_home_is_filled_in_as_runc_does(agent: AgentUnderTest) -> None:
+    user = {"uid": 1000, "gid": 1000}
+    env = ["PATH=/bin", "HOME="]
+    status, out, _ = run_to_end(agent, "sh", "-c", "echo $HOME", user=user, env=env)
+    assert (status, out) == (0, b"/home/user\n")
+
+
 def test_a_stuck_reader_stops_only_its_own_process(agent: AgentUnderTest) -> None:
     stuck = agent.create(container_spec(process_spec("sh", "-c", "sleep 1000"))).start()
     writer = agent.add(stuck, process_spec("sh", "-c", "yes | head -c 10000000"), "writer").start()
