@@ -205,7 +205,7 @@ def _own_stdio(launch: Launch) -> None:
 
 
 def _environment(process: ProcessSpec) -> dict[str, str]:
-    if "HOME" in process.env:
+    if process.env.get("HOME"):
         return process.env
     return {**process.env, "HOME": credentials.home_directory(process.uid)}
 

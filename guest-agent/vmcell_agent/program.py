@@ -25,7 +25,8 @@ def find(name: str, env: dict[str, str]) -> str:
             raise CallerError(f'exec: "{name}": permission denied', code="permission_denied")
         return name
     refused = False
-    for directory in env.get("PATH", "").split(":"):
+    search_path = env.get("PATH", "")
+    for directory in search_path.split(":") if search_path else ():
         path = f"{directory or '.'}/{name}"
         if os.path.isfile(path):
             if os.access(path, os.X_OK):
