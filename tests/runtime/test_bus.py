@@ -56,8 +56,17 @@ def test_an_access_goes_to_the_range_that_holds_all_of_it(
         assert all(not device.seen for _, _, device in taken)
 
 
-@pytest.mark.parametrize("size", [0, 3, 5, 16, -1])
-def test_sizes_no_instruction_has_are_the_guests_fault(size: int) -> None:
+@pytest.mark.parametrize("size", [3, 5, 6, 7])
+def test_pieces_of_an_access_across_two_pages_reach_nobody(size: int) -> None:
+    bus, device = Bus(), Recorder(0)
+    bus.add(0, 16, device)
+    assert bus.read(0, size) == (1 << 8 * size) - 1
+    bus.write(0, size, 1)
+    assert (device.seen, bus.unclaimed_reads, bus.unclaimed_writes) == ([], 1, 1)
+
+
+@pytest.mark.parametrize("size", [0, 9, 16, -1])
+def test_sizes_no_access_has_are_the_guests_fault(size: int) -> None:
     bus = Bus()
     with pytest.raises(GuestError, match=str(size)):
         bus.read(0, size)

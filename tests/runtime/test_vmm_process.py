@@ -16,7 +16,19 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from payload import HLT_FOREVER, RESET, SPIN, TRIPLE_FAULT, elf, in8, memory_file, out8, say
+from payload import (
+    HLT_FOREVER,
+    RESET,
+    SPIN,
+    TRIPLE_FAULT,
+    elf,
+    in8,
+    load32,
+    memory_file,
+    out8,
+    say,
+    store32,
+)
 
 from vmcell_protos.errors import CallerError, HostError
 from vmcell_runtime import handle as handle_module
@@ -232,6 +244,14 @@ def test_unclaimed_addresses_read_as_ones_and_are_counted(bench: Bench) -> None:
     bench.launch(code).wait_exit(DEADLINE_S)
     assert bench.console == b"\xff"
     assert "unclaimed_port_reads=1 unclaimed_port_writes=1" in bench.log
+
+
+def test_an_access_across_two_pages_comes_in_odd_pieces(bench: Bench) -> None:
+    """KVM cuts it where the page ends: 3 bytes, then 1."""
+    code = load32(0x2000_0FFD) + store32(0x2000_0FFD, 7) + RESET + HLT_FOREVER
+    ended = bench.launch(code).wait_exit(DEADLINE_S)
+    assert ended.reason == "guest_reset", ended
+    assert "unclaimed_memory_reads=2 unclaimed_memory_writes=2" in bench.log
 
 
 @pytest.mark.parametrize("vcpus", [1, 2, 8])
