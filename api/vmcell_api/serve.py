@@ -2,8 +2,9 @@
 
 `python -m vmcell_api.serve` (or `vmcell serve`) starts them in this order, passes their logs on and
 ends all of them on SIGTERM, SIGINT or when one ends by itself. Sandboxes go on without it. The
-three Python processes are forked from this one, so their imports are paid for once; nothing here
-may start a thread or a gRPC channel before that.
+three Python processes are forked from this one, so their imports are paid for once, and noded,
+which needs none of the web's, makes its slots while this one imports these and migrates the store.
+Nothing here may start a thread or a gRPC channel before the last fork.
 """
 
 from __future__ import annotations
@@ -20,17 +21,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-import vmcell_api.__main__ as api
 import vmcell_api.node.__main__ as noded
-from vmcell_api import route_server
 from vmcell_api.config import ApiConfig, load_config
 from vmcell_api.nginx import NginxPlan, render
-from vmcell_api.store.database import migrate
 from vmcell_protos.errors import HostError, VmcellError
 
 READY_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 20
-POLL_S = 0.2
+POLL_S = 0.05
 
 
 class Child(Protocol):
@@ -112,16 +110,24 @@ class Service:
     def start(self) -> None:
         """Starts everything; returns when all of it listens. Raises HostError."""
         config = self._config
-        migrate(config.database_url, owner_uid=config.api_uid)
         self._children.append(Forked("noded", lambda: noded.serve(config)))
+        self._start_web()
         self._wait_for("noded", lambda: _unix_listens(config.node_socket))
+        self._wait_for("the router", lambda: _unix_listens(config.route_socket))
+        self._wait_for("the API", lambda: _tcp_listens(config.api_bind))
+        self._wait_for("nginx", lambda: _tcp_listens(config.data_bind))
+
+    def _start_web(self) -> None:
+        import vmcell_api.__main__ as api
+        from vmcell_api import route_server
+        from vmcell_api.store.database import migrate
+
+        config = self._config
+        migrate(config.database_url, owner_uid=config.api_uid)
         self._children.append(Forked("the API", lambda: api.serve_api(config)))
         self._children.append(Forked("the router", lambda: route_server.serve_routes(config)))
         nginx = ["nginx", "-p", config.nginx_dir, "-c", write_nginx(config)]
         self._children.append(Executed("nginx", nginx))
-        self._wait_for("the router", lambda: _unix_listens(config.route_socket))
-        self._wait_for("the API", lambda: _tcp_listens(config.api_bind))
-        self._wait_for("nginx", lambda: _tcp_listens(config.data_bind))
 
     def watch(self) -> None:
         """Returns when `ending` is set; raises HostError when a child ends by itself."""
@@ -163,6 +169,8 @@ def _run_forked(run_child: Callable[[], int]) -> None:
 
 def write_nginx(config: ApiConfig) -> str:
     """Writes nginx's configuration and folder; answers the path. Raises HostError."""
+    from vmcell_api import route_server
+
     route_server.nginx_gid(config.nginx_user)
     plan = NginxPlan(
         listen=config.data_bind,
@@ -183,6 +191,7 @@ def run(config: ApiConfig) -> None:
     """Serves until a signal comes; raises HostError when something cannot start or ends."""
     if os.geteuid() != 0:
         raise HostError("the service needs root for noded (containerd, TAPs); run it as root")
+    os.umask(0o022)  # nginx's user and the API's pass through the folders made here
     service = Service(config)
 
     def end(number: int, frame: FrameType | None) -> None:
