@@ -6,6 +6,8 @@ next one in its slot, for as long as they keep the kernel's entries alive.
 
 from __future__ import annotations
 
+from typing import Any
+
 from pyroute2 import NFCTSocket
 from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.nfnetlink.nfctsocket import NFCTAttr, NFCTAttrTuple
@@ -18,8 +20,8 @@ ENOENT = 2
 class _SameTuple(NFCTAttr):
     """The original direction of a dumped entry, whatever its protocol."""
 
-    def __init__(self, entry: object) -> None:
-        self._attrs = entry.get_attr("CTA_TUPLE_ORIG")["attrs"]  # type: ignore[attr-defined]
+    def __init__(self, entry: Any) -> None:
+        self._attrs = entry.get_attr("CTA_TUPLE_ORIG")["attrs"]
 
     def attrs(self) -> list[object]:
         return [[name, value] for name, value, *_ in self._attrs]
@@ -43,14 +45,14 @@ def forget(address: str) -> None:
         ) from error
 
 
-def _has(entry: object, end: str, address: str) -> bool:
+def _has(entry: Any, end: str, address: str) -> bool:
     """Kernels before 5.8 do not filter."""
     name = "CTA_IP_V4_SRC" if end == "saddr" else "CTA_IP_V4_DST"
-    ends = entry.get_attr("CTA_TUPLE_ORIG").get_attr("CTA_TUPLE_IP")  # type: ignore[attr-defined]
+    ends = entry.get_attr("CTA_TUPLE_ORIG").get_attr("CTA_TUPLE_IP")
     return bool(ends.get_attr(name) == address)
 
 
-def _delete(netlink: NFCTSocket, entry: object) -> None:
+def _delete(netlink: NFCTSocket, entry: Any) -> None:
     try:
         netlink.entry("del", tuple_orig=_SameTuple(entry))
     except NetlinkError as error:
