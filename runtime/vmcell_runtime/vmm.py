@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 import threading
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import NoReturn
@@ -35,6 +36,7 @@ from vmcell_runtime.control import (
     encode,
     failed,
 )
+from vmcell_runtime.devices.console import LOG_LIMIT_BYTES
 from vmcell_runtime.loop import HANGUP, READABLE
 from vmcell_runtime.machine import Machine
 from vmcell_runtime.vcpu import prepare_kicks
@@ -90,13 +92,16 @@ def _boot(shim: socket.socket) -> Machine | None:
     listeners = [socket.socket(fileno=fd) for fd in fds[count:-1]]
     descriptors = Descriptors(fds[:count])
     try:
-        return boot(config, descriptors, fds[-1], listeners, _log)
+        return boot(config, descriptors, fds[-1], listeners, Reports())
     finally:
         descriptors.close()
 
 
 def _on_shim(shim: socket.socket, machine: Machine, _events: int) -> None:
-    datagram, fds, _, _ = socket.recv_fds(shim, MAX_MESSAGE_BYTES + 1, 1)
+    try:
+        datagram, fds, _, _ = socket.recv_fds(shim, MAX_MESSAGE_BYTES + 1, 1)
+    except ConnectionResetError:  # it went with a message of ours unread
+        datagram, fds = b"", []
     if not datagram:
         # Nobody is left to tell and nobody will come: the kernel takes back the rest.
         os._exit(0)
@@ -132,13 +137,15 @@ def _end_process_on_surprise(shim: socket.socket) -> None:
     """From here on an exception nobody caught, in any thread, is vmm_error and the end."""
 
     def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        sys.__excepthook__(kind, error, trace)
-        sys.stderr.flush()
         detail = cut(f"{kind.__name__}: {error}")
         try:
-            shim.send(encode(Exited(reason="vmm_error", detail=detail)), socket.MSG_DONTWAIT)
+            sys.__excepthook__(kind, error, trace)
+            sys.stderr.flush()
         finally:
-            os._exit(EXIT_UNEXPECTED)
+            try:
+                shim.send(encode(Exited(reason="vmm_error", detail=detail)), socket.MSG_DONTWAIT)
+            finally:
+                os._exit(EXIT_UNEXPECTED)
 
     def end_thread(args: threading.ExceptHookArgs) -> None:
         end(args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback)
@@ -147,6 +154,19 @@ def _end_process_on_surprise(shim: socket.socket) -> None:
     threading.excepthook = end_thread
 
 
+class Reports:
+    """Lines about what a guest did wrong, 1 MiB of them: one may go on with it all day."""
+
+    def __init__(self, limit_bytes: int = LOG_LIMIT_BYTES) -> None:
+        self._room_bytes = limit_bytes
+
+    def __call__(self, line: str) -> None:
+        if self._room_bytes > 0:
+            self._room_bytes -= len(line)
+            _log(line if self._room_bytes > 0 else f"{line} (the last report: there are too many)")
+
+
 def _log(line: str) -> None:
-    sys.stderr.write(f"vmm {os.getpid()}: {line}\n")
-    sys.stderr.flush()
+    # What a full disk does not take is lost; the guest is not to suffer for it.
+    with suppress(OSError):
+        os.write(2, f"vmm {os.getpid()}: {line}\n".encode(errors="replace"))

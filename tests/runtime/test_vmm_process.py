@@ -154,6 +154,19 @@ def test_an_exception_in_any_thread_ends_the_process(
     assert "Traceback" in bench.log
 
 
+def test_an_exception_ends_the_process_where_the_log_is_full(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = handle_module._BOOTSTRAP.replace("; main(", f"; {SURPRISES['vcpu']}; main(")
+    monkeypatch.setattr(handle_module, "_BOOTSTRAP", broken)
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, bench.log_fd)
+    os.close(full)
+    ended = bench.launch(say(b"x") + SPIN).wait_exit(DEADLINE_S)
+    assert ended.reason == "vmm_error"
+    assert "ZeroDivisionError" in ended.detail
+
+
 def test_a_shim_that_talks_nonsense_ends_the_vmm(bench: Bench) -> None:
     running = bench.launch(SPIN)
     running._sock.send(b"nonsense")
