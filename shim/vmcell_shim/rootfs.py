@@ -15,6 +15,7 @@ from vmcell_protos.errors import CallerError
 from vmcell_protos.task import Mount
 from vmcell_shim.disk import writable_disk
 from vmcell_shim.erofs import chain_image, merged_image, tree_image
+from vmcell_shim.sandbox_files import make_directory
 
 DISK_NAME = "vmcell.ext4"
 
@@ -103,7 +104,7 @@ def prepare_root(
     if source.layers and not source.private:
         image = chain_image(list(source.layers), cache_dir)
     else:
-        os.makedirs(own_dir, mode=0o700, exist_ok=True)
+        make_directory(own_dir)
         image = os.path.join(own_dir, "root.erofs")
         if source.layers:
             merged_image(list(source.layers), image)
@@ -114,7 +115,7 @@ def prepare_root(
     if source.snapshot_dir:
         disk = os.path.join(source.snapshot_dir, DISK_NAME)
     else:
-        os.makedirs(own_dir, mode=0o700, exist_ok=True)
+        make_directory(own_dir)
         disk = os.path.join(own_dir, DISK_NAME)
     writable_disk(disk, writable_mib, cache_dir)
     return RootImages(image=image, disk=disk)

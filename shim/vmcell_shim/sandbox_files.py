@@ -15,6 +15,7 @@ from vmcell_protos.errors import HostError
 from vmcell_shim.living import Living, kill_and_wait
 
 BUNDLE_LINK = "vmcell"
+_MAKE_TRIES = 100
 _LOGS = ("console.log", "shim.log", "vmm.log")
 
 
@@ -43,7 +44,7 @@ class SandboxFiles:
     def create(self, bundle: str) -> None:
         """The directory, its first state file and the bundle's link; raises HostError."""
         try:
-            os.makedirs(self.directory, mode=0o700, exist_ok=True)
+            make_directory(self.directory)
             self.save()
             link = os.path.join(bundle, BUNDLE_LINK)
             if os.path.islink(link):
@@ -93,8 +94,23 @@ class SandboxFiles:
             failures.append(f"logs not kept in {self.log_dir}: {error}")
 
 
+def make_directory(directory: str) -> None:
+    """A private directory of one sandbox, with its parents. Raises OSError.
+
+    The end of a namespace's last sandbox takes the parent away, maybe before this has gone down.
+    """
+    for _ in range(_MAKE_TRIES):
+        try:
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+            return
+        except FileNotFoundError:
+            continue
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+
+
 def load(directory: str) -> SandboxFiles:
-    """What state.json in `directory` says; an absent or torn one says nothing is alive."""
+    """What state.json in `directory` says; without one nothing is alive. HostError for a damaged
+    one."""
     files = SandboxFiles(directory)
     try:
         with open(os.path.join(directory, "state.json"), encoding="utf-8") as file:
