@@ -10,7 +10,7 @@ from __future__ import annotations
 import _socket
 import os
 
-from vmcell_protos.errors import CallerError
+from vmcell_protos.errors import CallerError, HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,14 +63,17 @@ def socket_path(address: str, namespace: str, group: str, directory: str) -> str
 
 
 def write_address(bundle: str, address: str) -> None:
-    """The file by which containerd 1.6 and 1.7 find the shim again after a restart."""
+    """The file by which containerd 1.6 and 1.7 find the shim again after a restart. HostError."""
     temporary = os.path.join(bundle, ".address")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
-        os.write(fd, address.encode())
-    finally:
-        os.close(fd)
-    os.rename(temporary, os.path.join(bundle, "address"))
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            os.write(fd, address.encode())
+        finally:
+            os.close(fd)
+        os.rename(temporary, os.path.join(bundle, "address"))
+    except OSError as error:
+        raise HostError(f"cannot write the shim's address into {bundle}: {error}") from error
 
 
 def answers(path: str) -> bool:

@@ -42,13 +42,18 @@ def start(invocation: Invocation) -> bytes:
     path = socket_path(invocation.address, invocation.namespace, group, directory)
     address = f"unix://{path}"
     listener = bind(path)
+    try:
+        write_address(bundle, address)
+    except HostError:
+        if listener is not None:
+            os.unlink(path)
+        raise
     if listener is not None:
         pid = os.fork()
         if pid == 0:
             _become_server(listener, invocation, bundle)
             return b""
         listener.close()
-    write_address(bundle, address)
     if params is None:
         return address.encode()
     return f'{{"version":3,"address":"{address}","protocol":"ttrpc"}}'.encode()

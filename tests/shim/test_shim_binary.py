@@ -187,6 +187,15 @@ def test_environment_and_directory_do_not_matter(
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+def test_bundle_that_takes_no_file_leaves_no_server(bundle: Path, sockets: str) -> None:
+    (bundle / ".address").mkdir()
+    done = run(bundle, *start_words(bundle), stdin=bootstrap(sockets))
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.startswith(b"cannot write the shim's address into ")
+    assert done.stderr.count(b"\n") == 1
+    assert os.listdir(sockets) == []
+
+
 def test_pod_member_is_refused(bundle: Path) -> None:
     spec = {"annotations": {"io.kubernetes.cri.sandbox-id": "pod1"}}
     (bundle / "config.json").write_text(json.dumps(spec))
