@@ -54,6 +54,7 @@ class Pump:
         self._pending = memoryview(b"")
         self._ending = False
         self._owed_bytes: int | None = None
+        self._until_empty = False
         loop.watch(source, READABLE, self._on_source)
 
     def finish_input(self) -> None:
@@ -67,6 +68,15 @@ class Pump:
             return
         queued = struct.unpack("=i", fcntl.ioctl(self._source, termios.FIONREAD, bytes(4)))[0]
         self._owed_bytes = queued + len(self._pending)
+
+    def owe_until_empty(self, most_bytes: int) -> None:
+        """The same for a terminal, which cannot tell how much it holds: all is handed over once a
+        read finds nothing (n_tty_read waits for what is under way inside), or `most_bytes` are."""
+        if self.state == ENDED:
+            return
+        self._owed_bytes = most_bytes + len(self._pending)
+        self._until_empty = True
+        self._loop.call_later(0, self._read_to_end)
 
     @property
     def settled(self) -> bool:
@@ -95,6 +105,10 @@ class Pump:
         except BlockingIOError:
             if self._ending:
                 self._end()
+            elif self._until_empty:
+                self._until_empty = False
+                self._owed_bytes = 0
+                self._progressed()
             return
         except OSError:  # EIO: no slave of the terminal is open; ECONNRESET: the host is gone
             data = b""
@@ -127,7 +141,7 @@ class Pump:
         self._loop.unwatch(self._sink)
         self._loop.watch(self._source, READABLE, self._on_source)
         self._account(before)
-        if self._ending:  # the source may have nothing more that would wake the loop
+        if self._ending or self._until_empty:  # nothing more may come that would wake the loop
             self._loop.call_later(0, self._read_to_end)
 
     def _lose_sink(self) -> None:
@@ -144,6 +158,7 @@ class Pump:
     def _account(self, count: int) -> None:
         if self._owed_bytes is not None:
             self._owed_bytes -= count
+            self._until_empty = self._until_empty and self._owed_bytes > 0
         if count:
             self._progressed()
 

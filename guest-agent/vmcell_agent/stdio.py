@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from vmcell_agent.streamdoor import StreamDoor
     from vmcell_protos.agent import Streams
 
+# More than a pseudo terminal holds: 4 KiB to be read, 8 KiB and a page on the way (n_tty.c, pty.c).
+_TERMINAL_HOLDS_BYTES = 32 << 10
+
 
 def check(streams: Streams) -> None:
     """Raise CallerError for a set of streams that cannot be."""
@@ -131,10 +134,11 @@ class StandardStreams:
         """No more input; count what the program has left to be handed over."""
         if self._input is not None:
             self._input.close()
-        # A terminal hangs up with its session, so its end of file comes anyway; a pipe may be held
-        # open by children of the program.
-        if not self._streams.terminal:
-            for pump in self._outputs:
+        # Its end of file may never come: children of the program may hold a pipe or terminal open.
+        for pump in self._outputs:
+            if self._streams.terminal:
+                pump.owe_until_empty(_TERMINAL_HOLDS_BYTES)
+            else:
                 pump.owe_what_is_written()
 
     @property

@@ -108,6 +108,34 @@ def test_output_of_a_terminal_is_whole_however_late_it_is_read(agent: AgentUnder
     assert messages.WaitProcessResponse.decode(payload).exit_status == 5
 
 
+@pytest.mark.parametrize("left_behind", ["while :; do echo tick; sleep 0.05; done", "yes"])
+def test_who_is_left_on_a_terminal_does_not_delay_the_exit(
+    agent: AgentUnderTest, left_behind: str
+) -> None:
+    """A pseudo terminal does not hang up when its session ends; only its foreground group is told
+    (disassociate_ctty in Linux's tty_jobctrl.c)."""
+    init = agent.create(container_spec(process_spec("sleep", "1000"))).start()
+    script = f"trap '' HUP; seq 1 1000; ({left_behind}) & exit 3"
+    added = agent.add(init, process_spec("sh", "-c", script), "e", terminal=True).start()
+    taken = bytearray()
+
+    def take() -> None:
+        while part := added.sockets["stdout"].recv(1 << 16):
+            taken.extend(part)
+
+    reader = threading.Thread(target=take)
+    reader.start()
+    try:
+        assert added.wait() == 3
+    finally:
+        init.signal(signal.SIGKILL)
+        assert init.wait() == 137
+        added.delete()
+        reader.join(timeout=10)
+    expected = "".join(f"{number}\r\n" for number in range(1, 1001)).encode()
+    assert taken.startswith(expected)
+
+
 def test_a_program_is_not_looked_for_where_no_path_is_named(agent: AgentUnderTest) -> None:
     """Go's exec.LookPath, by which runc finds programs, takes an empty PATH for no directory."""
     init = agent.create(container_spec(process_spec("busybox", env=["A=b"], cwd="/bin")))
