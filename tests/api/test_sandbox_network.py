@@ -14,6 +14,7 @@ import select
 import socket
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 
@@ -99,14 +100,31 @@ class Guest:
         question = struct.pack(">HHBBH", 1, 0x0800, 6, 4, 1) + sender
         os.write(self.fd, ethernet + question + bytes(6) + socket.inet_aton(address))
 
+    def accept_tcp(self) -> None:
+        """Answers the SYN that comes next."""
+        while True:
+            assert select.select([self.fd], [], [], PATIENCE_S)[0], "no SYN came"
+            frame = os.read(self.fd, 65536)
+            if frame[12:14] == b"\x08\x00" and frame[23] == socket.IPPROTO_TCP:
+                break
+        ports, sequence = struct.unpack(">HH", frame[34:38]), struct.unpack(">I", frame[38:42])[0]
+        ends = frame[30:34] + frame[26:30]
+        flags = 5 << 12 | 0x12
+        tcp = struct.pack(">HHIIHHHH", ports[1], ports[0], 1, sequence + 1, flags, 65535, 0, 0)
+        total = sum(struct.unpack(">16H", ends + struct.pack(">HH", 6, 20) + tcp))
+        checksum = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
+        tcp = tcp[:16] + struct.pack(">H", checksum) + tcp[18:]
+        ip = _ipv4(ends, len(tcp), protocol=socket.IPPROTO_TCP)
+        os.write(self.fd, frame[6:12] + frame[:6] + b"\x08\x00" + ip + tcp)
+
     def receive(self, payload: bytes) -> bytes:
         """The next frame that holds `payload`."""
         return _until(self.fd, payload)
 
 
-def _ipv4(ends: bytes, length_bytes: int) -> bytes:
-    """An IPv4 header for UDP; `ends` are source and destination."""
-    start = struct.pack(">BBHHHBBH", 0x45, 0, 20 + length_bytes, 1, 0, 64, 17, 0)
+def _ipv4(ends: bytes, length_bytes: int, protocol: int = socket.IPPROTO_UDP) -> bytes:
+    """An IPv4 header; `ends` are source and destination."""
+    start = struct.pack(">BBHHHBBH", 0x45, 0, 20 + length_bytes, 1, 0, 64, protocol, 0)
     total = sum(struct.unpack(">10H", start + ends))
     checksum = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
     return start[:10] + struct.pack(">H", checksum) + ends
@@ -229,6 +247,35 @@ def test_the_peers_of_the_last_sandbox_do_not_reach_the_next(pool: SlotPool) -> 
         host.sendto(MARK, (slot.guest_address, 7))
         _until(guest.fd, MARK, seen)
         assert not [frame for frame in seen if b"late answer" in frame]
+
+
+def test_what_was_meant_for_the_last_sandbox_does_not_reach_the_next(pool: SlotPool) -> None:
+    slot = pool.claim(allow_internet=True)
+    with _guest(slot) as guest, _host_socket() as host, socket.socket() as proxy:
+        proxy.setblocking(False)
+        proxy.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        proxy.connect_ex((slot.guest_address, 7))
+        guest.accept_tcp()
+        select.select([], [proxy], [], PATIENCE_S)
+        proxy.send(b"of the last")
+        guest.receive(b"of the last")
+        waiting = threading.Thread(target=_wait_for_the_end, args=(proxy, ended := []))
+        waiting.start()
+        pool.release(slot.number)
+        waiting.join(PATIENCE_S)
+        assert ended, "a connection to an ended sandbox ends"
+        assert pool.claim(allow_internet=True) == slot
+        with contextlib.suppress(OSError):
+            proxy.send(b"secret")
+        host.sendto(MARK, (slot.guest_address, 7))
+        seen: list[bytes] = []
+        _until(guest.fd, MARK, seen)
+        assert not [frame for frame in seen if b"secret" in frame or b"of the last" in frame]
+
+
+def _wait_for_the_end(connection: socket.socket, ended: list[bool]) -> None:
+    if select.select([connection], [], [], PATIENCE_S)[0]:
+        ended.append(True)
 
 
 def test_arp_tells_the_gateway_and_no_other_address_of_the_host(pool: SlotPool) -> None:

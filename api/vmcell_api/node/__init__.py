@@ -5,7 +5,7 @@ oci_image      image index, manifest and config: chain id and environment
 oci_spec       the OCI spec of a sandbox and its annotations
 slot_plan      names and addresses of network slots
 firewall       the nftables table of the slots
-conntrack      forgetting the connections of a slot
+conntrack      ending the connections of a slot
 slots          the pool of TAPs
 containerd     containerd's gRPC services, errors as ours
 guest_init     envd's token, environment and health

@@ -42,10 +42,12 @@ def table_commands(
         _chain("spoofed", "prerouting", -300),
         _chain("forward", "forward", 0),
         _chain("input", "input", 0),
+        _chain("output", "output", 0),
         _chain("masquerade", "postrouting", 100, kind="nat"),
         *_spoofed_rules(),
         *_forward_rules(),
         *_input_rules(),
+        _output_rule(),
         *_masquerade_rules(network),
     ]
 
@@ -185,6 +187,14 @@ def _input_rules() -> list[Statement]:
         _rule("input", _from_sandbox(), _REPLY, _ACCEPT),
         _rule("input", _from_sandbox(), _DROP),
     ]
+
+
+def _output_rule() -> Statement:
+    """What the host still sends on a connection of the slot's last sandbox is answered by RST."""
+    flags = {"&": [_ip("flags", "tcp"), "syn"]}
+    new = _match({"ct": {"key": "state"}}, "new", "in")
+    reset = {"reject": {"type": "tcp reset"}}
+    return _rule("output", _to_sandbox(), new, _match(flags, "syn", "!="), reset)
 
 
 def _masquerade_rules(network: str) -> list[Statement]:

@@ -94,6 +94,7 @@ class SlotPool:
         with self._lock:
             if number in self._free:
                 return
+            conntrack.close_sockets(self._slots[number].guest_address)
             conntrack.forget(self._slots[number].guest_address)
             self._set_egress(self._slots[number], True)
             if number <= self.slot_count:
