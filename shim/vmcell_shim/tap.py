@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import fcntl
 import os
-import struct
 
 from vmcell_protos.errors import HostError
+from vmcell_runtime.virtio.host_abi import (
+    IFF_NO_PI,
+    IFF_TAP,
+    IFF_VNET_HDR,
+    IFREQ,
+    INT,
+    TUNSETIFF,
+    TUNSETVNETHDRSZ,
+)
 
-TUNSETIFF = 0x400454CA
-TUNSETVNETHDRSZ = 0x400454D8
-IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
-_IFREQ = struct.Struct("16sH22x")
 # struct virtio_net_hdr_v1, with num_buffers (virtio 1.2 § 5.1.6).
 _HEADER_BYTES = 12
 
@@ -31,9 +35,9 @@ def open_tap(name: str) -> int:
     try:
         fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
         try:
-            request = _IFREQ.pack(name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
+            request = IFREQ.pack(name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
             fcntl.ioctl(fd, TUNSETIFF, request)
-            fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", _HEADER_BYTES))
+            fcntl.ioctl(fd, TUNSETVNETHDRSZ, INT.pack(_HEADER_BYTES))
         except OSError:
             os.close(fd)
             raise
