@@ -6,6 +6,7 @@ whose sandbox is gone are dropped when they are met.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from vmcell_api.node_client import NewSandbox, NodeUnreachable, NodeVerbs, Runni
 from vmcell_api.sandbox_bodies import CreateBody, ListQuery
 from vmcell_api.store.records import SandboxRecord, Store, Team, Template
 from vmcell_protos.errors import CallerError, HostError, VmcellError
+
+log = logging.getLogger("vmcell.api")
 
 DEFAULT_VCPUS = 1
 DEFAULT_MEMORY_MIB = 512
@@ -61,7 +64,10 @@ class ControlPlane:
             if not isinstance(error, NodeUnreachable) and error.code != "deadline_exceeded":
                 self._store.forget_sandboxes([record.sandbox_id])  # known to be undone
             raise _create_error(error, body.template) from error
-        self._store.mark_built(record.sandbox_id)
+        try:
+            self._store.mark_built(record.sandbox_id)
+        except HostError as error:  # costs a place in the team's limit for a while, no more
+            log.error("sandbox %s runs, but %s", record.sandbox_id, error)
         return record, running
 
     def kill(self, team: Team, sandbox_id: str) -> None:

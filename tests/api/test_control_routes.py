@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import sqlite3
 from urllib.parse import quote, urlencode
 
 import pytest
@@ -61,6 +62,21 @@ def test_create_v2_hands_everything_to_the_node(service: ApiService, client: Cli
     assert detail["state"] == "running"
     assert detail["envdAccessToken"] == answer["envdAccessToken"]
     assert {type(detail[name]) for name in ("cpuCount", "memoryMB", "diskSizeMB")} == {int}
+
+
+def test_a_sandbox_that_was_made_is_answered_though_the_store_fails_then(
+    service: ApiService, client: Client
+) -> None:
+    """The row with its owner is there; nobody would learn the id of what runs otherwise."""
+    with sqlite3.connect(service.config.database_url.removeprefix("sqlite:///")) as connection:
+        connection.execute(
+            "CREATE TRIGGER full BEFORE UPDATE ON sandboxes "
+            "BEGIN SELECT RAISE(ABORT, 'disk full'); END"
+        )
+    connection.close()
+    made = client.create()
+    assert [row["sandboxID"] for row in client("GET", "/v2/sandboxes").json] == [made["sandboxID"]]
+    assert client("DELETE", f"/sandboxes/{made['sandboxID']}").status_code == 204
 
 
 def test_defaults_of_the_two_create_versions(service: ApiService, client: Client) -> None:
