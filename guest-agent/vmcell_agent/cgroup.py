@@ -121,7 +121,10 @@ class Cgroup:
         """Send the signal to every member; SIGKILL by cgroup.kill, which no fork outruns."""
         if number == signal.SIGKILL:
             with attempt(f"kill cgroup {self.path}"):
-                _write(f"{self.path}/cgroup.kill", "1")
+                try:
+                    _write(f"{self.path}/cgroup.kill", "1")
+                except FileNotFoundError:  # removed before, so nobody is in it
+                    return
             return
         for pid in self.pids():
             try:

@@ -200,9 +200,12 @@ class AgentService:
                 del self._containers[container.id]
             answer(messages.Empty() if error is None else error)
 
-        container.remove(removed)
-        if container.id in self._containers:
-            self._removing.add(container.id)
+        self._removing.add(container.id)
+        try:
+            container.remove(removed)
+        except VmcellError:
+            self._removing.discard(container.id)
+            raise
 
 
 def _command(pid: int) -> str:

@@ -446,6 +446,20 @@ def test_the_end_of_the_control_connection_ends_everything(agent: AgentUnderTest
     assert [path for path in Path(agent.cgroup).iterdir() if path.is_dir()] == []
 
 
+def test_a_removal_that_failed_half_way_can_be_asked_for_again(agent: AgentUnderTest) -> None:
+    init = agent.create(container_spec(process_spec("sleep", "1000"))).start()
+    init.signal(signal.SIGKILL)
+    assert init.wait() == 137
+    # A directory that is not empty below the mounts cannot be removed.
+    mounts = Path(f"{agent.directory}/state/c1")
+    (mounts / "in-the-way").mkdir()
+    with pytest.raises(VmcellError, match="not empty"):
+        init.delete()
+    (mounts / "in-the-way").rmdir()
+    init.delete()
+    assert list((agent.directory / "state").iterdir()) == []
+
+
 def test_shutdown_asks_first_and_then_kills(agent: AgentUnderTest) -> None:
     script = "trap 'echo asked' TERM; echo up; while :; do sleep 0.01; done"
     init = agent.create(container_spec(process_spec("sh", "-c", script))).start()
