@@ -189,9 +189,14 @@ class _Transaction:
                 if error is None:
                     session.commit()
             except sa.exc.SQLAlchemyError as failure:
-                raise HostError(f"the store did not take a change: {failure}") from failure
+                raise HostError(f"the store did not take a change: {_words(failure)}") from failure
         if isinstance(error, sa.exc.SQLAlchemyError):
-            raise HostError(f"the store did not answer: {error}") from error
+            raise HostError(f"the store did not answer: {_words(error)}") from error
+
+
+def _words(error: sa.exc.SQLAlchemyError) -> str:
+    """The database's own words, without the statement."""
+    return str(getattr(error, "orig", None) or error)
 
 
 def _team(row: TeamRow) -> Team:
