@@ -7,11 +7,14 @@ readable for the user they become.
 from __future__ import annotations
 
 import os
+import socket
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import falcon
 from gunicorn.app.base import BaseApplication
+from gunicorn.arbiter import Arbiter
 
 # Longer than the 300 s for which clients keep idle connections.
 KEEPALIVE_S = 620
@@ -21,7 +24,10 @@ HEADER_COUNT = 100
 
 @dataclass(frozen=True, kw_only=True)
 class WebServer:
-    """`bind` is "address:port" or "unix:/path"; `uid` None: workers stay who they are."""
+    """`bind` is "address:port" or "unix:/path"; `uid` None: workers stay who they are.
+
+    `read_timeout_s`: how long a thread waits for more of a request that has begun.
+    """
 
     name: str
     bind: str
@@ -30,6 +36,7 @@ class WebServer:
     uid: int | None = None
     gid: int | None = None
     umask: int = 0o117
+    read_timeout_s: int = 10
 
 
 def serve(server: WebServer, make_app: Callable[[], falcon.App]) -> None:
@@ -70,6 +77,14 @@ class _Gunicorn(BaseApplication):
             settings["group"] = server.uid if server.gid is None else server.gid
         for name, value in settings.items():
             self.cfg.set(name, value)
+
+        self.cfg.set("when_ready", self._limit_reads)
+
+    def _limit_reads(self, arbiter: Arbiter) -> None:
+        """The kernel's limit, which accepted sockets inherit: gunicorn's threads have none."""
+        limit = struct.pack("ll", self._server.read_timeout_s, 0)
+        for listener in arbiter.LISTENERS:
+            listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
     def load(self) -> falcon.App:
         return self._make_app()
