@@ -58,6 +58,7 @@ KILLED_STATUS = 128 + SIGKILL
 NOT_STARTED_STATUS = 127
 # Signals whose default is to do nothing (signal(7)), and the null signal.
 _HARMLESS_SIGNALS = (0, 17, 18, 23, 28)
+_LAST_SIGNAL = 64
 _KILL_ANSWER_S = 5.0
 _EXECS_END_S = 2.0
 
@@ -298,7 +299,9 @@ class Container:
         return pid
 
     def kill(self, process: Process, signal: int, *, everyone: bool) -> None:
-        """Delivers a signal. Raises CallerError(not_found) once the process has ended."""
+        """Delivers a signal. Raises CallerError: not_found once the process has ended."""
+        if signal > _LAST_SIGNAL:
+            raise CallerError(f"signal {signal} does not exist; give 1 to {_LAST_SIGNAL}")
         process.wait_settled(self._config.boot_timeout_s)
         state = process.advance("kill")
         if state == CREATING and not process.exec_id:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Handler = Callable[[str, str, bytes, int], bytes]
 
 _RECEIVE_BYTES = 64 << 10
+_ACCEPT_PAUSE_MS = 200
 _PEER = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
 
@@ -51,12 +52,19 @@ class TtrpcServer:
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
+        wake = select.poll()
+        wake.register(self._wake, select.POLLIN)
         while True:
             ready = dict(poll.poll(int(tick_s * 1000)))
             if self._wake in ready or (not ready and not on_tick()):
                 return
             if self._listener.fileno() in ready:
-                self._accept()
+                try:
+                    self._accept()
+                except OSError as error:
+                    # Out of descriptors or memory: the task goes on, and the peer waits in line.
+                    self._journal.error(f"cannot take a connection yet: {error}")
+                    wake.poll(_ACCEPT_PAUSE_MS)
 
     def stop(self) -> None:
         """Makes serve() return. Idempotent, from any thread."""

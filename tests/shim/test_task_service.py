@@ -108,6 +108,8 @@ def test_vmm_death_before_start_stops_the_task(shim: Shim) -> None:
 def test_kill_of_a_created_task_stops_it(shim: Shim) -> None:
     shim.create("/bin/true")
     shim.kill(28)
+    with refused("invalid_argument"):
+        shim.kill(65)
     assert shim.state().status == task.TaskStatus_CREATED
     shim.kill(15)
     assert shim.wait() == 143

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -108,6 +109,25 @@ def test_errors_and_bugs(
             ask(client, "break")
         assert broken.value.code == "internal"
     assert logged == [Bug]
+
+
+def test_no_descriptors_for_a_while_is_no_end(
+    tmp_path: Path,
+    open_client: Callable[[str], TtrpcClient],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    accept = socket.socket.accept
+    failures = iter([errno.EMFILE, errno.ENFILE])
+
+    def scarce(listener: socket.socket) -> tuple[socket.socket, object]:
+        if code := next(failures, 0):
+            raise OSError(code, os.strerror(code))
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", scarce)
+    with serving(tmp_path, lambda *_: b"") as path:
+        ask(open_client(path), "echo")
+    assert next(failures, 0) == 0
 
 
 def test_peer_that_breaks_the_framing_is_cut_off(tmp_path: Path) -> None:
