@@ -269,3 +269,17 @@ def test_accounts_that_appear_later_and_images_without_any(tmp_path_factory) -> 
         headers = {"Authorization": "Basic bGF0ZTo="}
         with Stream(bare, "process.Process/Start", shell("id -u; pwd"), headers) as stream:
             assert stream.output() == b"7\n/tmp\n"
+
+
+@pytest.mark.parametrize("number", ["4294967295", "9999999999"])
+def test_a_number_that_is_no_user_makes_no_account(number: str, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
+    passwd = f"root:x:0:0::/:/bin/sh\nodd:x:{number}:0::/tmp:/bin/sh\n"
+    with running_envd(tmp_path_factory.mktemp("odd"), etc={"passwd": passwd, "group": ""}) as odd:
+        octets = {"Content-Type": "application/octet-stream"}
+        answer = request(odd, "POST", "/files?path=/tmp/d/x&username=odd", b"x", octets)
+        assert answer.status == 401
+        assert not odd.path("/tmp/d").exists()
+        headers = {"Authorization": "Basic b2RkOg=="}
+        with Stream(odd, "process.Process/Start", shell("id -u"), headers) as stream:
+            assert list(stream) == []
+            assert stream.end["error"]["code"] == "unauthenticated"

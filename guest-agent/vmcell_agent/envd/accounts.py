@@ -26,8 +26,14 @@ class Account:
 _BUILT_IN_ROOT = Account(name="root", uid=0, gid=0, home="/root", groups=(0,))
 
 
+# The last 32-bit number means "leave it" to chown(2) and setresuid(2).
+_MAX_ID = 0xFFFF_FFFE
+
+
 def _number(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdigit() and len(text) <= 10 else None
+    if not (text.isascii() and text.isdigit() and len(text) <= 10):
+        return None
+    return int(text) if int(text) <= _MAX_ID else None
 
 
 def parse_passwd(text: str, members: dict[str, list[int]]) -> dict[str, Account]:
