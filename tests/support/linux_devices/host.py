@@ -31,10 +31,11 @@ from vmcell_runtime.config import (
 from vmcell_runtime.virtio import host_abi
 
 GUEST = Path(__file__).with_name("guest.py")
-TAP, HOST, PEER = "vmcell-dev", "192.0.2.1", "192.0.2.2"
+# Not vmc*: noded, when it has run, guards interfaces of that name.
+TAP, HOST, PEER = "devices0", "192.0.2.1", "192.0.2.2"
 STREAM_PORT, REPORT_PORT, ECHO_PORT = 1024, 1026, 1025
 ECHOES = 20
-DEADLINE_S = 300
+DEADLINE_S = 120
 COMMAND_LINE = (
     "root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro init=/usr/bin/python3.11 panic=-1 "
     "-- -I -S /dev/vda"
