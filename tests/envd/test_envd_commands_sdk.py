@@ -201,3 +201,16 @@ def test_twenty_at_once(sandbox: Sandbox) -> None:
         results = list(pool.map(run, range(20)))
     for number, text in enumerate(results):
         assert text == "".join(f"{n}\n" for n in range(number, number + 2001))
+
+
+def test_a_terminal_ends_with_its_shell_whoever_is_left_on_it(sandbox: Sandbox) -> None:
+    """Closing it hangs up on the others, as leaving an ssh session does."""
+    out: list[bytes] = []
+    handle = sandbox.pty.create(PtySize(rows=24, cols=80), timeout=15)
+    sandbox.pty.send_stdin(
+        handle.pid, b"stty -echo; (trap '' HUP; sleep 1000) & printf 'l%s\\n' ast; exit 3\n"
+    )
+    with pytest.raises(CommandExitException) as caught:
+        handle.wait(on_pty=out.append)
+    assert caught.value.exit_code == 3
+    assert b"last\r\n" in b"".join(out)

@@ -7,7 +7,8 @@ listener that lags MAX_LAG_BYTES behind a faster one is cut off with resource_ex
 
 The end is told when the child has ended and its output is read to the end, so a background job
 that keeps the pipes open keeps the command open, as with a shell's `$(...)`. After a kill asked
-for over the API, what stands in the pipes is read and leftovers are not waited for.
+for over the API, and always with a terminal, what stands there is read and leftovers are not waited
+for: a terminal is closed with its shell, and whoever is left on it is hung up on.
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ class Process:
     def _finish_if_over(self) -> None:
         if self._wait_status is None or self.end_frame is not None:
             return
-        if self._outputs and not self._killed:
+        if self._outputs and not self._killed and not self.terminal:
             return
         for descriptor in tuple(self._outputs):
             # Bounded, as a survivor of the kill may write for ever; no pipe holds more (pipe(7)).
