@@ -16,8 +16,8 @@ from typing import NoReturn
 from .accounts import Account
 
 _UMASK = 0o022
-# CPython ignores these two; an ignored signal would stay ignored across exec.
-_IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
+# What is ignored, by CPython or by whoever started envd, would stay ignored across exec.
+_RESETTABLE_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 _MAX_DESCRIPTOR = 1 << 20
 
 # envd's ends: stdin, stdout, stderr.
@@ -211,7 +211,7 @@ def _become(
         os.chdir(launch.directory)
         step = "exec"
         signal.set_wakeup_fd(-1)
-        for number in (*_IGNORED_BY_PYTHON, signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+        for number in _RESETTABLE_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, signal_mask)
         os.execve(launch.executable, argv, environment)
