@@ -46,12 +46,23 @@ def prepare() -> None:
     with attempt(f"make {CGROUP_ROOT}"):
         os.mkdir(CGROUP_ROOT, 0o755)
     cgroup.enable_controllers(CGROUP_ROOT)
+    _write(f"{CGROUP_ROOT}/pids.max", str(_task_limit()))
     os.makedirs(STATE_DIRECTORY, 0o700, exist_ok=True)
     _write("/proc/self/oom_score_adj", _OOM_NEVER)
     # The kernel starts init with 1024; containers whose spec says nothing inherit this one.
     with attempt("raise the limit of open files"):
         resource.setrlimit(resource.RLIMIT_NOFILE, _OPEN_FILES)
     network.loopback_up()
+
+
+def _task_limit() -> int:
+    """Tasks that all containers may have: an eighth stays for the agent, so that it can fork
+    whatever a fork bomb does."""
+    limits = []
+    for name in ("threads-max", "pid_max"):
+        with attempt(f"read kernel.{name}"), open(f"/proc/sys/kernel/{name}") as file:
+            limits.append(int(file.read()))
+    return min(limits) * 7 // 8
 
 
 def _keep_standard_descriptors() -> None:

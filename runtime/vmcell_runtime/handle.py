@@ -287,7 +287,8 @@ class VmmHandle:
         if info is None:
             raise AssertionError("unreachable: waitid without WNOHANG")
         if info.si_code == os.CLD_EXITED:
-            return VmmExit("vmm_error", f"the VMM ended with exit code {info.si_status}")
+            said = "without a word to the shim; vmm.log says why"
+            return VmmExit("vmm_error", f"it ended with exit code {info.si_status}, {said}")
         return VmmExit("killed", f"signal {info.si_status} ended the VMM")
 
     # The callers' threads

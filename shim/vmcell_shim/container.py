@@ -39,7 +39,7 @@ from vmcell_shim.guest import LOWER_DEVICE, UPPER_DEVICE, Guest, GuestShape
 from vmcell_shim.lifecycle import CREATED, CREATING, RUNNING
 from vmcell_shim.living import identify
 from vmcell_shim.oci_json import read_object
-from vmcell_shim.process import Process
+from vmcell_shim.process import KILLED_STATUS, SIGKILL, Process
 from vmcell_shim.rootfs import RootImages, RootSource, parse_mounts, prepare_root
 from vmcell_shim.spec import GuestPlan, plan_guest
 from vmcell_shim.stdio import Stdio
@@ -52,8 +52,6 @@ if TYPE_CHECKING:
     from vmcell_shim.journal import Journal
     from vmcell_shim.sandbox_files import SandboxFiles
 
-SIGKILL = 9
-KILLED_STATUS = 128 + SIGKILL
 # What a shell answers for a program it cannot run.
 NOT_STARTED_STATUS = 127
 # Signals whose default is to do nothing (signal(7)), and the null signal.
@@ -320,11 +318,9 @@ class Container:
 
     def delete(self, process: Process) -> None:
         """Removes an ended or never started process; with the init, everything else too."""
-        if process.advance("delete") == CREATED:
-            process.exit_status, process.exited_at_ns = KILLED_STATUS, time.time_ns()
-            if not process.exec_id:
-                # No end of an init has begun to end the VM.
-                self._end_vm()
+        if process.advance("delete") == CREATED and not process.exec_id:
+            # No end of an init has begun to end the VM.
+            self._end_vm()
         if process.exec_id:
             self._delete_exec(process)
             return

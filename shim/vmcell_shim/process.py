@@ -10,13 +10,16 @@ import threading
 import time
 
 from vmcell_protos.errors import HostError
-from vmcell_shim.lifecycle import CREATING, DELETED, STARTING, STOPPED, next_state
+from vmcell_shim.lifecycle import CREATED, CREATING, DELETED, STARTING, STOPPED, next_state
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmcell_shim.stdio import Stdio
+
+SIGKILL = 9
+KILLED_STATUS = 128 + SIGKILL
 
 
 class Process:
@@ -48,6 +51,9 @@ class Process:
         with self._condition:
             before = self.state
             self.state = next_state(before, operation, self.name)
+            if before == CREATED and self.state == DELETED:
+                # Never started; whoever waits for it reads what a killed one leaves.
+                self.exit_status, self.exited_at_ns = KILLED_STATUS, time.time_ns()
             self._condition.notify_all()
             return before
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +20,8 @@ from vmcell_shim.lifecycle import (
     TRANSITIONS,
     next_state,
 )
+from vmcell_shim.process import Process
+from vmcell_shim.stdio import Stdio
 
 OPERATIONS = sorted({operation for row in TRANSITIONS.values() for operation in row})
 ASKED_BY_CONTAINERD = ("start", "kill", "delete", "add_exec", "stats")
@@ -74,3 +78,21 @@ def test_any_sequence_keeps_the_order(operations: list[str]) -> None:
             assert before == STARTING
         if before == DELETED:
             assert operation == "delete_failed"
+
+
+def test_a_deleted_created_process_has_its_status_when_waiters_wake() -> None:
+    """The status stands under the same lock as the state: a waiter never reads 0."""
+    seen: list[int] = []
+
+    class Spy(threading.Condition):
+        def notify_all(self) -> None:
+            seen.append(process.exit_status)
+            super().notify_all()
+
+    process = Process("c1", "", Stdio(stdin="", stdout="", stderr="", terminal=False))
+    process.advance("created")
+    process._condition = Spy()
+    process.advance("delete")
+    assert seen == [137]
+    assert process.exited_at_ns > 0
+    process.stdio.close()

@@ -54,10 +54,10 @@ class SlotPool:
                     self.network, self._slots.values(), self._closed_taps, self._nameservers
                 )
             )
-            numbers = range(self.slot_count, 0, -1)
+            numbers = range(1, self.slot_count + 1)
             self._free = [number for number in numbers if number not in taken]
             if self._free:  # says now, not at the first end, that the kernel cannot
-                conntrack.forget(self._slots[self._free[-1]].guest_address)
+                conntrack.forget(self._slots[self._free[0]].guest_address)
 
     @property
     def free_count(self) -> int:
@@ -78,7 +78,8 @@ class SlotPool:
                     "try again when a sandbox has ended",
                     code="resource_exhausted",
                 )
-            slot = self._slots[self._free.pop()]
+            # The oldest first: an answer of the router, a moment old, names nobody else's slot.
+            slot = self._slots[self._free.pop(0)]
             try:
                 self._set_egress(slot, allow_internet)
             except HostError:
