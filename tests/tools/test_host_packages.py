@@ -96,3 +96,13 @@ def test_the_script_runs_on_the_standard_library_alone() -> None:
     )
     assert done.returncode == 1
     assert done.stderr.startswith("packages: no packages are listed for 'games'")
+
+
+def test_maintainer_scripts_have_a_standard_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dpkg closes the progress descriptor for them; it was descriptor 1 once, and echo failed."""
+    monkeypatch.setattr(host_packages, "POLICY", tmp_path / "policy-rc.d")
+    closes = 'case "$*" in *Status-Fd=1\ *) exec >&-;; esac'
+    fake_apt(tmp_path / "bin", monkeypatch, f"{closes}; echo 'Setcap worked!' || exit 100")
+    host_packages.install(["dpkg"])

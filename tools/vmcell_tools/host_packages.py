@@ -104,40 +104,44 @@ def _no_services_started() -> Iterator[None]:
 
 
 def _apt_get(words: Sequence[str]) -> None:
-    """apt-get with its progress told now and then (APT::Status-Fd, apt's README.progress)."""
+    """apt-get with its progress told now and then (APT::Status-Fd, apt's README.progress).
+
+    The progress has a pipe of its own: dpkg closes that descriptor for maintainer scripts, and one
+    whose standard output is closed fails at its first echo.
+    """
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [
-                "apt-get",
-                *("-q", "-o", "APT::Status-Fd=1", "-o", "Dpkg::Use-Pty=0"),
-                *("-o", f"DPkg::Lock::Timeout={LOCK_WAIT_S}"),
-                *("-o", "Dpkg::Options::=--force-confold"),
-                *words,
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=environment,
-            text=True,
-        )
+    status, told_by_apt = os.pipe()
+    with tempfile.TemporaryFile("w+") as log, open(status) as progress:
+        try:
+            process = subprocess.Popen(
+                [
+                    "apt-get",
+                    *("-q", "-o", f"APT::Status-Fd={told_by_apt}", "-o", "Dpkg::Use-Pty=0"),
+                    *("-o", f"DPkg::Lock::Timeout={LOCK_WAIT_S}"),
+                    *("-o", "Dpkg::Options::=--force-confold"),
+                    *words,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                pass_fds=(told_by_apt,),
+            )
+        finally:
+            os.close(told_by_apt)
         with process:
-            last_words = _tell_progress(process, words[0])
+            _tell_progress(process, progress, words[0])
         if process.returncode:
             log.seek(0)
-            errors = log.read().strip() or "\n".join(last_words)
-            raise HostError(f"apt-get {words[0]} failed: {errors[-1500:]}")
+            raise HostError(f"apt-get {words[0]} failed: {log.read().strip()[-1500:]}")
 
 
-def _tell_progress(process: subprocess.Popen[str], verb: str) -> list[str]:
-    """Reads apt to its end; returns its last lines that were no progress."""
-    last_words: list[str] = []
+def _tell_progress(process: subprocess.Popen[bytes], progress: Iterable[str], verb: str) -> None:
+    """Reads apt's progress to its end."""
     started = told = time.monotonic()
-    assert process.stdout is not None
-    for line in process.stdout:
+    for line in progress:
         kind, *fields = line.rstrip("\n").split(":", 3)
         if kind not in ("pmstatus", "dlstatus") or len(fields) < 3:
-            last_words = [*last_words[-20:], line.rstrip("\n")]
             continue
         now = time.monotonic()
         if now - told >= TOLD_EVERY_S:
@@ -146,7 +150,6 @@ def _tell_progress(process: subprocess.Popen[str], verb: str) -> list[str]:
         if now - started > APT_DEADLINE_S:
             process.terminate()
             raise HostError(f"apt-get {verb} took longer than {APT_DEADLINE_S} s; try it by hand")
-    return last_words
 
 
 def _say(text: str) -> None:
