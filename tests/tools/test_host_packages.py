@@ -103,6 +103,6 @@ def test_maintainer_scripts_have_a_standard_output(
 ) -> None:
     """dpkg closes the progress descriptor for them; it was descriptor 1 once, and echo failed."""
     monkeypatch.setattr(host_packages, "POLICY", tmp_path / "policy-rc.d")
-    closes = 'case "$*" in *Status-Fd=1\ *) exec >&-;; esac'
+    closes = r'case "$*" in *Status-Fd=1\ *) exec >&-;; esac'
     fake_apt(tmp_path / "bin", monkeypatch, f"{closes}; echo 'Setcap worked!' || exit 100")
     host_packages.install(["dpkg"])
