@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
-from vmcell_tools.dev_vm import console_steps
+import pytest
+
+from vmcell_tools import dev_vm
+from vmcell_tools.dev_state import DevVm, ProcessId
+from vmcell_tools.dev_vm import SilentConsole, console_steps
+from vmcell_tools.progress import Progress
 
 
 def test_a_line_counts_when_it_is_whole(tmp_path: Path) -> None:
@@ -19,3 +26,32 @@ def test_a_line_counts_when_it_is_whole(tmp_path: Path) -> None:
         if steps not in expected:
             expected.append(steps)
     assert expected == [[], ["starting ssh"], ["starting ssh", "ready"]]
+
+
+def _vm(directory: Path) -> DevVm:
+    (directory / "out").mkdir()
+    return DevVm(
+        name="t",
+        directory=directory,
+        qemu=ProcessId.of(os.getpid()),
+        helpers=(),
+        ssh_port=1,
+        api_port=1,
+        data_port=1,
+        memory_mib=1024,
+        accelerator="tcg",
+        has_store=False,
+        ready=False,
+    )
+
+
+def test_a_vm_that_says_nothing_is_told_from_a_slow_one(tmp_path: Path) -> None:
+    vm = _vm(tmp_path)
+    quiet = Progress("t", quiet=True)
+    with pytest.raises(SilentConsole, match="says nothing"):
+        dev_vm._wait_until_ready(vm, time.monotonic() + 0.3, quiet)
+    vm.console_log.write_text("vmcell-dev: loading drivers\n")
+    (vm.out_directory / "qemu.log").touch()
+    with pytest.raises(dev_vm.HostError, match="the deadline passed") as raised:
+        dev_vm._wait_until_ready(vm, time.monotonic() + 0.3, quiet)
+    assert not isinstance(raised.value, SilentConsole)

@@ -54,6 +54,10 @@ FLUSH_DEADLINE_S = 15
 MEMORY_MIB_RANGE = range(1024, 262145)
 
 
+class SilentConsole(HostError):
+    """A VM on QEMU's software CPU now and then does not get to its first line (1 of about 60)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What `vmcell dev up` was asked for; ports of 0 mean any free one."""
@@ -164,7 +168,12 @@ def _start(request: Request, progress: Progress) -> DevVm:
     out.mkdir()
     with opened_store(request.store, progress) as store:
         machine, ssh_port = _prepare(request, directory, store, progress)
-        return _boot(machine, directory, ssh_port, store, request.deadline_s, progress)
+        deadline = time.monotonic() + request.deadline_s
+        try:
+            return _boot(machine, directory, ssh_port, store, deadline, progress)
+        except SilentConsole as error:
+            progress.note(f"{error}; starting it once more")
+            return _boot(machine, directory, ssh_port, store, deadline, progress)
 
 
 def _boot(
@@ -172,15 +181,15 @@ def _boot(
     directory: Path,
     ssh_port: int,
     store: Store | None,
-    deadline_s: float,
+    deadline: float,
     progress: Progress,
 ) -> DevVm:
     out = directory / "out"
-    deadline = time.monotonic() + deadline_s
     progress.step(f"starting QEMU ({machine.accelerator}, {machine.memory_mib} MiB)")
     with ExitStack() as on_failure:
         helpers = []
         for share in machine.shares:
+            share.socket.unlink(missing_ok=True)
             command = virtiofsd_command(_virtiofsd(), share)
             helpers.append(_spawn(command, out / f"virtiofsd-{share.tag}.log"))
             on_failure.callback(helpers[-1].end, grace_s=2)
@@ -320,8 +329,12 @@ def console_steps(path: Path) -> list[str]:
 
 
 def _wait_until_ready(vm: DevVm, deadline: float, progress: Progress) -> None:
-    """Follows the console: each line of our own there is a step, `ready` the last."""
+    """Follows the console: each line of our own there is a step, `ready` the last.
+
+    Raises SilentConsole when there is none for a third of the time left.
+    """
     seen = 0
+    silent_until = time.monotonic() + (deadline - time.monotonic()) / 3
     while True:
         steps = console_steps(vm.console_log)
         for step in steps[seen:]:
@@ -334,6 +347,8 @@ def _wait_until_ready(vm: DevVm, deadline: float, progress: Progress) -> None:
             problem = "QEMU ended"
         elif time.monotonic() > deadline:
             problem = "the deadline passed"
+        elif not steps and time.monotonic() > silent_until:
+            raise SilentConsole(f"dev VM {vm.name!r} says nothing on its console")
         if problem is not None:
             tail = console_tail(vm.console_log, CONSOLE_LINES_ON_FAILURE)
             qemu_log = (vm.out_directory / "qemu.log").read_text().strip()
