@@ -42,6 +42,9 @@ def test_commands_files_and_isolation(service: DevVm) -> None:
         assert release.startswith("6.12")
         assert release != service.check("uname", "-r").strip()
         assert one.commands.run("echo $COLOUR", timeout=PATIENCE_S).stdout == "red\n"
+        # envd is the last to go when memory runs out, what it starts is not
+        scores = one.commands.run("cat /proc/self/oom_score_adj /proc/1/oom_score_adj")
+        assert scores.stdout.split() == ["0", "-1000"]
 
         content = os.urandom(1 << 20)
         one.files.write("/home/user/blob", content, request_timeout=PATIENCE_S)
