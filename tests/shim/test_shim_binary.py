@@ -282,10 +282,10 @@ def test_delete_spares_a_pid_given_to_another_process(bundle: Path) -> None:
 
 def test_delete_after_everything_is_gone(bundle: Path) -> None:
     files = sandbox(bundle)
-    process = subprocess.Popen(["true"])
-    files.vmm = files.shim = identify(process.pid) if process.poll() is None else None
-    files.save()
-    process.wait()
+    with subprocess.Popen(["sleep", "60"]) as process:
+        files.vmm = files.shim = identify(process.pid)
+        files.save()
+        process.kill()
     files.remove()
     assert delete(bundle)[0].exit_status == 137
 
