@@ -55,7 +55,7 @@ MEMORY_MIB_RANGE = range(1024, 262145)
 
 
 class SilentConsole(HostError):
-    """A VM on QEMU's software CPU now and then does not get to its first line (1 of about 60)."""
+    """A VM on QEMU's software CPU now and then does not get to its first line, once in some dozens of boots."""
 
 
 @dataclass(frozen=True, kw_only=True)
