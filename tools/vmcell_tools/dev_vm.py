@@ -55,7 +55,7 @@ MEMORY_MIB_RANGE = range(1024, 262145)
 
 
 class SilentConsole(HostError):
-    """A VM on QEMU's software CPU now and then does not get to its first line, once in some dozens of boots."""
+    """A VM on the software CPU that did not get to its first line; seen in some dozens of boots."""
 
 
 @dataclass(frozen=True, kw_only=True)
