@@ -8,7 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-VMCELL = [sys.executable, "-m", "vmcell_tools"]
+from vmcell_tools.dev_service import VMCELL
+
 RUNTIME = "io.containerd.vmcell.v2"
 SMALL = "docker.io/vmcell/small:latest"
 BASE = "docker.io/vmcell/base:latest"

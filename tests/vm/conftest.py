@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from dev_vm import VMCELL, DevVm
+from dev_vm import DevVm
 
-from vmcell_tools.dev_service import UP, import_image
+from vmcell_tools.dev_service import UP, VMCELL, import_image
 from vmcell_tools.leak_check import leaks
 from vmcell_tools.progress import Progress
 

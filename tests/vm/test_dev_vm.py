@@ -12,8 +12,9 @@ import uuid
 from pathlib import Path
 
 import pytest
-from dev_vm import VMCELL, DevVm
+from dev_vm import DevVm
 
+from vmcell_tools.dev_service import VMCELL
 from vmcell_tools.dev_sync import CHECKOUT
 
 pytestmark = pytest.mark.vm

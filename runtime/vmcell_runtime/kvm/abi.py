@@ -291,7 +291,6 @@ class kvm_run(ctypes.Structure):
     exit: kvm_run_exit
 
 
-KVM_EXIT_UNKNOWN = 0
 KVM_EXIT_IO = 2
 KVM_EXIT_HLT = 5
 KVM_EXIT_MMIO = 6

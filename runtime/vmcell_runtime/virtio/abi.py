@@ -28,7 +28,6 @@ F_EVENT_IDX = 1 << 29
 F_VERSION_1 = 1 << 32
 
 # Split virtqueue, § 2.7
-MAX_QUEUE_SIZE = 256  # ours; the specification allows 32768
 DESCRIPTOR_BYTES = 16  # u64 address, u32 length, u16 flags, u16 next
 DESCRIPTOR_FORMAT = "<QIHH"
 DESCRIPTOR_NEXT = 1
@@ -39,7 +38,6 @@ USED_NO_NOTIFY = 1
 USED_ELEMENT_BYTES = 8  # u32 head, u32 bytes written
 
 # MMIO register window, § 4.2.2
-MMIO_WINDOW_BYTES = 0x1000
 MMIO_MAGIC = 0x000
 MMIO_VERSION = 0x004
 MMIO_DEVICE_ID = 0x008

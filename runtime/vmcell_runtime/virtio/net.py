@@ -38,7 +38,6 @@ F_MRG_RXBUF = 1 << 15
 # struct virtio_net_hdr, § 5.1.6
 HEADER = struct.Struct("<BBHHHHH")
 HEADER_FLAG_NEEDS_CSUM = 1
-HEADER_FLAG_DATA_VALID = 2
 GSO_NONE = 0
 GSO_TCPV4 = 1
 GSO_TCPV6 = 4
