@@ -185,7 +185,7 @@ def test_a_second_vm_that_dies_is_named_and_leaves_nothing(dev_vm: DevVm) -> Non
 
 def test_a_deadline_of_up_shows_the_console_and_leaves_nothing(dev_vm: DevVm) -> None:
     name = ["--name", "hasty"]
-    command = [*VMCELL, "dev", "up", *name, "--memory-mib", "1024", "--deadline", "1"]
+    command = [*VMCELL, "dev", "up", *name, "--memory-mib", "1024", "--deadline", "3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert "the deadline passed in step: " in done.stderr

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from vmcell_protos.errors import CallerError, HostError
@@ -169,11 +170,13 @@ def _start(request: Request, progress: Progress) -> DevVm:
     with opened_store(request.store, progress) as store:
         machine, ssh_port = _prepare(request, directory, store, progress)
         deadline = time.monotonic() + request.deadline_s
+        boot = partial(_boot, machine, directory, ssh_port, store, progress)
+        first_line_by = time.monotonic() + request.deadline_s / 3
         try:
-            return _boot(machine, directory, ssh_port, store, deadline, progress)
+            return boot(deadline, first_line_by)
         except SilentConsole as error:
             progress.note(f"{error}; starting it once more")
-            return _boot(machine, directory, ssh_port, store, deadline, progress)
+            return boot(deadline, deadline)
 
 
 def _boot(
@@ -181,8 +184,9 @@ def _boot(
     directory: Path,
     ssh_port: int,
     store: Store | None,
-    deadline: float,
     progress: Progress,
+    deadline: float,
+    first_line_by: float,
 ) -> DevVm:
     out = directory / "out"
     progress.step(f"starting QEMU ({machine.accelerator}, {machine.memory_mib} MiB)")
@@ -212,7 +216,7 @@ def _boot(
         )
         vm.save()
         progress.step("booting the kernel")
-        _wait_until_ready(vm, deadline, progress)
+        _wait_until_ready(vm, deadline, first_line_by, progress)
         progress.step("connecting")
         on_failure.callback(dev_ssh.close_connection, directory)
         dev_ssh.open_connection(directory, ssh_port)
@@ -328,13 +332,12 @@ def console_steps(path: Path) -> list[str]:
     return [line.partition(CONSOLE_PREFIX)[2] for line in lines if CONSOLE_PREFIX in line]
 
 
-def _wait_until_ready(vm: DevVm, deadline: float, progress: Progress) -> None:
+def _wait_until_ready(vm: DevVm, deadline: float, first_line_by: float, progress: Progress) -> None:
     """Follows the console: each line of our own there is a step, `ready` the last.
 
-    Raises SilentConsole when there is none for a third of the time left.
+    Raises SilentConsole when there is none by `first_line_by`, unless that is the deadline too.
     """
     seen = 0
-    silent_until = time.monotonic() + (deadline - time.monotonic()) / 3
     while True:
         steps = console_steps(vm.console_log)
         for step in steps[seen:]:
@@ -347,7 +350,7 @@ def _wait_until_ready(vm: DevVm, deadline: float, progress: Progress) -> None:
             problem = "QEMU ended"
         elif time.monotonic() > deadline:
             problem = "the deadline passed"
-        elif not steps and time.monotonic() > silent_until:
+        elif not steps and time.monotonic() > first_line_by:
             raise SilentConsole(f"dev VM {vm.name!r} says nothing on its console")
         if problem is not None:
             tail = console_tail(vm.console_log, CONSOLE_LINES_ON_FAILURE)
