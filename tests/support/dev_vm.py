@@ -75,12 +75,15 @@ class DevVm:
         assert isinstance(found, dict)
         return found
 
-    def logs(self, tail_bytes: int = 6000) -> str:
-        """The ends of the newest logs in the share: guest consoles, shims, containerd, noded."""
-        files = [path for path in self.out.rglob("*") if path.is_file() and path.stat().st_size]
-        newest = sorted(files, key=lambda path: path.stat().st_mtime)[-6:]
+    def logs(self, tail_bytes: int = 3000) -> str:
+        """The ends of the newest logs in the share, those of sandboxes first: guest consoles,
+        shims, VMMs; then the VM's own console, containerd, noded."""
+        files = [path for path in self.out.rglob("*.log") if path.stat().st_size]
+        files.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        of_sandboxes = [path for path in files if "sandboxes" in path.parts]
+        others = [path for path in files if path not in of_sandboxes]
         return "\n".join(
             f"--- {path.relative_to(self.out)}\n"
             + path.read_bytes()[-tail_bytes:].decode(errors="replace")
-            for path in newest
+            for path in (*of_sandboxes[:9], *others[:3])
         )
