@@ -103,7 +103,7 @@ class Container:
             try:
                 self._root.mount(
                     device_directory=around.device_directory,
-                    lower_device=request.rootfs.lower_device,
+                    lower_devices=request.rootfs.lower_devices,
                     upper_device=request.rootfs.upper_device,
                 )
             except VmcellError:

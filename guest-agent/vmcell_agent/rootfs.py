@@ -14,6 +14,10 @@ from vmcell_agent import abi, syscalls
 from vmcell_agent.attempt import attempt
 from vmcell_protos.errors import CallerError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 _LOWER_DEVICE = re.compile(r"pmem[0-9]{1,2}", re.ASCII)
 _UPPER_DEVICE = re.compile(r"vd[a-z]", re.ASCII)
 _SCRATCH_OPTIONS = "mode=755,size=16m"
@@ -26,29 +30,39 @@ class RootFilesystem:
         self.directory = directory
         self.path = f"{directory}/root"
         self.writable = False
+        self._made: list[str] = []
         self._mounted: list[str] = []
 
-    def mount(self, *, device_directory: str, lower_device: str, upper_device: str) -> None:
-        """Mount it; raises CallerError or HostError, and leaves nothing behind then."""
-        if not _LOWER_DEVICE.fullmatch(lower_device):
-            raise CallerError(
-                f"rootfs.lower_device is {lower_device!r}; it must be pmem0 to pmem99"
-            )
+    def mount(
+        self, *, device_directory: str, lower_devices: Sequence[str], upper_device: str
+    ) -> None:
+        """Mount it, `lower_devices` topmost first; raises CallerError or HostError, and leaves
+        nothing behind then."""
+        for name in lower_devices:
+            if not _LOWER_DEVICE.fullmatch(name):
+                raise CallerError(f"rootfs.lower_devices has {name!r}; it must be pmem0 to pmem99")
+        if not lower_devices:
+            raise CallerError("rootfs.lower_devices is empty; a root needs at least one image")
         if upper_device and not _UPPER_DEVICE.fullmatch(upper_device):
             raise CallerError(f"rootfs.upper_device is {upper_device!r}; it must be vda to vdz")
         self.writable = bool(upper_device)
         try:
-            self._mount_layers(f"{device_directory}/{lower_device}", upper_device, device_directory)
+            self._mount_layers(lower_devices, upper_device, device_directory)
         except BaseException:
             self.close()
             raise
 
-    def _mount_layers(self, lower_path: str, upper_device: str, device_directory: str) -> None:
-        lower, upper = f"{self.directory}/lower", f"{self.directory}/upper"
+    def _mount_layers(
+        self, lower_devices: Sequence[str], upper_device: str, device_directory: str
+    ) -> None:
+        upper = f"{self.directory}/upper"
+        lowers = [f"{self.directory}/lower{number}" for number in range(len(lower_devices))]
         with attempt(f"make {self.directory}"):
-            for directory in (self.directory, lower, upper, self.path):
+            for directory in (self.directory, *lowers, upper, self.path):
                 os.mkdir(directory, 0o755)
-        self._mount(lower_path, lower, "erofs", abi.MS_RDONLY, "dax=always")
+                self._made.append(directory)
+        for name, lower in zip(lower_devices, lowers, strict=True):
+            self._mount(f"{device_directory}/{name}", lower, "erofs", abi.MS_RDONLY, "dax=always")
         if upper_device:
             self._mount(f"{device_directory}/{upper_device}", upper, "ext4", abi.MS_NOATIME, "")
         else:
@@ -56,7 +70,7 @@ class RootFilesystem:
         with attempt(f"make overlay directories in {upper}"):
             for directory in (f"{upper}/upper", f"{upper}/work"):
                 os.makedirs(directory, 0o755, exist_ok=True)
-        data = f"lowerdir={lower},upperdir={upper}/upper,workdir={upper}/work"
+        data = f"lowerdir={':'.join(lowers)},upperdir={upper}/upper,workdir={upper}/work"
         self._mount("overlay", self.path, "overlay", 0, data)
 
     def _mount(self, source: str, target: str, fstype: str, flags: int, data: str) -> None:
@@ -71,12 +85,10 @@ class RootFilesystem:
             with attempt(f"unmount {target}"):
                 _unmount(target)
             self._mounted.pop()
-        for name in ("root", "upper", "lower", ""):
-            with attempt(f"remove {self.directory}/{name}"):
-                try:
-                    os.rmdir(f"{self.directory}/{name}")
-                except FileNotFoundError:
-                    continue
+        while self._made:
+            with attempt(f"remove {self._made[-1]}"):
+                os.rmdir(self._made[-1])
+            self._made.pop()
 
 
 def _unmount(target: str) -> None:

@@ -38,14 +38,32 @@ class HelloResponse(Message):
         self.kernel_release: str = kernel_release
 
 
+class Route(Message):
+    __slots__ = ("destination", "gateway")
+    FIELDS = (
+        Field(1, "destination", "string"),
+        Field(2, "gateway", "string"),
+    )
+
+    def __init__(
+        self,
+        *,
+        destination: str = "",
+        gateway: str = "",
+    ) -> None:
+        self.destination: str = destination
+        self.gateway: str = gateway
+
+
 class Interface(Message):
-    __slots__ = ("addresses", "gateway", "mac", "mtu", "name")
+    __slots__ = ("addresses", "gateway", "mac", "mtu", "name", "routes")
     FIELDS = (
         Field(1, "name", "string"),
         Field(2, "mac", "string"),
         Field(3, "addresses", "string", "repeated"),
         Field(4, "mtu", "uint32"),
         Field(5, "gateway", "string"),
+        Field(6, "routes", "message", "repeated", Route),
     )
 
     def __init__(
@@ -56,12 +74,14 @@ class Interface(Message):
         addresses: list[str] | None = None,
         mtu: int = 0,
         gateway: str = "",
+        routes: list[Route] | None = None,
     ) -> None:
         self.name: str = name
         self.mac: str = mac
         self.addresses: list[str] = addresses or []
         self.mtu: int = mtu
         self.gateway: str = gateway
+        self.routes: list[Route] = routes or []
 
 
 class ConfigureGuestRequest(Message):
@@ -88,20 +108,59 @@ class ConfigureGuestRequest(Message):
 
 
 class Rootfs(Message):
-    __slots__ = ("lower_device", "upper_device")
+    __slots__ = ("block_device", "lower_devices", "upper_device")
     FIELDS = (
-        Field(1, "lower_device", "string"),
+        Field(1, "lower_devices", "string", "repeated"),
         Field(2, "upper_device", "string"),
+        Field(3, "block_device", "string"),
     )
 
     def __init__(
         self,
         *,
-        lower_device: str = "",
+        lower_devices: list[str] | None = None,
         upper_device: str = "",
+        block_device: str = "",
     ) -> None:
-        self.lower_device: str = lower_device
+        self.lower_devices: list[str] = lower_devices or []
         self.upper_device: str = upper_device
+        self.block_device: str = block_device
+
+
+class AttachDeviceRequest(Message):
+    __slots__ = ("window",)
+    FIELDS = (Field(1, "window", "uint32"),)
+
+    def __init__(
+        self,
+        *,
+        window: int = 0,
+    ) -> None:
+        self.window: int = window
+
+
+class AttachDeviceResponse(Message):
+    __slots__ = ("name",)
+    FIELDS = (Field(1, "name", "string"),)
+
+    def __init__(
+        self,
+        *,
+        name: str = "",
+    ) -> None:
+        self.name: str = name
+
+
+class DetachDeviceRequest(Message):
+    __slots__ = ("window",)
+    FIELDS = (Field(1, "window", "uint32"),)
+
+    def __init__(
+        self,
+        *,
+        window: int = 0,
+    ) -> None:
+        self.window: int = window
 
 
 class FileCopy(Message):
@@ -160,7 +219,15 @@ class Streams(Message):
 
 
 class CreateContainerRequest(Message):
-    __slots__ = ("container_id", "files", "init", "rootfs", "spec_json", "streams")
+    __slots__ = (
+        "container_id",
+        "files",
+        "init",
+        "rootfs",
+        "shared_namespaces",
+        "spec_json",
+        "streams",
+    )
     FIELDS = (
         Field(1, "container_id", "string"),
         Field(2, "spec_json", "bytes"),
@@ -168,6 +235,7 @@ class CreateContainerRequest(Message):
         Field(4, "streams", "message", "one", Streams),
         Field(5, "files", "message", "repeated", FileCopy),
         Field(6, "init", "string"),
+        Field(7, "shared_namespaces", "string", "repeated"),
     )
 
     def __init__(
@@ -179,6 +247,7 @@ class CreateContainerRequest(Message):
         streams: Streams | None = None,
         files: list[FileCopy] | None = None,
         init: str = "",
+        shared_namespaces: list[str] | None = None,
     ) -> None:
         self.container_id: str = container_id
         self.spec_json: bytes = spec_json
@@ -186,6 +255,7 @@ class CreateContainerRequest(Message):
         self.streams: Streams | None = streams
         self.files: list[FileCopy] = files or []
         self.init: str = init
+        self.shared_namespaces: list[str] = shared_namespaces or []
 
 
 class AddProcessRequest(Message):
@@ -253,10 +323,11 @@ class StartProcessResponse(Message):
 
 
 class WaitProcessResponse(Message):
-    __slots__ = ("exit_status", "exited_at_unix_ns")
+    __slots__ = ("exit_status", "exited_at_unix_ns", "oom_kills")
     FIELDS = (
         Field(1, "exit_status", "uint32"),
         Field(2, "exited_at_unix_ns", "int64"),
+        Field(3, "oom_kills", "uint64"),
     )
 
     def __init__(
@@ -264,9 +335,11 @@ class WaitProcessResponse(Message):
         *,
         exit_status: int = 0,
         exited_at_unix_ns: int = 0,
+        oom_kills: int = 0,
     ) -> None:
         self.exit_status: int = exit_status
         self.exited_at_unix_ns: int = exited_at_unix_ns
+        self.oom_kills: int = oom_kills
 
 
 class SignalProcessRequest(Message):
@@ -345,6 +418,106 @@ class ListProcessesResponse(Message):
         processes: list[ListProcessesResponseProcess] | None = None,
     ) -> None:
         self.processes: list[ListProcessesResponseProcess] = processes or []
+
+
+class UpdateContainerRequest(Message):
+    __slots__ = ("container_id", "resources_json")
+    FIELDS = (
+        Field(1, "container_id", "string"),
+        Field(2, "resources_json", "bytes"),
+    )
+
+    def __init__(
+        self,
+        *,
+        container_id: str = "",
+        resources_json: bytes = b"",
+    ) -> None:
+        self.container_id: str = container_id
+        self.resources_json: bytes = resources_json
+
+
+class WaitOomRequest(Message):
+    __slots__ = ("container_id", "seen")
+    FIELDS = (
+        Field(1, "container_id", "string"),
+        Field(2, "seen", "uint64"),
+    )
+
+    def __init__(
+        self,
+        *,
+        container_id: str = "",
+        seen: int = 0,
+    ) -> None:
+        self.container_id: str = container_id
+        self.seen: int = seen
+
+
+class WaitOomResponse(Message):
+    __slots__ = ("oom_kills",)
+    FIELDS = (Field(1, "oom_kills", "uint64"),)
+
+    def __init__(
+        self,
+        *,
+        oom_kills: int = 0,
+    ) -> None:
+        self.oom_kills: int = oom_kills
+
+
+class CopyFilesRequest(Message):
+    __slots__ = ("container_id", "files")
+    FIELDS = (
+        Field(1, "container_id", "string"),
+        Field(2, "files", "message", "repeated", FileCopy),
+    )
+
+    def __init__(
+        self,
+        *,
+        container_id: str = "",
+        files: list[FileCopy] | None = None,
+    ) -> None:
+        self.container_id: str = container_id
+        self.files: list[FileCopy] = files or []
+
+
+class ReadFileRequest(Message):
+    __slots__ = ("container_id", "limit_bytes", "path")
+    FIELDS = (
+        Field(1, "container_id", "string"),
+        Field(2, "path", "string"),
+        Field(3, "limit_bytes", "uint32"),
+    )
+
+    def __init__(
+        self,
+        *,
+        container_id: str = "",
+        path: str = "",
+        limit_bytes: int = 0,
+    ) -> None:
+        self.container_id: str = container_id
+        self.path: str = path
+        self.limit_bytes: int = limit_bytes
+
+
+class ReadFileResponse(Message):
+    __slots__ = ("content", "mode")
+    FIELDS = (
+        Field(1, "content", "bytes"),
+        Field(2, "mode", "uint32"),
+    )
+
+    def __init__(
+        self,
+        *,
+        content: bytes = b"",
+        mode: int = 0,
+    ) -> None:
+        self.content: bytes = content
+        self.mode: int = mode
 
 
 class ContainerStatsResponse(Message):

@@ -171,7 +171,7 @@ class Container:
             container_id=self.id,
             spec_json=plan.spec_json,
             rootfs=Rootfs(
-                lower_device=LOWER_DEVICE, upper_device=UPPER_DEVICE if images.disk else ""
+                lower_devices=[LOWER_DEVICE], upper_device=UPPER_DEVICE if images.disk else ""
             ),
             streams=self.init.stdio.declare(self._next_stream_id),
             files=list(plan.files),

@@ -294,7 +294,7 @@ def create_container(
         messages.CreateContainerRequest(
             container_id=container_id,
             spec_json=json.dumps(spec).encode(),
-            rootfs=messages.Rootfs(lower_device="pmem1", upper_device=upper),
+            rootfs=messages.Rootfs(lower_devices=["pmem1"], upper_device=upper),
             streams=streams,
             files=files,
             init=init,
