@@ -85,12 +85,13 @@ class Interface(Message):
 
 
 class ConfigureGuestRequest(Message):
-    __slots__ = ("entropy", "hostname", "interfaces", "unix_time_ns")
+    __slots__ = ("entropy", "hostname", "interfaces", "sysctls", "unix_time_ns")
     FIELDS = (
         Field(1, "unix_time_ns", "int64"),
         Field(2, "hostname", "string"),
         Field(3, "interfaces", "message", "repeated", Interface),
         Field(4, "entropy", "bytes"),
+        Field(5, "sysctls", "string", "map", None, key="string"),
     )
 
     def __init__(
@@ -100,11 +101,13 @@ class ConfigureGuestRequest(Message):
         hostname: str = "",
         interfaces: list[Interface] | None = None,
         entropy: bytes = b"",
+        sysctls: dict[str, str] | None = None,
     ) -> None:
         self.unix_time_ns: int = unix_time_ns
         self.hostname: str = hostname
         self.interfaces: list[Interface] = interfaces or []
         self.entropy: bytes = entropy
+        self.sysctls: dict[str, str] = sysctls or {}
 
 
 class Rootfs(Message):

@@ -1,6 +1,6 @@
 """containerd's side of a microVM: the shim v2 binary and its server, owner of the VMM's life.
 
-One shim process serves one container in one microVM. `start` is quick and imports next to nothing;
+One shim process serves one microVM: a container's own, or a pod's with all its containers. `start` is quick and imports next to nothing;
 the server it leaves behind answers containerd over ttrpc. Standard library only.
 
 Reading order:
@@ -16,6 +16,8 @@ oci_json       config.json: read with limits, taken apart with names
 annotations    the allow-list under io.vmcell.
 sizing         how many vCPUs, how much memory
 binds          bind mounts of small host files as copies
+tap            the TAP interface an annotation names
+shape          what a VMM is asked to build
 spec           OCI spec → what to boot and what its guest runs
 erofs          image layers → one cached EROFS file
 disk           the sparse ext4 file a container writes to
@@ -26,12 +28,16 @@ stdio          the streams of one process, host side and guest side joined
 lifecycle      what may be asked of a process in which state
 client         a ttrpc client for many threads
 events         task events for containerd, in order
-tap            the TAP interface an annotation names
 guest          one microVM with the agent in it
 process        one process as containerd sees it
-container      one container in one microVM
+sandbox        one microVM and what it has on the host
+container      one container in a microVM
+pause          a pod's sandbox container, which runs nothing
+registry       the sandbox and the containers of one shim
 metrics        the guest's cgroup numbers for Task.Stats
 service        the Task service, v2 and v3
+sandbox_service  containerd's sandbox API
+dispatch       service names to services
 server         a ttrpc server on a unix socket
 serve          the life of one shim process
 delete         remove what is left of a sandbox

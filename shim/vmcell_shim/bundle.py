@@ -24,16 +24,13 @@ GROUP_ANNOTATIONS = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-i
 
 
 def group_id(bundle: str, container_id: str) -> str:
-    """The id of the group (pod) this container belongs to; its own when it stands alone."""
+    """The id of the group (pod) this container belongs to; its own when it stands alone, or when
+    the bundle is a sandbox's without a container (containerd 2.x with `sandboxer = "shim"`)."""
     try:
         with open(os.path.join(bundle, "config.json"), "rb") as file:
             data = file.read(4 << 20)
-    except FileNotFoundError as error:
-        raise CallerError(
-            f'bundle {bundle} has no config.json; the sandbox API (sandboxer = "shim") is not in '
-            "this version of vmcell, use the default podsandbox",
-            code="unimplemented",
-        ) from error
+    except FileNotFoundError:
+        return container_id
     if not any(name.encode() in data for name in GROUP_ANNOTATIONS):
         return container_id
     import json

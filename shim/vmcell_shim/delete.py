@@ -13,7 +13,12 @@ import time
 from vmcell_protos.task import DeleteResponse
 from vmcell_protos.wellknown import Timestamp
 from vmcell_shim.bundle import remove_dead_socket
+from vmcell_shim.living import start_ticks
 from vmcell_shim.sandbox_files import BUNDLE_LINK, kill_survivors, load
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmcell_shim.sandbox_files import SandboxFiles
 
 KILLED_STATUS = 137
 _KILL_TIMEOUT_S = 1.0
@@ -22,16 +27,30 @@ _KILL_TIMEOUT_S = 1.0
 def delete(bundle: str) -> bytes:
     """Kills VMM and shim where they live, removes the sandbox's files; the answer's bytes.
 
-    Raises HostError when something stays behind.
+    A member of a pod whose shim lives takes nothing but its own along. Raises HostError when
+    something stays behind.
     """
     pid = 0
     link = os.path.join(bundle, BUNDLE_LINK)
     if os.path.islink(link):
         files = load(os.readlink(link))
-        pid = kill_survivors(files, _KILL_TIMEOUT_S)
+        if files.sandbox:
+            pid = _leave_pod(files)
+        else:
+            pid = kill_survivors(files, _KILL_TIMEOUT_S)
         files.remove()
         os.unlink(link)
     remove_dead_socket(bundle)
     now = time.time_ns()
     exited_at = Timestamp(seconds=now // 10**9, nanos=now % 10**9)
     return DeleteResponse(pid=pid, exit_status=KILLED_STATUS, exited_at=exited_at).encode()
+
+
+def _leave_pod(member: SandboxFiles) -> int:
+    """The VMM's pid of the member's pod; a pod without a shim goes with its first member."""
+    pod = load(member.sandbox)
+    if pod.shim is not None and start_ticks(pod.shim.pid) == pod.shim.start_ticks:
+        return pod.vmm.pid if pod.vmm else 0
+    pid = kill_survivors(pod, _KILL_TIMEOUT_S)
+    pod.remove()
+    return pid

@@ -37,10 +37,12 @@ class RootSource:
 
 @dataclass(frozen=True, kw_only=True)
 class RootImages:
-    """`image` is EROFS, `disk` ext4 or "" for a read-only root."""
+    """What becomes devices of the guest: EROFS `lowers`, topmost first, and the ext4 `disk` for
+    writes above them ("" for a read-only root); or one `block_device` that is the whole root."""
 
-    image: str
-    disk: str
+    lowers: tuple[str, ...]
+    disk: str = ""
+    block_device: str = ""
 
 
 def parse_mounts(mounts: list[Mount], root_path: str, read_only: bool) -> RootSource:
@@ -111,11 +113,11 @@ def prepare_root(
         else:
             tree_image(source.directory, image)
     if source.read_only:
-        return RootImages(image=image, disk="")
+        return RootImages(lowers=(image,))
     if source.snapshot_dir:
         disk = os.path.join(source.snapshot_dir, DISK_NAME)
     else:
         make_directory(own_dir)
         disk = os.path.join(own_dir, DISK_NAME)
     writable_disk(disk, writable_mib, cache_dir)
-    return RootImages(image=image, disk=disk)
+    return RootImages(lowers=(image,), disk=disk)

@@ -1,7 +1,8 @@
 """The files of one sandbox on the host, and their removal by whoever is left.
 
 <state_dir>/<namespace>/<id>/ holds `state.json` (which processes live, which files elsewhere are
-the sandbox's own) and the logs of console, shim and VMM. The bundle's link `vmcell` leads there, so
+the sandbox's own) and the logs of console, shim and VMM. A pod's member has such a directory too,
+without processes, and names its pod's (`sandbox`). The bundle's link `vmcell` leads there, so
 that `delete` finds everything without the host's configuration. Every removal is idempotent.
 """
 
@@ -27,6 +28,7 @@ class SandboxFiles:
         self.shim: Living | None = None
         self.vmm: Living | None = None
         self.owned: list[str] = []
+        self.sandbox = ""
         self.log_dir = ""
 
     @property
@@ -60,6 +62,7 @@ class SandboxFiles:
             "shim": self.shim,
             "vmm": self.vmm,
             "owned": self.owned,
+            "sandbox": self.sandbox,
             "log_dir": self.log_dir,
         }
         path = os.path.join(self.directory, "state.json")
@@ -118,6 +121,7 @@ def load(directory: str) -> SandboxFiles:
         files.shim = Living(*state["shim"]) if state["shim"] else None
         files.vmm = Living(*state["vmm"]) if state["vmm"] else None
         files.owned = [str(path) for path in state["owned"]]
+        files.sandbox = str(state["sandbox"])
         files.log_dir = str(state["log_dir"])
     except FileNotFoundError:
         pass

@@ -8,14 +8,17 @@ or refused with its own name. Source: OCI runtime-spec 1.1 config.md, config-lin
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 
-from vmcell_protos.agent import FileCopy
+from vmcell_protos.agent import FileCopy, Interface
 from vmcell_protos.errors import CallerError
 from vmcell_shim.annotations import Annotations, TapNetwork, parse_annotations
 from vmcell_shim.binds import copies_of_bind
 from vmcell_shim.oci_json import take, take_rows, take_strings
-from vmcell_shim.sizing import MachineSize, machine_size
+from vmcell_shim.shape import NetPort
+from vmcell_shim.sizing import MachineSize, machine_size, pod_resources
+from vmcell_shim.tap import open_tap
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 # Mount types the guest's kernel provides itself.
 GUEST_MOUNTS = ("proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "devtmpfs")
+SHARED_NAMESPACES = ("ipc", "uts", "pid")
+_SHM_BYTES = 64 << 20
 # What a spec carries that the guest needs; the rest stays on the host.
 _GUEST_KEYS = ("ociVersion", "process", "root", "hostname", "domainname", "mounts", "linux")
 # All copies and the spec travel in one ttrpc message of at most 4 MiB.
@@ -31,25 +36,37 @@ _COPIES_LIMIT_BYTES = 2 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class GuestPlan:
-    """Everything a spec says about the VM and its guest. `root_path` as in the spec, "" if none."""
+    """Everything a spec says about the VM and its guest. `root_path` as in the spec, "" if none.
+
+    `size`, `hostname`, `nets` and `sysctls` are the VM's; a pod's members say nothing of them.
+    """
 
     size: MachineSize
     spec_json: bytes
     files: tuple[FileCopy, ...]
     init: str
     hostname: str
-    network: TapNetwork | None
+    nets: tuple[NetPort, ...]
+    sysctls: dict[str, str]
+    shared_namespaces: tuple[str, ...]
     root_path: str
     read_only_root: bool
 
 
-def plan_guest(spec: Json, *, default_vcpus: int, default_memory_mib: int) -> GuestPlan:
-    """The plan for one container; raises CallerError with the field that cannot be served."""
+def plan_guest(
+    spec: Json, *, default_vcpus: int, default_memory_mib: int, in_pod: bool = False
+) -> GuestPlan:
+    """The plan for one container; raises CallerError with the field that cannot be served.
+
+    `in_pod`: the microVM belongs to a pod, whose namespaces stand for those of the host that the
+    spec names by path.
+    """
     annotations = parse_annotations(spec)
     _refuse_host_things(spec)
     if not take(spec, "process", dict, {}) and not annotations.init:
         raise CallerError("config.json has no process; an OCI spec names what to run")
-    mounts, files = _split_mounts(spec)
+    namespaces, shared = _guest_namespaces(spec, annotations, in_pod=in_pod)
+    mounts, files = _split_mounts(spec, in_pod=in_pod)
     if annotations.network and annotations.network.nameservers:
         files = [copy for copy in files if copy.destination != "/etc/resolv.conf"]
         files.append(_resolv_conf(annotations.network))
@@ -60,11 +77,13 @@ def plan_guest(spec: Json, *, default_vcpus: int, default_memory_mib: int) -> Gu
             default_vcpus=default_vcpus,
             default_memory_mib=default_memory_mib,
         ),
-        spec_json=_guest_spec(spec, mounts, annotations),
+        spec_json=_guest_spec(spec, mounts, namespaces),
         files=tuple(files),
         init=annotations.init,
         hostname=take(spec, "hostname", str, ""),
-        network=annotations.network,
+        nets=(_tap_port(annotations.network),) if annotations.network else (),
+        sysctls={},
+        shared_namespaces=shared,
         root_path=take(spec, "root.path", str, ""),
         read_only_root=bool((spec.get("root") or {}).get("readonly", False)),
     )
@@ -81,12 +100,58 @@ def _refuse_host_things(spec: Json) -> None:
         raise CallerError("config.json has no linux section; vmcell runs Linux containers")
 
 
-def _guest_namespaces(spec: Json, annotations: Annotations) -> list[Json]:
-    """The namespaces to make in the guest; one that exists on the host is refused by its path."""
-    namespaces = []
+def plan_pod(spec: Json, *, default_vcpus: int, default_memory_mib: int) -> GuestPlan:
+    """The plan for a pod's microVM from the spec of its sandbox container, which runs nothing.
+
+    Raises CallerError.
+    """
+    annotations = parse_annotations(spec)
+    resources = {"linux": {"resources": pod_resources(spec)}}
+    size = machine_size(
+        resources,
+        annotations,
+        default_vcpus=default_vcpus,
+        default_memory_mib=default_memory_mib,
+    )
+    sysctls = take(spec, "linux.sysctl", dict, {})
+    for name, value in sysctls.items():
+        if not isinstance(value, str):
+            raise CallerError(f"linux.sysctl {name} is {value!r}; it must be a string")
+    return GuestPlan(
+        size=size,
+        spec_json=b"",
+        files=(),
+        init="",
+        hostname=take(spec, "hostname", str, ""),
+        nets=(_tap_port(annotations.network),) if annotations.network else (),
+        sysctls=sysctls,
+        shared_namespaces=(),
+        root_path="",
+        read_only_root=True,
+    )
+
+
+def _tap_port(network: TapNetwork) -> NetPort:
+    interface = Interface(
+        name="eth0", mac=network.mac, addresses=[network.address], gateway=network.gateway
+    )
+    return NetPort(
+        open=lambda: open_tap(network.tap), mac=network.mac, mtu=1500, interface=interface
+    )
+
+
+def _guest_namespaces(
+    spec: Json, annotations: Annotations, *, in_pod: bool
+) -> tuple[list[Json], tuple[str, ...]]:
+    """The namespaces to make in the guest, and those it shares with its pod; outside of a pod one
+    that exists on the host is refused by its path."""
+    namespaces, shared = [], []
     for row in take_rows(spec, "linux.namespaces"):
         kind, path = take(row, "type", str, ""), take(row, "path", str, "")
-        if path and not (kind == "network" and annotations.network):
+        if path and in_pod and kind in SHARED_NAMESPACES:
+            shared.append(kind)
+            continue
+        if path and not (kind == "network" and (in_pod or annotations.network)):
             raise CallerError(
                 f"linux.namespaces asks to join the {kind} namespace {path}; "
                 "a microVM cannot join a namespace of the host",
@@ -95,10 +160,10 @@ def _guest_namespaces(spec: Json, annotations: Annotations) -> list[Json]:
         if kind != "network":
             namespaces.append({"type": kind})
     # The VM is the network namespace: the guest's own holds eth0, or only loopback.
-    return namespaces
+    return namespaces, tuple(shared)
 
 
-def _split_mounts(spec: Json) -> tuple[list[Json], list[FileCopy]]:
+def _split_mounts(spec: Json, *, in_pod: bool) -> tuple[list[Json], list[FileCopy]]:
     mounts: list[Json] = []
     files: list[FileCopy] = []
     for mount in take_rows(spec, "mounts"):
@@ -107,7 +172,9 @@ def _split_mounts(spec: Json) -> tuple[list[Json], list[FileCopy]]:
         options = take_strings(mount, "options")
         if not destination.startswith("/") or ".." in destination.split("/"):
             raise CallerError(f"mounts: destination {destination!r} is no absolute, plain path")
-        if kind in ("bind", "rbind") or "bind" in options or "rbind" in options:
+        if in_pod and destination == "/dev/shm" and kind in ("bind", "tmpfs"):
+            mounts.append(_shared_memory(mount))
+        elif kind in ("bind", "rbind") or "bind" in options or "rbind" in options:
             files.extend(copies_of_bind(mount))
         elif kind in GUEST_MOUNTS:
             mounts.append(mount)
@@ -123,10 +190,26 @@ def _split_mounts(spec: Json) -> tuple[list[Json], list[FileCopy]]:
     return mounts, files
 
 
-def _guest_spec(spec: Json, mounts: list[Json], annotations: Annotations) -> bytes:
+def _shared_memory(mount: Json) -> Json:
+    """The pod's one /dev/shm; the host's, which CRI binds, has its size in statvfs."""
+    size_bytes = 0
+    source = take(mount, "source", str, "")
+    if source.startswith("/") and os.path.isdir(source):
+        status = os.statvfs(source)
+        size_bytes = status.f_blocks * status.f_frsize
+    options = [f"size={size_bytes or _SHM_BYTES}"]
+    return {
+        "destination": "/dev/shm",
+        "type": "vmcell-shm",
+        "source": "shm",
+        "options": ["nosuid", "nodev", "noexec", *options],
+    }
+
+
+def _guest_spec(spec: Json, mounts: list[Json], namespaces: list[Json]) -> bytes:
     guest = {key: spec[key] for key in _GUEST_KEYS if key in spec}
     guest["mounts"] = mounts
-    guest["linux"] = {**spec["linux"], "namespaces": _guest_namespaces(spec, annotations)}
+    guest["linux"] = {**spec["linux"], "namespaces": namespaces}
     return json.dumps(guest, separators=(",", ":")).encode()
 
 

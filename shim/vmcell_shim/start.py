@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _STDIN_LIMIT_BYTES = 4 << 20
 _BACKLOG = 64
+# Where containerd 2.x keeps the bundles of the sandbox API; only there it wants version 3.
+SANDBOX_BUNDLES = "/io.containerd.sandbox.controller.v1.shim/"
 
 
 def start(invocation: Invocation) -> bytes:
@@ -32,12 +34,6 @@ def start(invocation: Invocation) -> bytes:
     bundle = os.getcwd()
     params = bootstrap_params(read_stdin(), invocation)
     group = group_id(bundle, invocation.id)
-    if group != invocation.id:
-        raise CallerError(
-            f"container {invocation.id} belongs to the pod {group}; more than one container in a "
-            "microVM is not in this version of vmcell, run containers without a pod",
-            code="unimplemented",
-        )
     directory = params.socket_dir or "" if params else ""
     path = socket_path(invocation.address, invocation.namespace, group, directory)
     address = f"unix://{path}"
@@ -54,7 +50,7 @@ def start(invocation: Invocation) -> bytes:
             _become_server(listener, invocation, bundle)
             return b""
         listener.close()
-    if params is None:
+    if params is None and SANDBOX_BUNDLES not in bundle:
         return address.encode()
     return f'{{"version":3,"address":"{address}","protocol":"ttrpc"}}'.encode()
 

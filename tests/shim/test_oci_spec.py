@@ -56,7 +56,7 @@ def limits(**resources: Any) -> dict[str, Any]:
 def test_plain_spec() -> None:
     made = plan()
     assert (made.size.vcpus, made.size.memory_mib) == (1, 512)
-    assert (made.hostname, made.init, made.network) == ("box", "", None)
+    assert (made.hostname, made.init, made.nets) == ("box", "", ())
     guest = json.loads(made.spec_json)
     assert guest["process"] == {"args": ["sh"], "cwd": "/"}
     assert "annotations" not in guest
@@ -132,8 +132,8 @@ def test_refusals_name_what_is_wrong(sentence: str) -> None:
 def test_network_annotations() -> None:
     linux = {"namespaces": [{"type": "network", "path": "/var/run/netns/x"}]}
     made = plan(annotations=NETWORK, linux=linux)
-    assert made.network is not None
-    assert (made.network.tap, made.network.address) == ("vc3", "10.88.0.3/31")
+    (port,) = made.nets
+    assert (port.mac, port.interface.addresses) == ("02:00:00:00:00:03", ["10.88.0.3/31"])
     resolv = made.files[-1]
     assert resolv.destination == "/etc/resolv.conf"
     assert resolv.content == b"nameserver 10.88.0.2\nnameserver 1.1.1.1\n"

@@ -121,9 +121,10 @@ def test_image_of_a_directory(tmp_path: Path) -> None:
     images = prepare_root(
         source, cache_dir=str(tmp_path / "cache"), own_dir=str(tmp_path / "own"), writable_mib=64
     )
-    assert os.path.dirname(images.image) == os.path.dirname(images.disk) == str(tmp_path / "own")
-    assert os.path.getsize(images.image) % ALIGN_BYTES == 0
-    assert Path(images.image).read_bytes()[1024:1028] == b"\xe2\xe1\xf5\xe0"
+    (image,) = images.lowers
+    assert os.path.dirname(image) == os.path.dirname(images.disk) == str(tmp_path / "own")
+    assert os.path.getsize(image) % ALIGN_BYTES == 0
+    assert Path(image).read_bytes()[1024:1028] == b"\xe2\xe1\xf5\xe0"
 
 
 def test_missing_source_is_named(tmp_path: Path) -> None:

@@ -272,7 +272,7 @@ def test_log_file_takes_both_streams(shim: Shim) -> None:
 def test_logging_binary_is_refused_by_name(shim: Shim) -> None:
     with pytest.raises(VmcellError, match="binary://"):
         shim.create("/bin/true", stdout="binary:///usr/bin/logger")
-    assert not shim.service.has_containers
+    assert not shim.registry.in_use
 
 
 def test_nothing_stays_open(shim: Shim) -> None:
