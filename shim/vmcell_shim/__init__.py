@@ -1,6 +1,7 @@
 """containerd's side of a microVM: the shim v2 binary and its server, owner of the VMM's life.
 
-One shim process serves one microVM: a container's own, or a pod's with all its containers. `start` is quick and imports next to nothing;
+One shim process serves one microVM: a container's own, or a pod's with all its containers.
+`start` is quick and imports next to nothing;
 the server it leaves behind answers containerd over ttrpc. Standard library only.
 
 Reading order:

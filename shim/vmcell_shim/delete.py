@@ -34,10 +34,8 @@ def delete(bundle: str) -> bytes:
     link = os.path.join(bundle, BUNDLE_LINK)
     if os.path.islink(link):
         files = load(os.readlink(link))
-        if files.sandbox:
-            pid = _leave_pod(files)
-        else:
-            pid = kill_survivors(files, _KILL_TIMEOUT_S)
+        alone = not files.sandbox
+        pid = kill_survivors(files, _KILL_TIMEOUT_S) if alone else _leave_pod(files)
         files.remove()
         os.unlink(link)
     remove_dead_socket(bundle)

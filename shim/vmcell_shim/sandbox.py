@@ -73,7 +73,7 @@ class Sandbox:
     ) -> None:
         """The VM is up when this returns; whoever comes first boots it, others wait.
 
-        `deadline` in time.monotonic() seconds. Raises VmcellError; the sandbox is to be closed then.
+        `deadline` in time.monotonic() seconds. Raises VmcellError; close the sandbox then.
         """
         with self._changed:
             first = self.state == NEW

@@ -102,8 +102,8 @@ def test_refusals(shim: Shim) -> None:
     with pytest.raises(VmcellError, match="no method"):
         call(shim, "Dance", sandbox.PingRequest(sandbox_id=POD), Empty)
     create(shim)
+    request = sandbox.CreateSandboxRequest(sandbox_id="p2", bundle_path="/")
     with pytest.raises(VmcellError, match="already"):
-        request = sandbox.CreateSandboxRequest(sandbox_id="p2", bundle_path="/")
         call(shim, "CreateSandbox", request, Empty)
     metrics = sandbox.SandboxMetricsRequest(sandbox_id=POD)
     with pytest.raises(VmcellError, match="containers'"):
