@@ -126,7 +126,7 @@ class Guest:
         return stream
 
     def dial_forward(self, port: int) -> socket.socket:
-        """A stream to a TCP port of the guest's loopback, the caller's to close. Raises VmcellError."""
+        """A stream to a port of the guest's loopback, the caller's to close. VmcellError."""
         stream = self._running().connect_vsock(FORWARD_PORT)
         try:
             stream.sendall(port.to_bytes(2, "little"))
