@@ -167,7 +167,7 @@ class DetachDeviceRequest(Message):
 
 
 class FileCopy(Message):
-    __slots__ = ("content", "destination", "directory", "gid", "mode", "read_only", "uid")
+    __slots__ = ("content", "destination", "directory", "gid", "mode", "read_only", "remove", "uid")
     FIELDS = (
         Field(1, "destination", "string"),
         Field(2, "mode", "uint32"),
@@ -176,6 +176,7 @@ class FileCopy(Message):
         Field(5, "content", "bytes"),
         Field(6, "directory", "bool"),
         Field(7, "read_only", "bool"),
+        Field(8, "remove", "bool"),
     )
 
     def __init__(
@@ -188,6 +189,7 @@ class FileCopy(Message):
         content: bytes = b"",
         directory: bool = False,
         read_only: bool = False,
+        remove: bool = False,
     ) -> None:
         self.destination: str = destination
         self.mode: int = mode
@@ -196,6 +198,7 @@ class FileCopy(Message):
         self.content: bytes = content
         self.directory: bool = directory
         self.read_only: bool = read_only
+        self.remove: bool = remove
 
 
 class Streams(Message):

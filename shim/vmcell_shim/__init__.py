@@ -16,7 +16,8 @@ sandbox_files  the files of one sandbox on the host, and their removal
 oci_json       config.json: read with limits, taken apart with names
 annotations    the allow-list under io.vmcell.
 sizing         how many vCPUs, how much memory
-binds          bind mounts of small host files as copies
+binds          bind mounts: copies and live shares
+refresh        copies kept like their sources
 tap            the TAP interface an annotation names
 shape          what a VMM is asked to build
 spec           OCI spec → what to boot and what its guest runs
@@ -32,6 +33,7 @@ events         task events for containerd, in order
 guest          one microVM with the agent in it
 process        one process as containerd sees it
 sandbox        one microVM and what it has on the host
+footprint      what a container has beside its processes
 container      one container in a microVM
 pause          a pod's sandbox container, which runs nothing
 registry       the sandbox and the containers of one shim

@@ -7,13 +7,13 @@ is ended by whoever notices that the VM is gone. So a start event always stands 
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
 
 from vmcell_protos.agent import (
     AddProcessRequest,
-    ContainerRef,
     ContainerStatsResponse,
     CreateContainerRequest,
     ProcessRef,
@@ -41,10 +41,11 @@ from vmcell_protos.events import (
 from vmcell_protos.wellknown import Empty
 from vmcell_shim.client import ConnectionLost
 from vmcell_shim.events import timestamp
+from vmcell_shim.footprint import Footprint
 from vmcell_shim.lifecycle import CREATED, CREATING, PAUSED, RUNNING, STOPPED
 from vmcell_shim.oci_json import parse_object, read_object
 from vmcell_shim.process import KILLED_STATUS, SIGKILL, Process
-from vmcell_shim.rootfs import parse_mounts, prepare_root
+from vmcell_shim.rootfs import parse_mounts
 from vmcell_shim.sizing import memory_of_update
 from vmcell_shim.spec import plan_guest
 from vmcell_shim.stdio import Stdio
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
     from vmcell_shim.events import EventPublisher
     from vmcell_shim.journal import Journal
     from vmcell_shim.oci_json import Json
-    from vmcell_shim.sandbox import RootDevices, Sandbox
+    from vmcell_shim.sandbox import Sandbox
     from vmcell_shim.sandbox_files import SandboxFiles
     from vmcell_shim.spec import GuestPlan
 
@@ -66,8 +67,6 @@ NOT_STARTED_STATUS = 127
 _HARMLESS_SIGNALS = (0, 17, 18, 23, 28)
 _LAST_SIGNAL = 64
 _KILL_ANSWER_S = 5.0
-# containerd's CRI gives Kill and Delete ten seconds together.
-_REMOVE_ANSWER_S = 6.0
 _FREEZE_ANSWER_S = 5.0
 _UPDATE_ANSWER_S = 10.0
 _STATS_ANSWER_S = 10.0
@@ -95,13 +94,18 @@ class Container:
         self.guest = sandbox.guest
         self._request = request
         self._config = config
-        self._files = files
-        self._own_dir = own_dir
+        self._footprint = Footprint(
+            request.id,
+            sandbox=sandbox,
+            config=config,
+            files=files,
+            own_dir=own_dir,
+            journal=journal,
+        )
         self._events = events
         self._journal = journal
         self._lock = threading.Lock()
         self._saves_writes = False
-        self._devices: RootDevices | None = None
         self._oom_kills = 0
         self._held_signals: list[int] = []
         stdio = Stdio(
@@ -159,13 +163,8 @@ class Container:
             )
         plan = self._plan(spec)
         source = parse_mounts(self._request.rootfs, plan.root_path, plan.read_only_root)
-        self._own_files()
-        images = prepare_root(
-            source,
-            cache_dir=self._config.cache_dir,
-            own_dir=self._own_dir,
-            writable_mib=self._config.writable_mib,
-        )
+        self._footprint.open(self.bundle)
+        images = self._footprint.images(source)
         self._journal.info(f"root images {images.lowers}, disk {images.disk or 'none'}")
         self._saves_writes = bool(images.disk and source.snapshot_dir)
         deadline = min(deadline, time.monotonic() + self._config.boot_timeout_s)
@@ -175,11 +174,10 @@ class Container:
                 code="deadline_exceeded",
             )
         self.sandbox.boot(plan, self.bundle, images, deadline)
-        self._devices = self.sandbox.attach(images)
         request = CreateContainerRequest(
             container_id=self.id,
-            spec_json=plan.spec_json,
-            rootfs=self._devices.rootfs,
+            rootfs=self._footprint.attach(images, plan).rootfs,
+            spec_json=json.dumps(plan.guest_spec, separators=(",", ":")).encode(),
             streams=self.init.stdio.declare(self.guest.next_stream_id),
             files=list(plan.files),
             init=plan.init,
@@ -195,44 +193,15 @@ class Container:
             in_pod=self.sandbox.is_pod,
         )
 
-    def _own_files(self) -> None:
-        """What this container has on the host beside its sandbox; `delete` finds it."""
-        self._files.log_dir = self._config.log_dir
-        self._files.owned = [self._own_dir]
-        if self._files is not self.sandbox.files:
-            self._files.sandbox = self.sandbox.files.directory
-            self._files.create(self.bundle)
-
     def _give_up(self) -> None:
         """Undoes a creation; what cannot be undone is logged, the first error is the user's."""
         self.init.finish(KILLED_STATUS, lambda: None)
         self.init.stdio.close()
-        for step in (self._leave_guest, self._release):
+        for step in (self._footprint.leave_guest, self._footprint.release):
             try:
                 step()
             except VmcellError as error:
                 self._journal.error(f"after the failed creation of {self.id}: {error}")
-
-    def _leave_guest(self) -> None:
-        """The container's part of a guest that goes on without it."""
-        if not self.sandbox.is_pod or self.guest.ended.is_set():
-            return
-        try:
-            ref = ProcessRef(container_id=self.id)
-            self.guest.call("DeleteProcess", ref, Empty, _REMOVE_ANSWER_S)
-        except (CallerError, ConnectionLost) as error:
-            # Never made there, or gone with its VM.
-            self._journal.info(f"guest on removing {self.id}: {error}")
-        if self._devices is not None:
-            self.sandbox.detach(self._devices.plugged)
-            self._devices = None
-
-    def _release(self) -> None:
-        """What the container has on the host goes; alone in its sandbox, that goes too."""
-        if self._files is self.sandbox.files:
-            self.sandbox.close()
-        else:
-            self._files.remove()
 
     # ---- processes ----------------------------------------------------------------------------
 
@@ -302,6 +271,8 @@ class Container:
             raise
         process.advance("started")
         self._journal.info(f"{process.name} started")
+        if not process.exec_id:
+            self._footprint.keep_fresh()
         pid = self.guest.pid
         if process.exec_id:
             self._events.publish(
@@ -381,7 +352,7 @@ class Container:
             self.init.advance(operation)
 
     def _ask_guest(self, method: str) -> None:
-        self.guest.call(method, ContainerRef(container_id=self.id), Empty, _FREEZE_ANSWER_S)
+        self.guest.call(method, self._footprint.ref(), Empty, _FREEZE_ANSWER_S)
 
     def update(self, resources: bytes) -> None:
         """New limits (OCI linux.resources as JSON), inside what the VM was booted with."""
@@ -399,7 +370,7 @@ class Container:
     def stats(self) -> ContainerStatsResponse:
         """The guest's numbers of a running container. Raises VmcellError."""
         self.init.advance("stats")
-        ref = ContainerRef(container_id=self.id)
+        ref = self._footprint.ref()
         return self.guest.call("ContainerStats", ref, ContainerStatsResponse, _STATS_ANSWER_S)
 
     def resize(self, process: Process, columns: int, rows: int) -> None:
@@ -442,11 +413,11 @@ class Container:
 
     def _delete_all(self) -> None:
         if self.sandbox.is_pod:
-            self._leave_guest()
+            self._footprint.leave_guest()
         elif self._saves_writes and not self.guest.ended.is_set():
             # The shutdown began with the init's end; it is given the time to write back.
             self.guest.ended.wait(self._shutdown_s)
-        self._release()
+        self._footprint.release()
         for process in self.processes():
             # An exec whose end was still being waited for has one too.
             self._finish(process, KILLED_STATUS)
@@ -470,6 +441,8 @@ class Container:
             if not isinstance(error, ConnectionLost) and not self.sandbox.is_pod:
                 self.guest.kill()
             status = KILLED_STATUS
+        if not process.exec_id:
+            self._footprint.write_back()
         process.stdio.flush()
         # One byte is all an exit status has; a guest that says more is wrong.
         self._finish(process, status if status <= 255 else 255)

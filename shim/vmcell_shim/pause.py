@@ -37,7 +37,7 @@ class PauseContainer(Container):
             default_vcpus=self._config.default_vcpus,
             default_memory_mib=self._config.default_memory_mib,
         )
-        self._own_files()
+        self._footprint.open(self.bundle)
         deadline = min(deadline, time.monotonic() + self._config.boot_timeout_s)
         self.sandbox.boot(plan, self.bundle, None, deadline)
 
@@ -62,9 +62,6 @@ class PauseContainer(Container):
         super()._finish(process, status)
         # A pod whose sandbox has ended is over for everybody in it.
         threading.Thread(target=self.guest.kill, name="end-pod", daemon=True).start()
-
-    def _leave_guest(self) -> None:
-        """There is nothing of it in the guest."""
 
     def add_exec(self, request: ExecProcessRequest) -> None:
         raise CallerError(

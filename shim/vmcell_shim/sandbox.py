@@ -16,7 +16,7 @@ import threading
 from typing import NamedTuple
 
 from vmcell_protos.agent import Rootfs
-from vmcell_protos.errors import HostError, VmcellError
+from vmcell_protos.errors import CallerError, HostError, VmcellError
 from vmcell_shim.guest import Guest, Plugged
 from vmcell_shim.living import identify
 from vmcell_shim.shape import GuestShape
@@ -168,6 +168,13 @@ class Sandbox:
             ),
             tuple(plugged),
         )
+
+    def share(self, source: str, *, read_only: bool) -> int:
+        """The number under which the guest finds a live directory or file. Raises VmcellError."""
+        raise CallerError("live shares come with the share module", code="unimplemented")
+
+    def unshare(self, number: int) -> None:
+        """Takes a share away again."""
 
     def detach(self, plugged: tuple[Plugged, ...] | list[Plugged]) -> None:
         """Takes a container's devices out; one that stays is logged and keeps its window."""

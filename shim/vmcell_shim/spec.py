@@ -7,14 +7,14 @@ or refused with its own name. Source: OCI runtime-spec 1.1 config.md, config-lin
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmcell_protos.agent import FileCopy, Interface
 from vmcell_protos.errors import CallerError
 from vmcell_shim.annotations import Annotations, TapNetwork, parse_annotations
-from vmcell_shim.binds import copies_of_bind
+from vmcell_shim.binds import BindCopy, BindShare, plan_bind
 from vmcell_shim.oci_json import take, take_rows, take_strings
 from vmcell_shim.shape import NetPort
 from vmcell_shim.sizing import MachineSize, machine_size, pod_resources
@@ -34,16 +34,34 @@ _GUEST_KEYS = ("ociVersion", "process", "root", "hostname", "domainname", "mount
 _COPIES_LIMIT_BYTES = 2 << 20
 
 
+class LiveMount(NamedTuple):
+    """A shared bind and its row among the guest's mounts, whose source is the share's number."""
+
+    share: BindShare
+    mount: Json
+
+
+class _Mounts(NamedTuple):
+    """What a spec's mounts become: rows for the guest, copies, live shares."""
+
+    rows: list[Json]
+    copies: list[BindCopy]
+    shares: list[LiveMount]
+
+
 @dataclass(frozen=True, kw_only=True)
 class GuestPlan:
     """Everything a spec says about the VM and its guest. `root_path` as in the spec, "" if none.
 
     `size`, `hostname`, `nets` and `sysctls` are the VM's; a pod's members say nothing of them.
+    `files` are the copies of `copies`, and what annotations add to them.
     """
 
     size: MachineSize
-    spec_json: bytes
+    guest_spec: Json
     files: tuple[FileCopy, ...]
+    copies: tuple[BindCopy, ...]
+    shares: tuple[LiveMount, ...]
     init: str
     hostname: str
     nets: tuple[NetPort, ...]
@@ -66,7 +84,8 @@ def plan_guest(
     if not take(spec, "process", dict, {}) and not annotations.init:
         raise CallerError("config.json has no process; an OCI spec names what to run")
     namespaces, shared = _guest_namespaces(spec, annotations, in_pod=in_pod)
-    mounts, files = _split_mounts(spec, in_pod=in_pod)
+    mounts = _split_mounts(spec, in_pod=in_pod)
+    files = [file for copy in mounts.copies for file in _files_of(copy)]
     if annotations.network and annotations.network.nameservers:
         files = [copy for copy in files if copy.destination != "/etc/resolv.conf"]
         files.append(_resolv_conf(annotations.network))
@@ -77,7 +96,9 @@ def plan_guest(
             default_vcpus=default_vcpus,
             default_memory_mib=default_memory_mib,
         ),
-        spec_json=_guest_spec(spec, mounts, namespaces),
+        guest_spec=_guest_spec(spec, mounts.rows, namespaces),
+        copies=tuple(mounts.copies),
+        shares=tuple(mounts.shares),
         files=tuple(files),
         init=annotations.init,
         hostname=take(spec, "hostname", str, ""),
@@ -119,8 +140,10 @@ def plan_pod(spec: Json, *, default_vcpus: int, default_memory_mib: int) -> Gues
             raise CallerError(f"linux.sysctl {name} is {value!r}; it must be a string")
     return GuestPlan(
         size=size,
-        spec_json=b"",
+        guest_spec={},
         files=(),
+        copies=(),
+        shares=(),
         init="",
         hostname=take(spec, "hostname", str, ""),
         nets=(_tap_port(annotations.network),) if annotations.network else (),
@@ -163,9 +186,9 @@ def _guest_namespaces(
     return namespaces, tuple(shared)
 
 
-def _split_mounts(spec: Json, *, in_pod: bool) -> tuple[list[Json], list[FileCopy]]:
-    mounts: list[Json] = []
-    files: list[FileCopy] = []
+def _split_mounts(spec: Json, *, in_pod: bool) -> _Mounts:
+    found = _Mounts([], [], [])
+    copied_bytes = 0
     for mount in take_rows(spec, "mounts"):
         kind = take(mount, "type", str, "")
         destination = take(mount, "destination", str, "")
@@ -173,21 +196,43 @@ def _split_mounts(spec: Json, *, in_pod: bool) -> tuple[list[Json], list[FileCop
         if not destination.startswith("/") or ".." in destination.split("/"):
             raise CallerError(f"mounts: destination {destination!r} is no absolute, plain path")
         if in_pod and destination == "/dev/shm" and kind in ("bind", "tmpfs"):
-            mounts.append(_shared_memory(mount))
+            found.rows.append(_shared_memory(mount))
         elif kind in ("bind", "rbind") or "bind" in options or "rbind" in options:
-            files.extend(copies_of_bind(mount))
+            bind = plan_bind(mount)
+            if isinstance(bind, BindCopy) and copied_bytes + bind.size_bytes <= _COPIES_LIMIT_BYTES:
+                copied_bytes += bind.size_bytes
+                found.copies.append(bind)
+                continue
+            if isinstance(bind, BindCopy):
+                bind = BindShare(bind.source, destination, bind.read_only, tuple(options))
+            row = {"destination": destination, "type": "virtiofs", "options": options}
+            found.rows.append(row)
+            found.shares.append(LiveMount(bind, row))
         elif kind in GUEST_MOUNTS:
-            mounts.append(mount)
+            found.rows.append(mount)
         else:
             raise CallerError(
                 f"mount {destination} has type {kind!r}; known are bind, {', '.join(GUEST_MOUNTS)}"
             )
-    if sum(len(copy.content) for copy in files) > _COPIES_LIMIT_BYTES:
-        raise CallerError(
-            f"the bind mounts hold more than {_COPIES_LIMIT_BYTES} bytes together; "
-            "only small files are copied into the guest"
+    return found
+
+
+def _files_of(bind: BindCopy) -> list[FileCopy]:
+    """A bind's copies as CreateContainer wants them: the destination read-only after all else."""
+    files = list(bind.files)
+    if bind.read_only:
+        top = files[0]
+        last = FileCopy(
+            destination=top.destination,
+            mode=top.mode,
+            uid=top.uid,
+            gid=top.gid,
+            content=top.content,
+            directory=top.directory,
+            read_only=True,
         )
-    return mounts, files
+        files = [*files, last] if top.directory else [last]
+    return files
 
 
 def _shared_memory(mount: Json) -> Json:
@@ -206,11 +251,11 @@ def _shared_memory(mount: Json) -> Json:
     }
 
 
-def _guest_spec(spec: Json, mounts: list[Json], namespaces: list[Json]) -> bytes:
+def _guest_spec(spec: Json, mounts: list[Json], namespaces: list[Json]) -> Json:
     guest = {key: spec[key] for key in _GUEST_KEYS if key in spec}
     guest["mounts"] = mounts
     guest["linux"] = {**spec["linux"], "namespaces": namespaces}
-    return json.dumps(guest, separators=(",", ":")).encode()
+    return guest
 
 
 def _resolv_conf(network: TapNetwork) -> FileCopy:
