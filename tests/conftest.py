@@ -9,6 +9,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy machine is slow, not wrong; what hangs is ended by pytest's timeout.
+settings.register_profile("vmcell", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("vmcell")
 
 LANES = ("kvm", "vm", "root")
 
