@@ -14,6 +14,7 @@ reads guest memory that the guest may change: it can mislead us about its own re
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from typing import NamedTuple
 
 from vmcell_protos.errors import GuestError
@@ -48,8 +49,10 @@ def left_over(memory: GuestMemory, queue: Queue) -> LeftOver:
     if not count:
         return LeftOver(next_avail, used_index, (), 0)
     # How long ago, in buffers, each head was last made available, and last given back.
-    made = _ages(memory, layout.driver_gpa + 4, 2, next_avail, layout.size)
-    given = _ages(memory, layout.device_gpa + 4, abi.USED_ELEMENT_BYTES, used_index, layout.size)
+    made, times_made = _history(memory, layout.driver_gpa + 4, 2, next_avail, layout.size)
+    given, times_given = _history(
+        memory, layout.device_gpa + 4, abi.USED_ELEMENT_BYTES, used_index, layout.size
+    )
     # The driver may have gone on meanwhile and written over the oldest slots.
     overwritten = (memory.load16(layout.driver_gpa + 2) - next_avail) & 0xFFFF
     certain: list[Chain] = []
@@ -70,20 +73,24 @@ def left_over(memory: GuestMemory, queue: Queue) -> LeftOver:
             certain.append(chain)
         elif answered is None:
             possible.append(chain)
+    possible.sort(key=lambda chain: times_given[chain.head] - times_made[chain.head])
     chains = (certain + possible)[:count]
     return LeftOver(next_avail, used_index, tuple(chains), count - len(chains))
 
 
-def _ages(
+def _history(
     memory: GuestMemory, ring_gpa: int, entry_bytes: int, index: int, size: int
-) -> dict[int, int]:
-    """head → entries between its last one in a ring and the ring's end, youngest first."""
+) -> tuple[dict[int, int], Counter[int]]:
+    """What a ring still has: head → entries since its last one, youngest first; how often each."""
     ring = memory.read(ring_gpa, entry_bytes * size)
     ages: dict[int, int] = {}
+    times: Counter[int] = Counter()
     for age in range(size):
         offset = (index - 1 - age) % size * entry_bytes
-        ages.setdefault(int.from_bytes(ring[offset : offset + 2], "little"), age)
-    return ages
+        head = int.from_bytes(ring[offset : offset + 2], "little")
+        ages.setdefault(head, age)
+        times[head] += 1
+    return ages, times
 
 
 def _answered(memory: GuestMemory, chain: Chain, claimed: set[int]) -> bool | None:
