@@ -14,7 +14,7 @@ bus      addresses to devices, for ports and for memory-mapped windows
 loop     the device thread's event loop: descriptors, timers, calls from other threads
 boot     everything that stands in memory and registers before the first instruction
 devices  the few PC devices a Linux without ACPI and PCI wants
-virtio   virtio-mmio devices: images, disks, network, sockets, entropy
+virtio   virtio-mmio devices: images, disks, network, directories, sockets, entropy
 ending   why a machine ends: the first cause, and what the kernel said
 vcpu     one thread per vCPU: exits to the bus, kicks, what an exit means
 machine  a microVM that exists: run it, count, close

@@ -1,6 +1,6 @@
 """The recipe for a machine: boot. The only place that knows every part.
 
-Fixed order of virtio devices: pmem, blk, net, vsock, entropy; the first stands at the first window.
+Fixed order of virtio devices: pmem, blk, net, fs, vsock, entropy; from the first window on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vmcell_runtime import layout
 from vmcell_runtime.boot.entry import ENTRY_MSRS, entry_fpu, entry_regs, entry_sregs
 from vmcell_runtime.boot.linux import load_linux
 from vmcell_runtime.bus import Bus
-from vmcell_runtime.config import MachineConfig, NetConfig
+from vmcell_runtime.config import FsConfig, MachineConfig, NetConfig
 from vmcell_runtime.devices.cmos import Cmos
 from vmcell_runtime.devices.console import ConsoleLog
 from vmcell_runtime.devices.i8042 import I8042
@@ -33,11 +33,13 @@ from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.vcpu import VcpuThread
 from vmcell_runtime.virtio.blk import Blk
 from vmcell_runtime.virtio.device import VirtioDevice
+from vmcell_runtime.virtio.fs import Fs
 from vmcell_runtime.virtio.mmio import MmioTransport
 from vmcell_runtime.virtio.net import Net
 from vmcell_runtime.virtio.pmem import Pmem
 from vmcell_runtime.virtio.rng import Rng
 from vmcell_runtime.virtio.vhost_net import VhostNet
+from vmcell_runtime.virtio.vhost_user import FrontEnd
 from vmcell_runtime.virtio.vsock.device import Vsock
 
 NOTIFY_OFFSET = 0x50  # QueueNotify, virtio 1.2 § 4.2.2
@@ -124,7 +126,7 @@ def _make_board(
     resources: ExitStack,
 ) -> _Board:
     """Guest memory with the pmem windows in it, and a VM that has both."""
-    memory = GuestMemory(config.memory_mib << 20)
+    memory = GuestMemory(config.memory_mib << 20, shared=bool(config.fs))
     resources.callback(memory.close)
     _map_pmem(config, descriptors, system, memory)
     loop = EventLoop()
@@ -185,7 +187,8 @@ def _add_virtio_devices(
     listeners: Sequence[socket.socket],
 ) -> tuple[Vsock | None, list[tuple[int, int]]]:
     """Every device at its window, in the fixed order; the windows for the command line."""
-    count = len(config.pmem) + len(config.blk) + len(config.net) + bool(config.vsock) + 1
+    count = len(config.pmem) + len(config.blk) + len(config.net) + len(config.fs)
+    count += bool(config.vsock) + 1
     windows = [layout.virtio_window(number) for number in range(count)]
     irqs = [_add_irq(board, gsi) for _, gsi in windows]
     images = board.memory.slots()[len(board.memory.ram_ranges) :]
@@ -200,6 +203,8 @@ def _add_virtio_devices(
         devices.append(disk)
     for net in config.net:
         devices.append(_make_net(net, descriptors, board, irqs[len(devices)]))
+    for fs in config.fs:
+        devices.append(_make_fs(fs, descriptors, board, irqs[len(devices)]))
     vsock = None
     if config.vsock is not None:
         vsock = Vsock(board.memory, board.loop, config.vsock.guest_cid)
@@ -225,6 +230,23 @@ def _make_net(net: NetConfig, descriptors: Descriptors, board: _Board, irq: IrqL
     descriptors.give(net.tap_descriptor)
     board.resources.callback(device.close)
     return device
+
+
+def _make_fs(fs: FsConfig, descriptors: Descriptors, board: _Board, irq: IrqLine) -> Fs:
+    sock = _unix_socket(descriptors.give(fs.descriptor))
+    board.resources.callback(sock.close)
+    front_end = FrontEnd(sock)
+    device = Fs(board.memory, board.loop, front_end, irq.fd, tag=fs.tag, report=board.report)
+    board.resources.callback(device.close)
+    return device
+
+
+def _unix_socket(fd: int) -> socket.socket:
+    try:
+        return socket.socket(fileno=fd)
+    except OSError as error:
+        os.close(fd)
+        raise CallerError(f"fs.descriptor is no socket: {error.strerror}") from error
 
 
 def _add_virtio_device(board: _Board, device: VirtioDevice, gpa: int, irq: IrqLine) -> None:

@@ -10,6 +10,8 @@ Rules kept here (each has a test):
 - While KVM knows the address of a slot the mapping cannot go away: each region holds a live
   buffer export of its mmap, and `close` refuses while `pin` is held.
 - Every RAM region has inaccessible pages on both ends.
+- Shared RAM is a memfd sealed against any change of its size: a daemon that holds it too can
+  scribble in it as the guest can, but not pull pages away under a load of ours (SIGBUS).
 
 x86-64 keeps stores in order among each other and loads among each other. What it does not order is
 a store followed by a load (publish used.idx, then read used_event): a system call or a lock must
@@ -19,6 +21,7 @@ stand between the two.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 from collections.abc import Sequence
@@ -49,6 +52,15 @@ class Slot(NamedTuple):
     length_bytes: int
     host_address: int
     read_only: bool
+
+
+class SharedRegion(NamedTuple):
+    """RAM another process may map: `length_bytes` of the guest's at `gpa`, `offset` into `fd`."""
+
+    gpa: int
+    length_bytes: int
+    fd: int
+    offset: int
 
 
 class _PyBuffer(ctypes.Structure):
@@ -94,14 +106,23 @@ class _Mapping:
 
 
 class _Ram:
-    """One slot of anonymous RAM, aligned to 2 MiB on the host, with guards on both ends."""
+    """One slot of RAM, aligned to 2 MiB on the host, with guards on both ends.
 
-    def __init__(self, gpa: int, length_bytes: int) -> None:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    Anonymous, or with `shared` a memfd in which the guards are pages that nobody maps.
+    """
+
+    def __init__(self, gpa: int, length_bytes: int, *, shared: bool) -> None:
         total = length_bytes + 2 * HUGE_PAGE_BYTES
+        self.fd = -1
         try:
-            mapped = mmap.mmap(-1, total, flags=flags)
+            if shared:
+                self.fd = _sealed_memfd(total)
+                mapped = mmap.mmap(self.fd, total, flags=mmap.MAP_SHARED | MAP_NORESERVE)
+            else:
+                flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+                mapped = mmap.mmap(-1, total, flags=flags)
         except OSError as error:
+            self._close_fd()
             raise HostError(
                 f"mapping {length_bytes >> 20} MiB of guest memory failed: {error.strerror}; "
                 "give the guest less memory or free some on the host",
@@ -110,7 +131,7 @@ class _Ram:
         mapped.madvise(mmap.MADV_DONTDUMP)
         self.mapping = _Mapping(mapped)
         start = -(-(self.mapping.address + PAGE_BYTES) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-        lead = start - self.mapping.address
+        self.lead_bytes = lead = start - self.mapping.address
         self._forbid(self.mapping.address, lead)
         self._forbid(start + length_bytes, total - lead - length_bytes)
         self.gpa = gpa
@@ -130,25 +151,46 @@ class _Ram:
         for view in (self.words64, self.words32, self.words16, self.bytes):
             view.release()
         self.mapping.close()
+        self._close_fd()
+
+    def _close_fd(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _sealed_memfd(length_bytes: int) -> int:
+    fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, length_bytes)
+        fcntl.fcntl(
+            fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        )
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 class GuestMemory:
     """The guest's physical memory. Owns every mapping; `close` is idempotent.
 
     RAM of `ram_bytes` (a multiple of 4096) stands at 0 up to 3 GiB, the rest at 4 GiB. Reads and
-    writes take guest physical addresses and raise GuestError unless the whole range is RAM.
+    writes take guest physical addresses and raise GuestError unless the whole range is RAM. With
+    `shared` other processes can be given the RAM (`shared_regions`).
     """
 
-    def __init__(self, ram_bytes: int) -> None:
+    def __init__(self, ram_bytes: int, *, shared: bool = False) -> None:
         if ram_bytes <= 0 or ram_bytes % PAGE_BYTES:
             raise CallerError(f"guest memory is {ram_bytes} bytes; give a multiple of 4096")
         self.ram_bytes = ram_bytes
         low = min(ram_bytes, LOW_RAM_LIMIT_BYTES)
         self._windows: list[tuple[int, int, _Mapping]] = []
         self._pins = 0
-        self._ram = [_Ram(0, low)]
+        self.shared = shared
+        self._ram = [_Ram(0, low, shared=shared)]
         if ram_bytes > low:
-            self._ram.append(_Ram(HIGH_RAM_GPA, ram_bytes - low))
+            self._ram.append(_Ram(HIGH_RAM_GPA, ram_bytes - low, shared=shared))
 
     @property
     def ram_ranges(self) -> tuple[Span, ...]:
@@ -250,6 +292,17 @@ class GuestMemory:
         ram = [(ram.gpa, ram.end_gpa - ram.gpa, ram.address, False) for ram in self._ram]
         files = [(gpa, length, mapping.address, True) for gpa, length, mapping in self._windows]
         return tuple(Slot(index, *row) for index, row in enumerate(ram + files))
+
+    def shared_regions(self) -> tuple[SharedRegion, ...]:
+        """What another process must map to reach all RAM; empty unless the memory is shared.
+
+        The descriptors stay this object's.
+        """
+        return tuple(
+            SharedRegion(ram.gpa, ram.end_gpa - ram.gpa, ram.fd, ram.lead_bytes)
+            for ram in self._ram
+            if ram.fd >= 0
+        )
 
     def pin(self) -> None:
         """Forbids `close` until `unpin`; whoever hands slots to the kernel holds one."""

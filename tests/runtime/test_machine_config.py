@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from vmcell_protos.errors import CallerError
 from vmcell_runtime.config import (
     BlkConfig,
+    FsConfig,
     MachineConfig,
     NetConfig,
     PmemConfig,
@@ -39,6 +40,7 @@ MAC = "02:00:00:00:00:01"
         ({"command_line": "ä"}, "command_line is 'ä'; give printable ASCII only"),
         ({"command_line": "x" * 1537}, "command_line length is 1537; give 0 to 1536"),
         ({"pmem": [PmemConfig(descriptor=n) for n in range(9)]}, "pmem count is 9; give 0 to 8"),
+        ({"fs": [FsConfig(descriptor=n, tag="a") for n in (1, 2)]}, "fs count is 2; give 0 to 1"),
     ],
 )
 def test_what_is_out_of_range_is_named(change: dict[str, Any], sentence: str) -> None:
@@ -59,6 +61,10 @@ def test_what_is_out_of_range_is_named(change: dict[str, Any], sentence: str) ->
         (lambda: NetConfig(tap_descriptor=1, mac=MAC, mtu=67), "net.mtu is 67; give 576 to 65535"),
         (lambda: BlkConfig(descriptor=1, read_only=1), "blk.read_only is 1"),  # type: ignore[arg-type]
         (lambda: PmemConfig(descriptor=99), "pmem.descriptor is 99; give 0 to 63"),
+        (lambda: FsConfig(descriptor=1, tag=""), "fs.tag length is 0; give 1 to 36"),
+        (lambda: FsConfig(descriptor=1, tag="x" * 37), "fs.tag length is 37; give 1 to 36"),
+        (lambda: FsConfig(descriptor=1, tag="a\0b"), "fs.tag is .*; give printable ASCII"),
+        (lambda: FsConfig(descriptor=64, tag="a"), "fs.descriptor is 64; give 0 to 63"),
     ],
 )
 def test_devices_name_their_own_fields(make: Any, sentence: str) -> None:
@@ -71,6 +77,9 @@ def test_descriptors_must_be_there_and_named_once() -> None:
     config.check_descriptors(3)
     with pytest.raises(CallerError, match="descriptor 2 is named, but only 2 came along"):
         config.check_descriptors(2)
+    shared = MachineConfig(**LEAST, fs=(FsConfig(descriptor=7, tag="a"),))
+    with pytest.raises(CallerError, match="descriptor 7 is named"):
+        shared.check_descriptors(7)
     twice = MachineConfig(**LEAST, blk=(BlkConfig(descriptor=0),))
     with pytest.raises(CallerError, match="more than once"):
         twice.check_descriptors(5)
@@ -95,6 +104,16 @@ configs = st.builds(
             vhost_descriptor=st.none() | indexes,
         ),
         max_size=4,
+    ),
+    fs=st.lists(
+        st.builds(
+            FsConfig,
+            descriptor=indexes,
+            tag=st.text(
+                st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=36
+            ),
+        ),
+        max_size=1,
     ),
     vsock=st.none()
     | st.builds(

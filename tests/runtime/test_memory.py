@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import signal
 import tempfile
@@ -32,9 +33,9 @@ def two_slots() -> Iterator[GuestMemory]:
     memory.close()
 
 
-@pytest.fixture
-def small() -> Iterator[GuestMemory]:
-    memory = GuestMemory(SMALL)
+@pytest.fixture(params=["private", "shared"])
+def small(request: pytest.FixtureRequest) -> Iterator[GuestMemory]:
+    memory = GuestMemory(SMALL, shared=request.param == "shared")
     yield memory
     memory.close()
 
@@ -212,3 +213,30 @@ def test_the_pages_beside_ram_kill_who_touches_them(small: GuestMemory, step: st
 def test_sizes_that_are_no_pages_are_refused(size: int) -> None:
     with pytest.raises(CallerError, match=str(size)):
         GuestMemory(size)
+
+
+def test_shared_ram_is_the_same_bytes_in_the_file(two_slots: GuestMemory) -> None:
+    memory = GuestMemory(TWO_SLOTS, shared=True)
+    low, high = memory.shared_regions()
+    assert (low.gpa, low.length_bytes) == (0, LOW_RAM_LIMIT_BYTES)
+    assert (high.gpa, high.length_bytes) == (HIGH_RAM_GPA, 64 << 20)
+    for region in (low, high):
+        memory.write(region.gpa + 0x2345, b"ours")
+        assert os.pread(region.fd, 4, region.offset + 0x2345) == b"ours"
+        os.pwrite(region.fd, b"theirs", region.offset + region.length_bytes - 6)
+        assert memory.read(region.gpa + region.length_bytes - 6, 6) == b"theirs"
+        assert os.fstat(region.fd).st_blocks * 512 < 1 << 20, "only what was written takes space"
+    memory.close()
+    assert memory.shared_regions() == ()
+    assert two_slots.shared_regions() == ()
+
+
+def test_nobody_can_take_pages_of_shared_ram_away() -> None:
+    memory = GuestMemory(SMALL, shared=True)
+    (region,) = memory.shared_regions()
+    for length in (0, SMALL << 1):
+        with pytest.raises(PermissionError):
+            os.ftruncate(region.fd, length)
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(region.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    memory.close()

@@ -1,4 +1,4 @@
-"""Virtio 1.2 devices behind virtio-mmio windows: disk, image, entropy, network, socket.
+"""Virtio 1.2 devices behind virtio-mmio windows: disk, image, entropy, network, directory, socket.
 
 A device is plain Python over guest memory and host descriptors; it knows neither KVM nor the
 window it stands behind. What a guest gets wrong is a GuestError and stops that one device.
@@ -17,5 +17,9 @@ host_abi   numbers of <linux/if_tun.h> and <linux/vhost.h>
 host_ioctl  ioctl on TAP and vhost descriptors, sizes checked
 vhost_net  the kernel's own path between the queues and a TAP
 net        a network interface over a TAP
+vhost_user_abi  messages of the vhost-user protocol; no I/O
+vhost_user  its front-end: a daemon of the host serves the queues
+unanswered  what a device that died had not given back
+fs         a shared directory, served by such a daemon
 vsock      streams between guest ports and host sockets
 """
