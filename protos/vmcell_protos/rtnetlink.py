@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR = 1, 4, 0x10
+NLM_F_ACK_TLVS, NLMSGERR_ATTR_MSG = 0x200, 1
+SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_EXT_ACK = 270, 10, 11
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_DUMP = 0x100, 0x200, 0x400, 0x300
 NLA_TYPE_MASK = 0x3FFF
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
@@ -199,3 +201,14 @@ def error_number(answer: bytes) -> int:
             return -int(I32.unpack_from(body)[0])
         break
     raise ValueError("netlink answer is no acknowledgement")
+
+
+def error_text(answer: bytes) -> str:
+    """What the kernel adds to an errno, "" for nothing; of a socket with NETLINK_CAP_ACK and
+    NETLINK_EXT_ACK on. Raises ValueError."""
+    for kind, flags, body in messages(answer):
+        if kind == NLMSG_ERROR and flags & NLM_F_ACK_TLVS:
+            told = attributes(body[I32.size + NLMSGHDR.size :])
+            return told.get(NLMSGERR_ATTR_MSG, b"").rstrip(b"\0").decode("ascii", "replace")
+        break
+    return ""

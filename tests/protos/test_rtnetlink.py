@@ -16,7 +16,15 @@ from vmcell_protos import rtnetlink_rows as rows
 from vmcell_protos import rtnetlink_tc as tc
 
 HEADERS = [
-    *("stddef.h", "stdio.h", "net/if.h", "net/if_arp.h", "linux/netlink.h", "linux/rtnetlink.h"),
+    *(
+        "stddef.h",
+        "stdio.h",
+        "sys/socket.h",
+        "net/if.h",
+        "net/if_arp.h",
+        "linux/netlink.h",
+        "linux/rtnetlink.h",
+    ),
     *("linux/if_link.h", "linux/if_addr.h", "linux/neighbour.h", "linux/pkt_sched.h"),
     *("linux/pkt_cls.h", "linux/if_ether.h", "linux/tc_act/tc_mirred.h"),
 ]
@@ -87,7 +95,10 @@ def test_messages_come_back(sent: list[tuple[int, int, bytes]]) -> None:
     assert list(nl.messages(data)) == [(k, f << 4 | fixed, b) for k, f, b in sent]
 
 
-@given(st.binary(max_size=120), st.sampled_from([*PARSERS, nl.attributes, nl.error_number]))
+@given(
+    st.binary(max_size=120),
+    st.sampled_from([*PARSERS, nl.attributes, nl.error_number, nl.error_text]),
+)
 def test_any_bytes_are_a_row_or_a_value_error(
     data: bytes, parse: Callable[[bytes], object]
 ) -> None:
@@ -192,3 +203,10 @@ def test_an_answer_that_is_no_acknowledgement(answer: bytes) -> None:
 def test_the_errno_of_an_acknowledgement() -> None:
     assert nl.error_number(nl.message(nl.NLMSG_ERROR, 0, nl.I32.pack(-17))) == 17
     assert nl.error_number(nl.message(nl.NLMSG_ERROR, 0, nl.I32.pack(0) + bytes(16))) == 0
+
+
+def test_what_the_kernel_adds_to_an_errno() -> None:
+    body = nl.I32.pack(-22) + bytes(16) + nl.attribute(nl.NLMSGERR_ATTR_MSG, b"Invalid handle\0")
+    flags = nl.NLM_F_ACK_TLVS
+    assert nl.error_text(nl.message(nl.NLMSG_ERROR, flags, body)) == "Invalid handle"
+    assert nl.error_text(nl.message(nl.NLMSG_ERROR, 0, nl.I32.pack(-22) + bytes(16))) == ""
