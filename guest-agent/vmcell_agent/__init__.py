@@ -30,7 +30,6 @@ streamdoor     stream connections from the host
 stdio          the standard streams of a process
 process        one process, from declaration to exit
 reaper         children that have ended
-netlink        rtnetlink messages
 network        the guest's interfaces
 machine        early mounts, clock, entropy, reset
 container      one container and its processes

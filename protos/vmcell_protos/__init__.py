@@ -9,6 +9,9 @@ wire            protobuf's wire format for messages declared as tables
 wellknown       Any, Timestamp, Empty (generated)
 ttrpc_messages  payloads of ttrpc frames (generated)
 ttrpc           frames, server and client connections, no I/O
+rtnetlink       messages to and from the kernel's routing socket, no I/O
+rtnetlink_rows  links, addresses, routes and neighbours as dumps tell them
+rtnetlink_tc    traffic control: one interface's frames redirected to another
 agent           shim ↔ guest agent (generated)
 task            containerd's Task service (generated)
 events          containerd's task events and their envelope (generated)

@@ -39,10 +39,13 @@ class HelloResponse(Message):
 
 
 class Route(Message):
-    __slots__ = ("destination", "gateway")
+    __slots__ = ("destination", "gateway", "metric", "mtu", "source")
     FIELDS = (
         Field(1, "destination", "string"),
         Field(2, "gateway", "string"),
+        Field(3, "source", "string"),
+        Field(4, "metric", "uint32"),
+        Field(5, "mtu", "uint32"),
     )
 
     def __init__(
@@ -50,13 +53,36 @@ class Route(Message):
         *,
         destination: str = "",
         gateway: str = "",
+        source: str = "",
+        metric: int = 0,
+        mtu: int = 0,
     ) -> None:
         self.destination: str = destination
         self.gateway: str = gateway
+        self.source: str = source
+        self.metric: int = metric
+        self.mtu: int = mtu
+
+
+class Neighbour(Message):
+    __slots__ = ("address", "mac")
+    FIELDS = (
+        Field(1, "address", "string"),
+        Field(2, "mac", "string"),
+    )
+
+    def __init__(
+        self,
+        *,
+        address: str = "",
+        mac: str = "",
+    ) -> None:
+        self.address: str = address
+        self.mac: str = mac
 
 
 class Interface(Message):
-    __slots__ = ("addresses", "gateway", "mac", "mtu", "name", "routes")
+    __slots__ = ("addresses", "gateway", "mac", "mtu", "name", "neighbours", "routes")
     FIELDS = (
         Field(1, "name", "string"),
         Field(2, "mac", "string"),
@@ -64,6 +90,7 @@ class Interface(Message):
         Field(4, "mtu", "uint32"),
         Field(5, "gateway", "string"),
         Field(6, "routes", "message", "repeated", Route),
+        Field(7, "neighbours", "message", "repeated", Neighbour),
     )
 
     def __init__(
@@ -75,6 +102,7 @@ class Interface(Message):
         mtu: int = 0,
         gateway: str = "",
         routes: list[Route] | None = None,
+        neighbours: list[Neighbour] | None = None,
     ) -> None:
         self.name: str = name
         self.mac: str = mac
@@ -82,6 +110,7 @@ class Interface(Message):
         self.mtu: int = mtu
         self.gateway: str = gateway
         self.routes: list[Route] = routes or []
+        self.neighbours: list[Neighbour] = neighbours or []
 
 
 class ConfigureGuestRequest(Message):

@@ -18,7 +18,12 @@ annotations    the allow-list under io.vmcell.
 sizing         how many vCPUs, how much memory
 binds          bind mounts: copies and live shares
 refresh        copies kept like their sources
-tap            the TAP interface an annotation names
+tap            TAP interfaces as descriptors
+rtnetlink_socket  a socket to one namespace's routing tables
+netns          network namespaces of the host
+interfaces     a namespace's interfaces as the guest shall have them
+pod_network    a TAP beside each interface of a namespace, joined by redirects
+hooks          OCI hooks of the runtime's namespace
 shape          what a VMM is asked to build
 spec           OCI spec → what to boot and what its guest runs
 erofs          image layers → one cached EROFS file
@@ -30,6 +35,8 @@ stdio          the streams of one process, host side and guest side joined
 lifecycle      what may be asked of a process in which state
 client         a ttrpc client for many threads
 events         task events for containerd, in order
+relay          two sockets joined both ways
+port_forward   connections to a pod's loopback, carried into its guest
 guest          one microVM with the agent in it
 process        one process as containerd sees it
 sandbox        one microVM and what it has on the host
