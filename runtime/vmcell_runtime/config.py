@@ -32,7 +32,7 @@ MIN_MTU, MAX_MTU = 576, 65535  # from what IPv4 needs to what the device can say
 
 @dataclass(frozen=True, kw_only=True)
 class PmemConfig:
-    """A read-only image on virtio-pmem; a regular file padded to a multiple of 2 MiB."""
+    """A read-only image on virtio-pmem; a regular file, which the guest sees padded to 2 MiB."""
 
     descriptor: int
 

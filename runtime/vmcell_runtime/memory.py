@@ -34,7 +34,9 @@ HUGE_PAGE_BYTES = 2 << 20
 LOW_RAM_LIMIT_BYTES = 3 << 30  # RAM below here starts at 0; the hole holds MMIO windows
 HIGH_RAM_GPA = 4 << 30  # the rest of RAM starts here
 MAX_SPANS = 1024  # IOV_MAX of Linux
-MAP_NORESERVE = 0x4000  # asm-generic/mman.h; the mmap module lacks it
+# asm-generic/mman.h; the mmap module lacks them
+MAP_NORESERVE = 0x4000
+MAP_FIXED = 0x10
 
 Span = tuple[int, int]
 """(gpa, length in bytes) of one piece of guest RAM."""
@@ -42,6 +44,10 @@ Span = tuple[int, int]
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.mprotect.restype = ctypes.c_int
+_libc.mmap.argtypes = (
+    *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long),
+)
+_libc.mmap.restype = ctypes.c_void_p
 
 
 class Slot(NamedTuple):
@@ -103,6 +109,24 @@ class _Mapping:
             self.address = 0
             _release_buffer(ctypes.byref(self._export))
             self._mapped.close()
+
+
+def _map_padded(fd: int, file_bytes: int, length_bytes: int) -> _Mapping:
+    """The file, read-only, and zeros behind it up to `length_bytes`. Raises OSError.
+
+    The zeros are one anonymous mapping whose beginning the file then takes over.
+    """
+    if file_bytes == length_bytes:
+        return _Mapping(mmap.mmap(fd, file_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    mapping = _Mapping(mmap.mmap(-1, length_bytes, flags=flags, prot=mmap.PROT_READ))
+    flags = mmap.MAP_SHARED | MAP_FIXED
+    placed = _libc.mmap(mapping.address, file_bytes, mmap.PROT_READ, flags, fd, 0)
+    if placed != mapping.address:
+        code = ctypes.get_errno()
+        mapping.close()
+        raise OSError(code, os.strerror(code))
+    return mapping
 
 
 class _Ram:
@@ -285,26 +309,26 @@ class GuestMemory:
             ram.discard(start, end - start)
 
     def map_file(self, fd: int, gpa: int) -> Slot:
-        """Maps a whole file read-only at `gpa` (both multiples of 2 MiB).
+        """Maps a whole file read-only at `gpa`, a multiple of 2 MiB, as a window.
 
-        The file stays the page cache's: MAP_SHARED and PROT_READ. `fd` may be closed afterwards.
-        Devices cannot read or write this window; only the guest can read it.
+        The length is the file's, rounded up to 2 MiB (what Linux asks of pmem); behind the file the
+        window reads as zero. The file stays the page cache's: MAP_SHARED and PROT_READ. `fd` may be
+        closed afterwards. Devices cannot read or write this window; only the guest can read it.
         """
-        length = os.fstat(fd).st_size
-        if length <= 0 or length % HUGE_PAGE_BYTES:
-            raise CallerError(
-                f"a pmem image has {length} bytes; pad it to a multiple of {HUGE_PAGE_BYTES}"
-            )
+        file_bytes = os.fstat(fd).st_size
+        if file_bytes <= 0:
+            raise CallerError(f"a pmem image has {file_bytes} bytes; give a regular file with some")
+        length = -(-file_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
         if gpa % HUGE_PAGE_BYTES or self._overlaps(gpa, length):
             raise CallerError(f"a pmem window of {length} bytes cannot stand at {gpa:#x}")
         try:
-            mapped = mmap.mmap(fd, length, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+            mapping = _map_padded(fd, file_bytes, length)
         except OSError as error:
             raise HostError(f"mapping a pmem image failed: {error.strerror}") from error
         number = len(self._ram)
         while number in self._windows:
             number += 1
-        self._windows[number] = (gpa, length, _Mapping(mapped))
+        self._windows[number] = (gpa, length, mapping)
         return self._window_slot(number)
 
     def unmap_file(self, number: int) -> None:

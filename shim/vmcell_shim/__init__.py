@@ -7,10 +7,12 @@ the server it leaves behind answers containerd over ttrpc. Standard library only
 Reading order:
 args           containerd's command line: flags in any order, then the action
 bundle         what start and delete need of a bundle: group, socket, address
+mount_list     a root as mounts that build on each other (containerd 2.2 on)
 info           the answers to -info and -v
 config         this host's settings: /etc/vmcell/config.toml
 journal        log lines for containerd's FIFO and for shim.log
 spawn          run a program to its end without subprocess
+file_lock      flock with a deadline
 living         processes by pid and start time: alive, killed, gone
 sandbox_files  the files of one sandbox on the host, and their removal
 oci_json       config.json: read with limits, taken apart with names
@@ -26,9 +28,14 @@ pod_network    a TAP beside each interface of a namespace, joined by redirects
 hooks          OCI hooks of the runtime's namespace
 shape          what a VMM is asked to build
 spec           OCI spec → what to boot and what its guest runs
-erofs          image layers → one cached EROFS file
+erofs_superblock  what an EROFS image needs, and how long it is
+layers         directories and images that a root is made of
+erofs          layers, or one directory → one EROFS image
+cached_image   one image of the cache: held, whole or not
+cache_collector  what is in the cache, and what of it goes
+image_cache    EROFS images by their layers, built once
 disk           the sparse ext4 file a container writes to
-rootfs         the mounts of Task.Create → image and disk
+rootfs         the mounts of Task.Create → images and disks
 fifo           containerd's standard streams: FIFOs and log files
 pump           bytes from one descriptor to another
 stdio          the streams of one process, host side and guest side joined

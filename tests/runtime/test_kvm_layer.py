@@ -288,6 +288,21 @@ def test_a_read_only_window_is_read_and_never_written(bench: Bench) -> None:
         assert os.pread(file.fileno(), 5, 0) == b"IMAGE"
 
 
+def test_a_guest_reads_zeros_behind_an_image_of_one_page(bench: Bench) -> None:
+    gpa = 0xC000_0000
+    with tempfile.TemporaryFile() as file:
+        file.write(b"\xaa" * 4096)
+        file.flush()
+        bench.memory.map_file(file.fileno(), gpa)
+        read = load32(gpa + 4094) + b"\xe7\x80"
+        read += load32(gpa + HUGE_PAGE_BYTES - 4) + b"\xe7\x80"
+        bench.start(read + out8(0x81, 0))
+        for expected in (b"\xaa\xaa\0\0", bytes(4)):
+            assert run(bench.vcpu) == abi.KVM_EXIT_IO
+            io = bench.vcpu.io_exit()
+            assert bench.vcpu.io_read(io.data_offset, io.size) == expected
+
+
 class Endings:
     """What a vCPU thread said about the machine's end."""
 

@@ -159,12 +159,32 @@ def test_a_file_window_is_a_read_only_slot_devices_cannot_touch(small: GuestMemo
             attempt()
 
 
-@pytest.mark.parametrize("length", [0, 4096, HUGE_PAGE_BYTES + 1])
-def test_a_file_of_odd_length_is_refused(small: GuestMemory, length: int) -> None:
+@pytest.mark.parametrize("length", [1, 4096, 5000, HUGE_PAGE_BYTES, HUGE_PAGE_BYTES + 1])
+def test_behind_a_file_its_window_reads_as_zero(small: GuestMemory, length: int) -> None:
     with tempfile.TemporaryFile() as file:
-        file.truncate(length)
-        with pytest.raises(CallerError, match=f"{length} bytes"):
-            small.map_file(file.fileno(), 1 << 30)
+        file.write(b"\xaa" * length)
+        file.flush()
+        window_bytes = small.map_file(file.fileno(), 1 << 30)
+    assert window_bytes == (1 if length <= HUGE_PAGE_BYTES else 2) * HUGE_PAGE_BYTES
+    slot = small.slots()[-1]
+    assert slot.length_bytes == window_bytes
+    seen = ctypes.string_at(slot.host_address, window_bytes)
+    assert seen == b"\xaa" * length + bytes(window_bytes - length)
+
+
+def test_a_window_shows_what_is_in_the_page_cache(small: GuestMemory) -> None:
+    """One copy for all guests of a host: the window is the file, not a copy of it."""
+    with tempfile.TemporaryFile() as file:
+        file.truncate(5000)
+        small.map_file(file.fileno(), 1 << 30)
+        os.pwrite(file.fileno(), b"later", 4000)
+    address = small.slots()[-1].host_address
+    assert ctypes.string_at(address + 4000, 5) == b"later"
+
+
+def test_an_empty_file_is_refused(small: GuestMemory) -> None:
+    with tempfile.TemporaryFile() as file, pytest.raises(CallerError, match="0 bytes"):
+        small.map_file(file.fileno(), 1 << 30)
     assert len(small.slots()) == 1
 
 

@@ -299,9 +299,8 @@ def bad_kernel(bench: Bench) -> None:
         launch_kernel(bench, file.fileno())
 
 
-def odd_image(bench: Bench) -> None:
+def empty_image(bench: Bench) -> None:
     with tempfile.TemporaryFile() as file:
-        file.truncate(4096)
         bench.launch(SPIN, file.fileno(), pmem=(PmemConfig(descriptor=2),))
 
 
@@ -323,7 +322,7 @@ def unknown_descriptor(bench: Bench) -> None:
     ("attempt", "sentence"),
     [
         (bad_kernel, "not a 64-bit ELF file"),
-        (odd_image, "4096 bytes; pad it to a multiple of 2097152"),
+        (empty_image, "a pmem image has 0 bytes"),
         (writable_disk_opened_read_only, "not opened O_RDWR"),
         (unknown_descriptor, "descriptor 7 is named, but only 2 came along"),
     ],
