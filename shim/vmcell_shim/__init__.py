@@ -21,6 +21,7 @@ erofs          image layers → one cached EROFS file
 disk           the sparse ext4 file a container writes to
 rootfs         the mounts of Task.Create → image and disk
 fifo           containerd's standard streams: FIFOs and log files
+log_binary     logging programs: binary:// and binary-v2://
 pump           bytes from one descriptor to another
 stdio          the streams of one process, host side and guest side joined
 lifecycle      what may be asked of a process in which state

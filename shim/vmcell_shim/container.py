@@ -42,7 +42,7 @@ from vmcell_shim.oci_json import read_object
 from vmcell_shim.process import KILLED_STATUS, SIGKILL, Process
 from vmcell_shim.rootfs import RootImages, RootSource, parse_mounts, prepare_root
 from vmcell_shim.spec import GuestPlan, plan_guest
-from vmcell_shim.stdio import Stdio
+from vmcell_shim.stdio import Stdio, StreamOwner
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class Container:
         self,
         request: CreateTaskRequest,
         *,
+        namespace: str,
         config: ShimConfig,
         files: SandboxFiles,
         own_dir: str,
@@ -86,12 +87,16 @@ class Container:
         self._lock = threading.Lock()
         self._stream_ids = itertools.count(1)
         self._saves_writes = False
+        self._owner = StreamOwner(
+            namespace=namespace, container_id=request.id, warn=journal.warning
+        )
         self.guest = Guest(journal, self._vm_ended)
         stdio = Stdio(
             stdin=request.stdin,
             stdout=request.stdout,
             stderr=request.stderr,
             terminal=request.terminal,
+            owner=self._owner,
         )
         self.init = Process(self.id, "", stdio)
         self._processes: dict[str, Process] = {"": self.init}
@@ -240,6 +245,7 @@ class Container:
             stdout=request.stdout,
             stderr=request.stderr,
             terminal=request.terminal,
+            owner=self._owner,
         )
         process = Process(self.id, request.exec_id, stdio)
         with self._lock:
@@ -249,13 +255,13 @@ class Container:
         if taken:
             stdio.close()
             raise CallerError(f"exec {request.exec_id} exists already", code="already_exists")
-        message = AddProcessRequest(
-            container_id=self.id,
-            exec_id=request.exec_id,
-            process_json=request.spec.value if request.spec else b"",
-            streams=stdio.declare(self._next_stream_id),
-        )
         try:
+            message = AddProcessRequest(
+                container_id=self.id,
+                exec_id=request.exec_id,
+                process_json=request.spec.value if request.spec else b"",
+                streams=stdio.declare(self._next_stream_id),
+            )
             self.guest.call("AddProcess", message, Empty, self._config.boot_timeout_s)
             process.advance("created")
         except BaseException:
@@ -381,7 +387,7 @@ class Container:
     def _finish(self, process: Process, status: int) -> None:
         if not process.finish(status, lambda: self._publish_exit(process)):
             return
-        process.stdio.close()
+        process.stdio.end()
         self._journal.info(f"{process.name} ended with {status}")
         if not process.exec_id:
             threading.Thread(target=self._end_vm, name="end-vm", daemon=True).start()

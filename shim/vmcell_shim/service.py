@@ -97,6 +97,7 @@ class TaskService:
             request.id,
             lambda: Container(
                 request,
+                namespace=self._namespace,
                 config=config,
                 files=SandboxFiles(os.path.join(config.state_dir, *names)),
                 own_dir=os.path.join(config.cache_dir, "sandboxes", *names),
