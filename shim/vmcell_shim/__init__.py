@@ -37,6 +37,7 @@ image_cache    EROFS images by their layers, built once
 disk           the sparse ext4 file a container writes to
 rootfs         the mounts of Task.Create → images and disks
 fifo           containerd's standard streams: FIFOs and log files
+log_binary     logging programs: binary:// and binary-v2://
 pump           bytes from one descriptor to another
 stdio          the streams of one process, host side and guest side joined
 lifecycle      what may be asked of a process in which state

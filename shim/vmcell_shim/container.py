@@ -48,7 +48,7 @@ from vmcell_shim.process import KILLED_STATUS, SIGKILL, Process
 from vmcell_shim.rootfs import parse_mounts
 from vmcell_shim.sizing import memory_of_update
 from vmcell_shim.spec import plan_guest
-from vmcell_shim.stdio import Stdio
+from vmcell_shim.stdio import Stdio, StreamOwner
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class Container:
         request: CreateTaskRequest,
         *,
         sandbox: Sandbox,
+        namespace: str,
         config: ShimConfig,
         files: SandboxFiles,
         own_dir: str,
@@ -108,11 +109,15 @@ class Container:
         self._saves_writes = False
         self._oom_kills = 0
         self._held_signals: list[int] = []
+        self._owner = StreamOwner(
+            namespace=namespace, container_id=request.id, warn=journal.warning
+        )
         stdio = Stdio(
             stdin=request.stdin,
             stdout=request.stdout,
             stderr=request.stderr,
             terminal=request.terminal,
+            owner=self._owner,
         )
         self.init = Process(self.id, "", stdio)
         self._processes: dict[str, Process] = {"": self.init}
@@ -225,6 +230,7 @@ class Container:
             stdout=request.stdout,
             stderr=request.stderr,
             terminal=request.terminal,
+            owner=self._owner,
         )
         process = Process(self.id, request.exec_id, stdio)
         with self._lock:
@@ -234,13 +240,13 @@ class Container:
         if taken:
             stdio.close()
             raise CallerError(f"exec {request.exec_id} exists already", code="already_exists")
-        message = AddProcessRequest(
-            container_id=self.id,
-            exec_id=request.exec_id,
-            process_json=request.spec.value if request.spec else b"",
-            streams=stdio.declare(self.guest.next_stream_id),
-        )
         try:
+            message = AddProcessRequest(
+                container_id=self.id,
+                exec_id=request.exec_id,
+                process_json=request.spec.value if request.spec else b"",
+                streams=stdio.declare(self.guest.next_stream_id),
+            )
             self.guest.call("AddProcess", message, Empty, self._config.boot_timeout_s)
             process.advance("created")
         except BaseException:
@@ -467,7 +473,7 @@ class Container:
     def _finish(self, process: Process, status: int) -> None:
         if not process.finish(status, lambda: self._publish_exit(process)):
             return
-        process.stdio.close()
+        process.stdio.end()
         self._journal.info(f"{process.name} ended with {status}")
         if not process.exec_id and not self.sandbox.is_pod:
             threading.Thread(target=self._end_vm, name="end-vm", daemon=True).start()

@@ -121,6 +121,7 @@ class Registry:
                 container = self._containers[request.id] = kind(
                     request,
                     sandbox=sandbox,
+                    namespace=self._namespace,
                     config=config,
                     files=files,
                     own_dir=os.path.join(config.cache_dir, "sandboxes", *names),

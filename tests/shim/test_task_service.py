@@ -21,7 +21,9 @@ from vmcell_protos.events import TaskExit, TaskStart
 from vmcell_protos.metrics import Metrics
 from vmcell_protos.wellknown import Empty
 from vmcell_shim.process import Process
-from vmcell_shim.stdio import Stdio
+from vmcell_shim.stdio import Stdio, StreamOwner
+
+OWNER = StreamOwner(namespace="test", container_id="c1", warn=print)
 
 
 @pytest.fixture
@@ -173,7 +175,7 @@ def test_exec_with_a_client_that_does_not_read_has_an_exit_before_the_delete(shi
 
 def test_exit_is_published_before_anybody_is_told() -> None:
     order: list[str] = []
-    process = Process("c1", "", Stdio(stdin="", stdout="", stderr="", terminal=False))
+    process = Process("c1", "", Stdio(stdin="", stdout="", stderr="", terminal=False, owner=OWNER))
 
     def wait() -> None:
         process.wait_ended(20)

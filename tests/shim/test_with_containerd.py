@@ -90,6 +90,30 @@ def test_detached_task_exec_and_metrics(containerd: PrivateContainerd) -> None:
     assert containerd.ctr("task", "delete", "c1").returncode != 0
 
 
+def test_log_uris(containerd: PrivateContainerd) -> None:
+    """A detached task whose streams go to a file, then one whose streams go to a program."""
+    directory = containerd.directory / "logs"
+    command = ("sh", "-c", "echo out; echo err >&2")
+    flags = ("-d", "--log-uri", f"file://{directory}/file")
+    assert containerd.run("c1", *command, flags=flags).returncode == 0
+    wait_until(lambda: containerd.status("c1") == "STOPPED", "the exit")
+    assert sorted((directory / "file").read_text().split()) == ["err", "out"]
+    remove(containerd, "c1")
+    program = containerd.directory / "logger"
+    program.write_text(
+        f"#!/bin/sh\nexec 5>&-\ncat <&3 >{directory}/$2-$CONTAINER_NAMESPACE-$CONTAINER_ID-out &\n"
+        f"cat <&4 >{directory}/err\nwait\n"
+    )
+    program.chmod(0o755)
+    flags = ("-d", "--log-uri", f"binary://{program}?name=log")
+    done = containerd.run("c1", *command, flags=flags)
+    assert done.returncode == 0, done.stderr
+    wait_until(lambda: containerd.status("c1") == "STOPPED", "the exit")
+    remove(containerd, "c1")
+    logged = [(directory / name).read_text() for name in ("log-default-c1-out", "err")]
+    assert logged == ["out\n", "err\n"]
+
+
 def test_killed_vmm(containerd: PrivateContainerd) -> None:
     containerd.run("c1", "sleep", "600", flags=("-d",))
     began = time.monotonic()
