@@ -12,6 +12,9 @@ journal        log lines for containerd's FIFO and for shim.log
 spawn          run a program to its end without subprocess
 living         processes by pid and start time: alive, killed, gone
 sandbox_files  the files of one sandbox on the host, and their removal
+mount_calls  mount calls that CPython lacks, in other namespaces too
+virtiofsd  the daemon that serves live directories
+share    the live directories of one sandbox
 oci_json       config.json: read with limits, taken apart with names
 annotations    the allow-list under io.vmcell.
 sizing         how many vCPUs, how much memory

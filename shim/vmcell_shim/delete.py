@@ -16,7 +16,7 @@ from vmcell_shim.bundle import remove_dead_socket
 from vmcell_shim.sandbox_files import BUNDLE_LINK, kill_survivors, load
 
 KILLED_STATUS = 137
-_KILL_TIMEOUT_S = 1.0
+_KILL_TIMEOUT_S = 0.5
 
 
 def delete(bundle: str) -> bytes:

@@ -1,8 +1,9 @@
 """The files of one sandbox on the host, and their removal by whoever is left.
 
-<state_dir>/<namespace>/<id>/ holds `state.json` (which processes live, which files elsewhere are
-the sandbox's own) and the logs of console, shim and VMM. The bundle's link `vmcell` leads there, so
-that `delete` finds everything without the host's configuration. Every removal is idempotent.
+<state_dir>/<namespace>/<id>/ holds `state.json` (which processes live: shim, VMM and helpers; which
+files elsewhere are the sandbox's own) and the logs of console, shim and VMM. The bundle's link
+`vmcell` leads there, so that `delete` finds everything without the host's configuration. Every
+removal is idempotent.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import shutil
 
 from vmcell_protos.errors import HostError
-from vmcell_shim.living import Living, kill_and_wait
+from vmcell_shim.living import Living, kill_all
 
 BUNDLE_LINK = "vmcell"
 _MAKE_TRIES = 100
@@ -26,6 +27,7 @@ class SandboxFiles:
         self.directory = directory
         self.shim: Living | None = None
         self.vmm: Living | None = None
+        self.helpers: list[Living] = []
         self.owned: list[str] = []
         self.log_dir = ""
 
@@ -59,6 +61,7 @@ class SandboxFiles:
             "version": 1,
             "shim": self.shim,
             "vmm": self.vmm,
+            "helpers": self.helpers,
             "owned": self.owned,
             "log_dir": self.log_dir,
         }
@@ -117,6 +120,7 @@ def load(directory: str) -> SandboxFiles:
             state = json.load(file)
         files.shim = Living(*state["shim"]) if state["shim"] else None
         files.vmm = Living(*state["vmm"]) if state["vmm"] else None
+        files.helpers = [Living(*helper) for helper in state["helpers"]]
         files.owned = [str(path) for path in state["owned"]]
         files.log_dir = str(state["log_dir"])
     except FileNotFoundError:
@@ -127,10 +131,12 @@ def load(directory: str) -> SandboxFiles:
 
 
 def kill_survivors(files: SandboxFiles, timeout_s: float) -> int:
-    """SIGKILL for VMM and shim where they still live; returns the VMM's pid, 0 if never known."""
-    for process in (files.vmm, files.shim):
-        if process is not None and process.pid != os.getpid():
-            kill_and_wait(process, timeout_s)
+    """SIGKILL for VMM, shim and helpers where they still live; the VMM's pid, 0 if never known.
+
+    Mounts need no undoing: those of virtiofsd end with it.
+    """
+    processes = [files.vmm, files.shim, *files.helpers]
+    kill_all([row for row in processes if row is not None and row.pid != os.getpid()], timeout_s)
     return files.vmm.pid if files.vmm else 0
 
 
