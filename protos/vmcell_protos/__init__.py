@@ -14,6 +14,7 @@ rtnetlink_rows  links, addresses, routes and neighbours as dumps tell them
 rtnetlink_tc    traffic control: one interface's frames redirected to another
 agent           shim ↔ guest agent (generated)
 task            containerd's Task service (generated)
+sandbox         containerd's sandbox API (generated)
 events          containerd's task events and their envelope (generated)
 metrics         cgroup v2 metrics for Task.Stats (generated)
 bootstrap       what containerd exchanges with the shim binary (generated)

@@ -48,6 +48,11 @@ class BindShare:
     read_only: bool
     options: tuple[str, ...]
 
+    @property
+    def follows_host(self) -> bool:
+        """Whether mounts that come below it on the host are to be seen (runtime-spec, rslave)."""
+        return bool({"rslave", "rshared", "slave", "shared"} & set(self.options))
+
 
 class NotCopied(Exception):
     """A file or tree that is to be shared instead of copied; the text says why."""

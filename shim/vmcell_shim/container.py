@@ -171,14 +171,14 @@ class Container:
         self._footprint.open(self.bundle)
         images = self._footprint.images(source)
         self._journal.info(f"root images {images.lowers}, disk {images.disk or 'none'}")
-        self._saves_writes = bool(images.disk and source.snapshot_dir)
+        self._saves_writes = images.keeps_writes
         deadline = min(deadline, time.monotonic() + self._config.boot_timeout_s)
         if deadline <= time.monotonic():
             raise HostError(
                 "the client gave up while the root image was made; it is kept, so try again",
                 code="deadline_exceeded",
             )
-        self.sandbox.boot(plan, self.bundle, images, deadline)
+        self.sandbox.boot(plan, spec, self.bundle, images, deadline)
         request = CreateContainerRequest(
             container_id=self.id,
             rootfs=self._footprint.attach(images, plan).rootfs,

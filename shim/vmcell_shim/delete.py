@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 
+from vmcell_protos.errors import HostError
 from vmcell_protos.task import DeleteResponse
 from vmcell_protos.wellknown import Timestamp
 from vmcell_shim.bundle import remove_dead_socket
@@ -18,10 +19,12 @@ from vmcell_shim.sandbox_files import BUNDLE_LINK, kill_survivors, load
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmcell_shim.sandbox_files import SandboxFiles
 
 KILLED_STATUS = 137
-_KILL_TIMEOUT_S = 1.0
+_KILL_TIMEOUT_S = 0.5
 
 
 def delete(bundle: str) -> bytes:
@@ -36,7 +39,7 @@ def delete(bundle: str) -> bytes:
         files = load(os.readlink(link))
         alone = not files.sandbox
         pid = kill_survivors(files, _KILL_TIMEOUT_S) if alone else _leave_pod(files)
-        files.remove()
+        _raise_all(_undo_network(files), files.remove)
         os.unlink(link)
     remove_dead_socket(bundle)
     now = time.time_ns()
@@ -50,5 +53,24 @@ def _leave_pod(member: SandboxFiles) -> int:
     if pod.shim is not None and start_ticks(pod.shim.pid) == pod.shim.start_ticks:
         return pod.vmm.pid if pod.vmm else 0
     pid = kill_survivors(pod, _KILL_TIMEOUT_S)
-    pod.remove()
+    _raise_all(_undo_network(pod), pod.remove)
     return pid
+
+
+def _undo_network(files: SandboxFiles) -> list[str]:
+    if not (files.network or files.poststop or os.path.exists(files.namespace)):
+        return []
+    # Most sandboxes have none, and every delete waits for what is imported here.
+    from vmcell_shim.sandbox_network import undo
+
+    return undo(files)
+
+
+def _raise_all(failures: list[str], last_step: Callable[[], None]) -> None:
+    """Runs the last step whatever failed before; HostError for all of it."""
+    try:
+        last_step()
+    except HostError as error:
+        failures.append(str(error))
+    if failures:
+        raise HostError("; ".join(failures))

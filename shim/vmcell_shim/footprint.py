@@ -17,7 +17,7 @@ from vmcell_protos.wellknown import Empty
 from vmcell_shim.binds import FILE_LIMIT_BYTES
 from vmcell_shim.client import ConnectionLost
 from vmcell_shim.refresh import Refresh
-from vmcell_shim.rootfs import prepare_root
+from vmcell_shim.rootfs import MAX_LOWERS, prepare_root
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 # containerd's CRI gives Kill and Delete ten seconds together.
 _REMOVE_ANSWER_S = 6.0
 _COPY_ANSWER_S = 10.0
+# Windows of a pod's VM are few; what has more layers is merged into one image.
+MAX_POD_LOWERS = 2
 _READ_BACK_ANSWER_S = 2.0
 
 
@@ -56,6 +58,7 @@ class Footprint:
         self._journal = journal
         self._refresh: Refresh | None = None
         self._shares: list[int] = []
+        self._images: RootImages | None = None
         self._devices: RootDevices | None = None
 
     def open(self, bundle: str) -> None:
@@ -67,19 +70,26 @@ class Footprint:
             self._files.create(bundle)
 
     def images(self, source: RootSource) -> RootImages:
-        """The root's images and disk, made where they are missing. Raises HostError."""
-        return prepare_root(
+        """The root's images and disk, made where they are missing. Raises VmcellError."""
+        self._images = prepare_root(
             source,
             cache_dir=self._config.cache_dir,
             own_dir=self._own_dir,
             writable_mib=self._config.writable_mib,
+            cache_limit_mib=self._config.cache_limit_mib,
+            max_lowers=MAX_POD_LOWERS if self._sandbox.is_pod else MAX_LOWERS,
         )
+        return self._images
 
     def attach(self, images: RootImages, plan: GuestPlan) -> RootDevices:
         """Brings devices and shares into the guest; completes the plan's spec with the shares'
         numbers. Raises VmcellError."""
         for live in plan.shares:
-            number = self._sandbox.share(live.share.source, read_only=live.share.read_only)
+            number = self._sandbox.share(
+                live.share.source,
+                read_only=live.share.read_only,
+                follow=live.share.follows_host,
+            )
             self._shares.append(number)
             live.mount["source"] = str(number)
         self._refresh = Refresh(list(plan.copies), self._push)
@@ -144,10 +154,14 @@ class Footprint:
         """What it has on the host goes; alone in its sandbox, that goes too. HostError."""
         if self._refresh is not None:
             self._refresh.close()
-        if self._files is self._sandbox.files:
-            self._sandbox.close()
-        else:
-            self._files.remove()
+        try:
+            if self._files is self._sandbox.files:
+                self._sandbox.close()
+            else:
+                self._files.remove()
+        finally:
+            if self._images is not None:
+                self._images.close()
 
     def ref(self) -> ContainerRef:
         """The container as the guest's agent knows it."""

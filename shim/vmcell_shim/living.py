@@ -9,7 +9,12 @@ from __future__ import annotations
 import os
 import select
 import signal
+import time
 from typing import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class Living(NamedTuple):
@@ -39,18 +44,45 @@ def identify(pid: int) -> Living:
     return Living(pid, ticks)
 
 
-def kill_and_wait(process: Living, timeout_s: float) -> bool:
-    """SIGKILL, then wait until it is gone; True when it is gone (or was before)."""
+def kill_all(processes: Iterable[Living], timeout_s: float) -> list[Living]:
+    """SIGKILL for each, then one wait for all; those that are not gone when it is over."""
+    waiting: dict[int, Living] = {}
+    poll = select.poll()
+    deadline = time.monotonic() + timeout_s
+    try:
+        for process in processes:
+            pidfd = _kill(process)
+            if pidfd is not None:
+                waiting[pidfd] = process
+                poll.register(pidfd, select.POLLIN)
+        while waiting:
+            ready = poll.poll(max(0, int((deadline - time.monotonic()) * 1000)))
+            for pidfd, _ in ready:
+                poll.unregister(pidfd)
+                del waiting[pidfd]
+                os.close(pidfd)
+            if not ready:
+                break
+        return list(waiting.values())
+    finally:
+        for pidfd in waiting:
+            os.close(pidfd)
+
+
+def _kill(process: Living) -> int | None:
+    """Its pidfd, SIGKILL sent; None when it has been gone before."""
     try:
         pidfd = os.pidfd_open(process.pid)
     except ProcessLookupError:
-        return True
+        return None
     try:
-        if start_ticks(process.pid) != process.start_ticks:
-            return True
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        return bool(poll.poll(int(timeout_s * 1000)))
-    finally:
+        if start_ticks(process.pid) == process.start_ticks:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            return pidfd
+    except ProcessLookupError:
+        pass  # it ended by itself just now
+    except BaseException:
         os.close(pidfd)
+        raise
+    os.close(pidfd)
+    return None

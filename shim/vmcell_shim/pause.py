@@ -39,7 +39,7 @@ class PauseContainer(Container):
         )
         self._footprint.open(self.bundle)
         deadline = min(deadline, time.monotonic() + self._config.boot_timeout_s)
-        self.sandbox.boot(plan, self.bundle, None, deadline)
+        self.sandbox.boot(plan, spec, self.bundle, None, deadline)
 
     def start(self, process: Process) -> int:
         process.advance("start")

@@ -16,10 +16,12 @@ import threading
 from typing import NamedTuple
 
 from vmcell_protos.agent import Rootfs
-from vmcell_protos.errors import CallerError, HostError, VmcellError
+from vmcell_protos.errors import HostError, VmcellError
 from vmcell_shim.guest import Guest, Plugged
 from vmcell_shim.living import identify
+from vmcell_shim.sandbox_network import SandboxNetwork
 from vmcell_shim.shape import GuestShape
+from vmcell_shim.share import Share
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,8 +29,10 @@ if TYPE_CHECKING:
 
     from vmcell_shim.config import ShimConfig
     from vmcell_shim.journal import Journal
+    from vmcell_shim.oci_json import Json
     from vmcell_shim.rootfs import RootImages
     from vmcell_shim.sandbox_files import SandboxFiles
+    from vmcell_shim.shape import NetPort
     from vmcell_shim.spec import GuestPlan
 
 # A pod's containers have two windows each, image and disk: twelve containers at once.
@@ -67,13 +71,21 @@ class Sandbox:
         self._changed = threading.Condition()
         self._boot_error: VmcellError | None = None
         self.guest = Guest(journal, on_end)
+        self.network = SandboxNetwork(files, journal)
+        self._share: Share | None = None
 
     def boot(
-        self, plan: GuestPlan, bundle: str, images: RootImages | None, deadline: float
+        self,
+        plan: GuestPlan,
+        spec: Json,
+        bundle: str,
+        images: RootImages | None,
+        deadline: float,
     ) -> None:
         """The VM is up when this returns; whoever comes first boots it, others wait.
 
-        `deadline` in time.monotonic() seconds. Raises VmcellError; close the sandbox then.
+        `spec` is that of the container it is booted for, in `bundle`; `deadline` in
+        time.monotonic() seconds. Raises VmcellError; close the sandbox then.
         """
         with self._changed:
             first = self.state == NEW
@@ -86,7 +98,7 @@ class Sandbox:
             if not first:
                 return
         try:
-            self._boot(plan, bundle, images, deadline)
+            self._boot(plan, spec, bundle, images, deadline)
         except BaseException as error:
             self._settle(error if isinstance(error, VmcellError) else HostError(repr(error)))
             raise
@@ -99,7 +111,12 @@ class Sandbox:
             self._changed.notify_all()
 
     def _boot(
-        self, plan: GuestPlan, bundle: str, images: RootImages | None, deadline: float
+        self,
+        plan: GuestPlan,
+        spec: Json,
+        bundle: str,
+        images: RootImages | None,
+        deadline: float,
     ) -> None:
         self.files.shim = identify(os.getpid())
         self.files.create(bundle)
@@ -107,10 +124,24 @@ class Sandbox:
         size = plan.size
         self._journal.info(f"booting {self.id}: {size.vcpus} vCPUs, {size.memory_mib} MiB")
         self.memory_mib, self.vcpus = size.memory_mib, size.vcpus
-        hello = self.guest.boot(self._shape(plan, images), deadline, self._record_vmm)
+        nets = self.network.open(plan.network, spec, self.id, bundle)
+        if plan.shares or self.is_pod:
+            # What a pod's members will share is not known yet.
+            self._share = Share(self.files.directory, self._share_lost)
+            self.files.helpers = self._share.helpers
+            self.files.save()
+        hello = self.guest.boot(self._shape(plan, nets, images), deadline, self._record_vmm)
+        self.network.booted()
+        if self.is_pod:
+            self.network.forward_ports(self.guest.dial_forward)
         self._journal.info(f"guest {hello.kernel_release} ready, agent {hello.agent_version}")
 
-    def _shape(self, plan: GuestPlan, images: RootImages | None) -> GuestShape:
+    def _share_lost(self, reason: str) -> None:
+        self._journal.error(f"live directories of {self.id} are gone: {reason}")
+
+    def _shape(
+        self, plan: GuestPlan, nets: tuple[NetPort, ...], images: RootImages | None
+    ) -> GuestShape:
         return GuestShape(
             kernel=self._config.kernel,
             base_image=self._config.base_image,
@@ -119,13 +150,17 @@ class Sandbox:
             vcpus=plan.size.vcpus,
             memory_mib=plan.size.memory_mib,
             spare_windows=POD_WINDOWS if self.is_pod else 0,
-            nets=plan.nets,
-            share=None,
+            nets=nets,
+            share=self._open_share if self._share is not None else None,
             hostname=plan.hostname,
             sysctls=plan.sysctls if self.is_pod else {},
             console_log=self.files.console_log,
             vmm_log=self.files.vmm_log,
         )
+
+    def _open_share(self) -> int:
+        assert self._share is not None
+        return os.dup(self._share.connection.fileno())
 
     def _record_vmm(self, pid: int) -> None:
         try:
@@ -169,12 +204,19 @@ class Sandbox:
             tuple(plugged),
         )
 
-    def share(self, source: str, *, read_only: bool) -> int:
+    def share(self, source: str, *, read_only: bool, follow: bool) -> int:
         """The number under which the guest finds a live directory or file. Raises VmcellError."""
-        raise CallerError("live shares come with the share module", code="unimplemented")
+        if self._share is None:
+            raise HostError(f"{source} cannot be shared: the microVM has no file system device")
+        return self._share.add(source, read_only=read_only, follow=follow)
 
     def unshare(self, number: int) -> None:
-        """Takes a share away again."""
+        """Takes a share away again; one that stays is logged and ends with the sandbox."""
+        try:
+            if self._share is not None:
+                self._share.remove(number)
+        except VmcellError as error:
+            self._journal.warning(f"share {number} of {self.id} stays: {error}")
 
     def detach(self, plugged: tuple[Plugged, ...] | list[Plugged]) -> None:
         """Takes a container's devices out; one that stays is logged and keeps its window."""
@@ -192,4 +234,9 @@ class Sandbox:
             self.state = CLOSED
             self._changed.notify_all()
         self.guest.close()
-        self.files.remove()
+        self.network.close()
+        try:
+            if self._share is not None:
+                self._share.close()
+        finally:
+            self.files.remove()

@@ -1,9 +1,10 @@
 """The files of one sandbox on the host, and their removal by whoever is left.
 
-<state_dir>/<namespace>/<id>/ holds `state.json` (which processes live, which files elsewhere are
-the sandbox's own) and the logs of console, shim and VMM. A pod's member has such a directory too,
-without processes, and names its pod's (`sandbox`). The bundle's link `vmcell` leads there, so
-that `delete` finds everything without the host's configuration. Every removal is idempotent.
+<state_dir>/<namespace>/<id>/ holds `state.json` (which processes live: shim, VMM and helpers; which
+files elsewhere are the sandbox's own; how to undo its network) and the logs of console, shim and
+VMM. A pod's member has such a directory too, without processes, and names its pod's (`sandbox`).
+The bundle's link `vmcell` leads there, so that `delete` finds everything without the host's
+configuration. Every removal is idempotent.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ import os
 import shutil
 
 from vmcell_protos.errors import HostError
-from vmcell_shim.living import Living, kill_and_wait
+from vmcell_shim.living import Living, kill_all
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmcell_shim.oci_json import Json
 
 BUNDLE_LINK = "vmcell"
 _MAKE_TRIES = 100
@@ -27,9 +32,17 @@ class SandboxFiles:
         self.directory = directory
         self.shim: Living | None = None
         self.vmm: Living | None = None
+        self.helpers: list[Living] = []
         self.owned: list[str] = []
         self.sandbox = ""
+        self.network: Json = {}
+        self.poststop: Json = {}
         self.log_dir = ""
+
+    @property
+    def namespace(self) -> str:
+        """Where the network namespace stands that was made for this sandbox alone."""
+        return os.path.join(self.directory, "netns")
 
     @property
     def console_log(self) -> str:
@@ -61,8 +74,11 @@ class SandboxFiles:
             "version": 1,
             "shim": self.shim,
             "vmm": self.vmm,
+            "helpers": self.helpers,
             "owned": self.owned,
             "sandbox": self.sandbox,
+            "network": self.network,
+            "poststop": self.poststop,
             "log_dir": self.log_dir,
         }
         path = os.path.join(self.directory, "state.json")
@@ -120,8 +136,11 @@ def load(directory: str) -> SandboxFiles:
             state = json.load(file)
         files.shim = Living(*state["shim"]) if state["shim"] else None
         files.vmm = Living(*state["vmm"]) if state["vmm"] else None
+        files.helpers = [Living(*helper) for helper in state["helpers"]]
         files.owned = [str(path) for path in state["owned"]]
         files.sandbox = str(state["sandbox"])
+        files.network = dict(state["network"])
+        files.poststop = dict(state["poststop"])
         files.log_dir = str(state["log_dir"])
     except FileNotFoundError:
         pass
@@ -131,10 +150,12 @@ def load(directory: str) -> SandboxFiles:
 
 
 def kill_survivors(files: SandboxFiles, timeout_s: float) -> int:
-    """SIGKILL for VMM and shim where they still live; returns the VMM's pid, 0 if never known."""
-    for process in (files.vmm, files.shim):
-        if process is not None and process.pid != os.getpid():
-            kill_and_wait(process, timeout_s)
+    """SIGKILL for VMM, shim and helpers where they still live; the VMM's pid, 0 if never known.
+
+    Mounts need no undoing: those of virtiofsd end with it.
+    """
+    processes = [files.vmm, files.shim, *files.helpers]
+    kill_all([row for row in processes if row is not None and row.pid != os.getpid()], timeout_s)
     return files.vmm.pid if files.vmm else 0
 
 

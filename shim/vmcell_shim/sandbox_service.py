@@ -89,15 +89,18 @@ class SandboxService:
     def _start(self, payload: bytes, timeout_ns: int) -> Message:
         pod = self._found(messages.StartSandboxRequest.decode(payload).sandbox_id)
         config = load_config()
+        spec = _spec_of(pod.request)
         plan = plan_pod(
-            _spec_of(pod.request),
+            spec,
             default_vcpus=config.default_vcpus,
             default_memory_mib=config.default_memory_mib,
         )
         timeout_s = min(timeout_ns / 1e9 if timeout_ns > 0 else float("inf"), config.boot_timeout_s)
         pod.sandbox.files.log_dir = config.log_dir
         try:
-            pod.sandbox.boot(plan, pod.request.bundle_path, None, time.monotonic() + timeout_s)
+            pod.sandbox.boot(
+                plan, spec, pod.request.bundle_path, None, time.monotonic() + timeout_s
+            )
         except BaseException:
             pod.end(KILLED_STATUS)
             self._registry.close_sandbox(pod.sandbox)
@@ -176,8 +179,8 @@ class SandboxService:
 
 def _spec_of(request: messages.CreateSandboxRequest) -> Json:
     """What the request says, in the places of an OCI spec."""
-    network = {"type": "network", "path": request.netns_path} if request.netns_path else None
+    network = {"type": "network", "path": request.netns_path}
     return {
         "annotations": dict(request.annotations),
-        "linux": {"namespaces": [network] if network else [], "resources": {}},
+        "linux": {"namespaces": [network], "resources": {}},
     }

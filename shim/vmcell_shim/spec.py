@@ -11,14 +11,14 @@ import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vmcell_protos.agent import FileCopy, Interface
+from vmcell_protos.agent import FileCopy
 from vmcell_protos.errors import CallerError
-from vmcell_shim.annotations import Annotations, TapNetwork, parse_annotations
+from vmcell_shim.annotations import TapNetwork, parse_annotations
 from vmcell_shim.binds import BindCopy, BindShare, plan_bind
+from vmcell_shim.hooks import parse_hooks
 from vmcell_shim.oci_json import take, take_rows, take_strings
-from vmcell_shim.shape import NetPort
+from vmcell_shim.sandbox_network import NetworkPlan, plan_network
 from vmcell_shim.sizing import MachineSize, machine_size, pod_resources
-from vmcell_shim.tap import open_tap
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class _Mounts(NamedTuple):
 class GuestPlan:
     """Everything a spec says about the VM and its guest. `root_path` as in the spec, "" if none.
 
-    `size`, `hostname`, `nets` and `sysctls` are the VM's; a pod's members say nothing of them.
+    `size`, `hostname`, `network` and `sysctls` are the VM's; a pod's members have no say in them.
     `files` are the copies of `copies`, and what annotations add to them.
     """
 
@@ -64,7 +64,7 @@ class GuestPlan:
     shares: tuple[LiveMount, ...]
     init: str
     hostname: str
-    nets: tuple[NetPort, ...]
+    network: NetworkPlan
     sysctls: dict[str, str]
     shared_namespaces: tuple[str, ...]
     root_path: str
@@ -80,10 +80,10 @@ def plan_guest(
     spec names by path.
     """
     annotations = parse_annotations(spec)
-    _refuse_host_things(spec)
+    _refuse_host_things(spec, in_pod=in_pod)
     if not take(spec, "process", dict, {}) and not annotations.init:
         raise CallerError("config.json has no process; an OCI spec names what to run")
-    namespaces, shared = _guest_namespaces(spec, annotations, in_pod=in_pod)
+    namespaces, shared = _guest_namespaces(spec, in_pod=in_pod)
     mounts = _split_mounts(spec, in_pod=in_pod)
     files = [file for copy in mounts.copies for file in _files_of(copy)]
     if annotations.network and annotations.network.nameservers:
@@ -102,7 +102,7 @@ def plan_guest(
         files=tuple(files),
         init=annotations.init,
         hostname=take(spec, "hostname", str, ""),
-        nets=(_tap_port(annotations.network),) if annotations.network else (),
+        network=NetworkPlan() if in_pod else plan_network(spec, annotations.network),
         sysctls={},
         shared_namespaces=shared,
         root_path=take(spec, "root.path", str, ""),
@@ -110,13 +110,13 @@ def plan_guest(
     )
 
 
-def _refuse_host_things(spec: Json) -> None:
-    for name, hooks in take(spec, "hooks", dict, {}).items():
-        if hooks:
-            raise CallerError(
-                f"config.json has hooks.{name}; OCI hooks are not run by this version of vmcell",
-                code="unimplemented",
-            )
+def _refuse_host_things(spec: Json, *, in_pod: bool) -> None:
+    if in_pod and any(parse_hooks(spec).values()):
+        raise CallerError(
+            "config.json has hooks; vmcell runs those of a container alone in its microVM and of a "
+            "pod's sandbox, not of a pod's members",
+            code="unimplemented",
+        )
     if not take(spec, "linux", dict, {}):
         raise CallerError("config.json has no linux section; vmcell runs Linux containers")
 
@@ -146,7 +146,7 @@ def plan_pod(spec: Json, *, default_vcpus: int, default_memory_mib: int) -> Gues
         shares=(),
         init="",
         hostname=take(spec, "hostname", str, ""),
-        nets=(_tap_port(annotations.network),) if annotations.network else (),
+        network=plan_network(spec, annotations.network),
         sysctls=sysctls,
         shared_namespaces=(),
         root_path="",
@@ -154,18 +154,7 @@ def plan_pod(spec: Json, *, default_vcpus: int, default_memory_mib: int) -> Gues
     )
 
 
-def _tap_port(network: TapNetwork) -> NetPort:
-    interface = Interface(
-        name="eth0", mac=network.mac, addresses=[network.address], gateway=network.gateway
-    )
-    return NetPort(
-        open=lambda: open_tap(network.tap), mac=network.mac, mtu=1500, interface=interface
-    )
-
-
-def _guest_namespaces(
-    spec: Json, annotations: Annotations, *, in_pod: bool
-) -> tuple[list[Json], tuple[str, ...]]:
+def _guest_namespaces(spec: Json, *, in_pod: bool) -> tuple[list[Json], tuple[str, ...]]:
     """The namespaces to make in the guest, and those it shares with its pod; outside of a pod one
     that exists on the host is refused by its path."""
     namespaces, shared = [], []
@@ -174,7 +163,7 @@ def _guest_namespaces(
         if path and in_pod and kind in SHARED_NAMESPACES:
             shared.append(kind)
             continue
-        if path and not (kind == "network" and (in_pod or annotations.network)):
+        if path and kind != "network":
             raise CallerError(
                 f"linux.namespaces asks to join the {kind} namespace {path}; "
                 "a microVM cannot join a namespace of the host",

@@ -50,13 +50,13 @@ def plan(**changes: Any) -> GuestPlan:
 
 
 def limits(**resources: Any) -> dict[str, Any]:
-    return {"namespaces": [], "resources": resources}
+    return {"namespaces": [{"type": "network"}], "resources": resources}
 
 
 def test_plain_spec() -> None:
     made = plan()
     assert (made.size.vcpus, made.size.memory_mib) == (1, 512)
-    assert (made.hostname, made.init, made.nets) == ("box", "", ())
+    assert (made.hostname, made.init, made.network.namespace) == ("box", "", "")
     guest = made.guest_spec
     assert guest["process"] == {"args": ["sh"], "cwd": "/"}
     assert "annotations" not in guest
@@ -104,10 +104,11 @@ REFUSED = {
     "10.88.0.3/33": {"annotations": {**NETWORK, "io.vmcell.net.address": "10.88.0.3/33"}},
     "10.88.0.3/²": {"annotations": {**NETWORK, "io.vmcell.net.address": "10.88.0.3/²"}},
     "unicast MAC": {"annotations": {**NETWORK, "io.vmcell.net.mac": "01:00:00:00:00:03"}},
-    "hooks.prestart": {"hooks": {"prestart": [{"path": "/bin/true"}]}},
+    "hooks.createContainer": {"hooks": {"createContainer": [{"path": "/bin/true"}]}},
+    "no network namespace": {"linux": {"namespaces": [{"type": "pid"}]}},
     "/proc/1/ns/net": {"linux": {"namespaces": [{"type": "network", "path": "/proc/1/ns/net"}]}},
     "pid namespace /proc/1/ns/pid": {
-        "linux": {"namespaces": [{"type": "pid", "path": "/proc/1/ns/pid"}]}
+        "linux": {"namespaces": [{"type": "network"}, {"type": "pid", "path": "/proc/1/ns/pid"}]}
     },
     "type 'nfs'": {"mounts": [{"destination": "/x", "type": "nfs", "source": "host:/"}]},
     "plain path": {"mounts": [{"destination": "/x/../..", "type": "tmpfs"}]},
@@ -132,8 +133,8 @@ def test_refusals_name_what_is_wrong(sentence: str) -> None:
 def test_network_annotations() -> None:
     linux = {"namespaces": [{"type": "network", "path": "/var/run/netns/x"}]}
     made = plan(annotations=NETWORK, linux=linux)
-    (port,) = made.nets
-    assert (port.mac, port.interface.addresses) == ("02:00:00:00:00:03", ["10.88.0.3/31"])
+    assert made.network.tap is not None
+    assert (made.network.tap.tap, made.network.tap.address) == ("vc3", "10.88.0.3/31")
     resolv = made.files[-1]
     assert resolv.destination == "/etc/resolv.conf"
     assert resolv.content == b"nameserver 10.88.0.2\nnameserver 1.1.1.1\n"

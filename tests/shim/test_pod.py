@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_share import FakeShare
 from fake_vmm import FakeVmm
 from shim_harness import Shim, running_shim
 
@@ -79,9 +80,10 @@ def test_life_of_a_pod(shim: Shim) -> None:
     assert shim.delete(container_id=POD).exit_status == 137
     assert shim.left_behind() == []
     assert not shim.registry.in_use
-    topics = shim.containerd.topics()
-    assert topics[:4] == ["create", "start", "create", "create"]
-    assert topics[-2:] == ["exit", "delete"]
+    shim.containerd.wait_topics(
+        *("create", "start", "create", "create"),
+        *("start", "exit", "delete", "exit", "delete", "exit", "delete"),
+    )
 
 
 def test_shared_namespaces_and_memory_reach_the_guest(shim: Shim) -> None:
@@ -150,6 +152,12 @@ def test_a_member_that_cannot_be_made_leaves_the_pod_as_it_was(
     member(shim, "a", "/bin/true")
 
 
+def test_hooks_of_a_member_are_refused(shim: Shim) -> None:
+    start_pod(shim)
+    with pytest.raises(VmcellError, match="hooks"):
+        member(shim, "a", "/bin/true", hooks={"poststop": [{"path": "/bin/true"}]})
+
+
 def test_pause_container_runs_nothing(shim: Shim) -> None:
     start_pod(shim)
     for request, method in (
@@ -207,3 +215,19 @@ def test_delete_of_a_member_takes_a_pod_without_shim_along(shim: Shim) -> None:
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     assert not (shim.directory / "run/test/p1").exists()
+
+
+def test_live_directories_are_shared_and_taken_back(shim: Shim) -> None:
+    start_pod(shim)
+    data = shim.directory / "data"
+    data.mkdir()
+    bind = {"destination": "/data", "type": "bind", "source": str(data), "options": ["rbind", "rw"]}
+    member(shim, "a", "/bin/true", mounts=[bind])
+    share = shim.registry.container(POD).sandbox._share
+    assert isinstance(share, FakeShare)
+    assert share.sources == {0: (str(data), False)}
+    (mount,) = shim.record()["spec"]["mounts"]
+    assert (mount["type"], mount["source"]) == ("virtiofs", "0")
+    shim.kill(container_id="a")
+    shim.delete(container_id="a")
+    assert share.sources == {}

@@ -399,7 +399,7 @@ BAD_SPECS = {
     "99": {"annotations": {"io.vmcell.vcpus": "99"}},
     "0 vCPUs": {"annotations": {"io.vmcell.vcpus": "0"}},
     "1 MiB": {"annotations": {"io.vmcell.memory-mib": "1"}},
-    "hooks.createRuntime": {"hooks": {"createRuntime": [{"path": "/bin/true"}]}},
+    "hooks.createContainer": {"hooks": {"createContainer": [{"path": "/bin/true"}]}},
     "/var/run/netns/x": {
         "linux": {"namespaces": [{"type": "network", "path": "/var/run/netns/x"}]}
     },

@@ -17,13 +17,14 @@ from typing import Any, TypeVar
 
 import fake_vmm
 import pytest
+from fake_share import FakeShare
 
 from vmcell_protos import task
 from vmcell_protos.events import ForwardRequest
 from vmcell_protos.wellknown import Any as AnyMessage
 from vmcell_protos.wellknown import Empty
 from vmcell_protos.wire import Message
-from vmcell_shim import guest
+from vmcell_shim import guest, sandbox
 from vmcell_shim.client import TtrpcClient
 from vmcell_shim.dispatch import Dispatch
 from vmcell_shim.events import EventPublisher
@@ -251,6 +252,7 @@ def running_shim(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
     monkeypatch.setenv("VMCELL_CONFIG", str(directory / "config.toml"))
     monkeypatch.setenv("FAKE_RECORD", str(directory / "record.json"))
     monkeypatch.setattr(guest.handle, "spawn", fake_vmm.spawn)
+    monkeypatch.setattr(sandbox, "Share", FakeShare)
     containerd = FakeContainerd(str(directory / "events.sock"))
     try:
         shim = Shim(directory, containerd)
