@@ -228,7 +228,7 @@ class Shim:
 
     def close(self) -> None:
         for container in self.registry.containers():
-            container.guest.close()
+            container.sandbox.close()
             for process in container.processes():
                 process.stdio.close()
         self.client.close()
