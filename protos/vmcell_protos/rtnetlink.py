@@ -17,11 +17,12 @@ NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR = 1, 4, 0x10
 NLM_F_ACK_TLVS, NLMSGERR_ATTR_MSG = 0x200, 1
 SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_EXT_ACK = 270, 10, 11
-NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_DUMP = 0x100, 0x200, 0x400, 0x300
+NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = 0x100, 0x200, 0x400, 0x800
+NLM_F_DUMP = 0x300
 NLA_TYPE_MASK = 0x3FFF
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
 RTM_NEWADDR, RTM_GETADDR = 20, 22
-RTM_NEWROUTE, RTM_GETROUTE = 24, 26
+RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_GETNEIGH = 28, 30
 IFLA_IFNAME, IFLA_MTU, IFLA_AF_SPEC = 3, 4, 26
 IFLA_INET6_ADDR_GEN_MODE, IN6_ADDR_GEN_MODE_NONE = 8, 1
@@ -32,8 +33,8 @@ RTA_VIA, RTAX_MTU = 18, 2
 NDA_DST, NDA_LLADDR = 1, 2
 NUD_PERMANENT = 0x80
 IFF_UP = 1
-RT_TABLE_MAIN, RTPROT_BOOT, RTN_UNICAST, RTNH_F_ONLINK = 254, 3, 1, 4
-RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
+RT_TABLE_MAIN, RTPROT_BOOT, RTN_UNSPEC, RTN_UNICAST, RTNH_F_ONLINK = 254, 3, 0, 1, 4
+RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RT_SCOPE_NOWHERE = 0, 253, 255
 
 NLMSGHDR = Struct("=IHHII")  # length, type, flags, sequence, port
 IFINFOMSG = Struct("=BxHiII")  # family, type, index, flags, change
@@ -119,20 +120,16 @@ def add_route(
     metric: int = 0,
     mtu: int = 0,
 ) -> bytes:
-    """RTM_NEWROUTE of the main table; one to the same destination with the same metric is replaced.
+    """RTM_NEWROUTE of the main table, beside those there are; EEXIST for one that is there.
 
-    A gateway counts as on the link, whatever the prefix (a /31 peer, a /32), and may be of the
-    other family (RFC 5549). Empty or 0: none, the kernel's choice.
+    A gateway counts as on the link, whatever the prefix (a /31 peer, a /32), and may be of IPv6
+    for an IPv4 destination (RFC 5549); without one the whole network is on the link. Empty or 0 for
+    the rest: the kernel's choice.
     """
     family = family_of(destination)
     scope = RT_SCOPE_UNIVERSE if gateway or family == socket.AF_INET6 else RT_SCOPE_LINK
     flags = RTNH_F_ONLINK if gateway else 0
-    body = RTMSG.pack(
-        family, prefix_length, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, scope, RTN_UNICAST, flags
-    )
-    body += attribute(RTA_OIF, U32.pack(index))
-    if prefix_length:
-        body += attribute(RTA_DST, socket.inet_pton(family, destination))
+    body = _route(index, destination, prefix_length, scope, RTN_UNICAST, flags)
     if gateway:
         through = family_of(gateway)
         packed = socket.inet_pton(through, gateway)
@@ -146,13 +143,25 @@ def add_route(
         body += attribute(RTA_PRIORITY, U32.pack(metric))
     if mtu:
         body += attribute(RTA_METRICS, attribute(RTAX_MTU, U32.pack(mtu)))
-    return message(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body)
+    return message(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_APPEND, body)
 
 
-def add_default_route(index: int, gateway: str) -> bytes:
-    """RTM_NEWROUTE to everything by `gateway`, of the gateway's family."""
-    anywhere = "::" if family_of(gateway) == socket.AF_INET6 else "0.0.0.0"
-    return add_route(index, anywhere, 0, gateway=gateway)
+def delete_route(index: int, destination: str, prefix_length: int) -> bytes:
+    """RTM_DELROUTE of one route to that network by that interface, whatever its gateway, that
+    `add_route` has made; not those that the kernel keeps for addresses. ESRCH: there is none."""
+    body = _route(index, destination, prefix_length, RT_SCOPE_NOWHERE, RTN_UNSPEC, 0)
+    return message(RTM_DELROUTE, 0, body)
+
+
+def _route(
+    index: int, destination: str, prefix_length: int, scope: int, kind: int, flags: int
+) -> bytes:
+    family = family_of(destination)
+    body = RTMSG.pack(family, prefix_length, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, scope, kind, flags)
+    body += attribute(RTA_OIF, U32.pack(index))
+    if prefix_length:
+        body += attribute(RTA_DST, socket.inet_pton(family, destination))
+    return body
 
 
 def add_neighbour(index: int, address: str, mac: bytes) -> bytes:

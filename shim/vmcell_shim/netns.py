@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import threading
+from contextlib import suppress
 
 from vmcell_protos import rtnetlink
 from vmcell_protos.errors import CallerError, HostError
@@ -135,7 +136,12 @@ def _is_of_the_host(path: str) -> bool:
         raise CallerError(
             f"network namespace {path} cannot be used: {error.strerror}", code="not_found"
         ) from error
-    return any(os.path.samestat(wanted, os.stat(host)) for host in _HOST_NAMESPACES)
+    for host in _HOST_NAMESPACES:
+        # A PID 1 that may not be looked at is outside the container that containerd runs in.
+        with suppress(PermissionError):
+            if os.path.samestat(wanted, os.stat(host)):
+                return True
+    return False
 
 
 def _settle(path: str) -> None:

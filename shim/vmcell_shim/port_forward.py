@@ -178,7 +178,7 @@ def _loopback_listeners() -> list[socket.socket]:
             continue  # IPv6 switched off in this namespace
         listeners.append(listener)
     if not listeners:
-        raise HostError("no address of its namespace's loopback can be bound; is lo up?")
+        raise HostError("no address of its namespace's loopback can be bound")
     return listeners
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from agent_harness import ROOT, run
 
-from vmcell_agent.network import configure
+from vmcell_agent.network import configure, plan
 from vmcell_protos.agent import Interface, Neighbour, Route
 from vmcell_protos.errors import CallerError
 
@@ -36,11 +36,11 @@ def configure_in(namespace: str, interface: Interface) -> str:
     """Run `configure` inside; the error's sentence, "" for none."""
     code = (
         f"import sys; sys.path[:0] = {[str(ROOT / 'guest-agent'), str(ROOT / 'protos')]!r}\n"
-        "from vmcell_agent.network import configure, loopback_up\n"
+        "from vmcell_agent.network import configure, loopback_up, plan\n"
         "from vmcell_protos.agent import Interface\n"
         "from vmcell_protos.errors import VmcellError\n"
         "loopback_up()\n"
-        f"try: configure(Interface.decode({interface.encode()!r}))\n"
+        f"try: configure(plan([Interface.decode({interface.encode()!r})]))\n"
         "except VmcellError as error: print(error)\n"
     )
     return run("ip", "netns", "exec", namespace, sys.executable, "-I", "-S", "-B", "-c", code)
@@ -151,7 +151,7 @@ def test_the_kernels_refusal_is_a_sentence(namespace: str) -> None:
         (Interface(mac=MAC, gateway="here"), "no IP address"),
         (Interface(mac=MAC, routes=[Route(destination="10.0.0.0")]), "no prefix length"),
         (Interface(mac=MAC, routes=[Route(destination="::/0", gateway="a")]), "no IP address"),
-        (Interface(mac=MAC, routes=[Route(destination="::/0", source="1.1.1.1")]), "other family"),
+        (Interface(mac=MAC, routes=[Route(destination="::/0", source="1.1.1.1")]), "other IP family"),
         (Interface(mac=MAC, neighbours=[Neighbour(address="::1", mac="02")]), "no MAC address"),
         (Interface(mac=MAC, neighbours=[Neighbour(address="x")]), "no IP address"),
         (Interface(mac=MAC, name="../x"), "interface name"),
@@ -159,7 +159,7 @@ def test_the_kernels_refusal_is_a_sentence(namespace: str) -> None:
 )
 def test_a_request_that_cannot_be(interface: Interface, words: str) -> None:
     with pytest.raises(CallerError, match=words):
-        configure(interface)
+        configure(plan([interface]))
 
 
 def test_pid_1_imports_nothing_heavy() -> None:

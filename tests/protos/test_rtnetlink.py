@@ -177,11 +177,12 @@ def test_a_neighbour_as_sent_is_a_neighbour_as_told(index: int, address: str, ma
     assert told == rows.Neighbour(index, nl.NUD_PERMANENT, address, mac.hex(":"))
 
 
-def test_a_default_route_is_of_its_gateways_family() -> None:
-    for gateway, anywhere in (("10.0.0.1", "0.0.0.0"), ("fe80::1", "::")):
-        route = rows.parse_route(body_of(nl.add_default_route(3, gateway)))
-        assert route is not None
-        assert (route.destination, route.prefix_length, route.gateway) == (anywhere, 0, gateway)
+def test_a_route_to_anywhere_and_its_end() -> None:
+    for anywhere in ("0.0.0.0", "::"):
+        for request in (nl.add_route(3, anywhere, 0), nl.delete_route(3, anywhere, 0)):
+            route = rows.parse_route(body_of(request))
+            assert route is not None
+            assert (route.destination, route.prefix_length, route.gateway) == (anywhere, 0, "")
 
 
 def test_other_families_are_no_rows() -> None:

@@ -108,9 +108,9 @@ def tables(namespace: Namespace) -> dict[str, Any]:
 def configure(guest: Namespace, interface: Interface) -> None:
     code = (
         f"import sys; sys.path[:0] = {[str(ROOT / 'guest-agent'), str(ROOT / 'protos')]!r}\n"
-        "from vmcell_agent.network import configure\n"
+        "from vmcell_agent.network import configure, plan\n"
         "from vmcell_protos.agent import Interface\n"
-        f"configure(Interface.decode({interface.encode()!r}))\n"
+        f"configure(plan([Interface.decode({interface.encode()!r})]))\n"
     )
     run("ip", "netns", "exec", guest.name, sys.executable, "-I", "-S", "-B", "-c", code)
 
