@@ -20,5 +20,6 @@ vcpu     one thread per vCPU: exits to the bus, kicks, what an exit means
 machine  a microVM that exists: run it, count, close
 build    the recipe for a machine
 vmm      the process around one machine
+zygote_client  a VMM process forked by the node's zygote
 handle   the host's side of that process
 """
