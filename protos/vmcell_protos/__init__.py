@@ -17,6 +17,7 @@ task            containerd's Task service (generated)
 sandbox         containerd's sandbox API (generated)
 events          containerd's task events and their envelope (generated)
 metrics         cgroup v2 metrics for Task.Stats (generated)
+zygote          what is said to the node's zygote and by it
 bootstrap       what containerd exchanges with the shim binary (generated)
 pb              gRPC stubs for noded: containerd's services, the node door (generated)
 """

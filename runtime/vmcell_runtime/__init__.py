@@ -24,5 +24,6 @@ machine  a microVM that exists: run it, count, close
 build    the recipe for a machine
 answers  what the shim asks of a running machine
 vmm      the process around one machine
+zygote_client  a VMM process forked by the node's zygote
 handle   the host's side of that process
 """

@@ -47,6 +47,7 @@ from vmcell_runtime.control import (
     error_of,
 )
 from vmcell_runtime.kvm.host_kind import open_kvm, require_linux_host
+from vmcell_runtime.zygote_client import fork_vmm
 
 START_TIMEOUT_S = 60.0  # also where the dev VM's software CPU runs the interpreter
 CONNECT_TIMEOUT_S = 30.0
@@ -116,6 +117,20 @@ def _open_vhost(
 
 
 def _start_process(log_fd: int) -> VmmHandle:
+    return _fork_process(log_fd) or _execute_process(log_fd)
+
+
+def _fork_process(log_fd: int) -> VmmHandle | None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        forked = fork_vmm(theirs.fileno(), log_fd)
+    if forked is None:
+        ours.close()
+        return None
+    return VmmHandle(*forked, ours)
+
+
+def _execute_process(log_fd: int) -> VmmHandle:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     roots = [_source_root(module.__file__ or "") for module in (errors, memory)]
     bootstrap = _BOOTSTRAP.format(roots=roots, fd=_SHIM_FD)
@@ -146,7 +161,8 @@ def _source_root(module_file: str) -> str:
 
 
 class VmmHandle:
-    """One VMM process. Owns the child, its pidfd and its socket; `close` is idempotent."""
+    """One VMM process, a child or the zygote's. Owns it, its pidfd and its socket; `close` is
+    idempotent."""
 
     def __init__(self, pid: int, pidfd: int, sock: socket.socket) -> None:
         self.pid = pid
@@ -346,7 +362,8 @@ class VmmHandle:
         try:
             info = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
         except ChildProcessError:
-            return VmmExit("killed", "somebody else took the VMM's wait status")
+            # The zygote's child, or somebody else's.
+            return VmmExit("killed", "it ended without a word to the shim; vmm.log may say why")
         if info is None:
             raise AssertionError("unreachable: waitid without WNOHANG")
         if info.si_code == os.CLD_EXITED:

@@ -6,6 +6,7 @@ ttrpc. Standard library only.
 
 Reading order:
 args              containerd's command line: flags in any order, then the action
+listening         unix sockets that appear listening, and of which only the dead are replaced
 bundle            what start and delete need of a bundle: group, socket, address
 mount_list        a root as mounts that build on each other (containerd 2.2 on)
 info              the answers to -info and -v
@@ -63,6 +64,14 @@ dispatch          service names to services
 server            a ttrpc server on a unix socket
 serve             the life of one shim process
 delete            remove what is left of a sandbox
-start             bind, leave the server behind, answer
+start             bind, answer, become the server
+actions           one action of the binary and what comes of it
+caller            what a child of the zygote takes over from the process that asked
+title             what ps shows of such a child
+zygote_stub       start and delete by way of the zygote
+zygote_child      a forked process becomes a shim, a delete or a VMM
+installed_code    whether what was imported is still what is installed
+zygote_loop       connections in, a child for each request
+zygote            the node's warm interpreter: its start, renewal and end
 bootstrap         the binary's main
 """

@@ -28,8 +28,8 @@ _FLUSH_S = 2.0
 _ANSWER_S = 1.0
 
 
-def serve(listener_fd: int, invocation: Invocation, bundle: str) -> None:
-    """Runs until the shim has nothing to do any more; the socket's file is removed then."""
+def serve(listener_fd: int, path: str, invocation: Invocation, bundle: str) -> None:
+    """Runs until the shim has nothing to do any more; the socket's file `path` is removed then."""
     journal = Journal(os.path.join(bundle, "log"), invocation.id)
     journal.catch_bugs()
     _outlive_containerd(journal)
@@ -41,7 +41,6 @@ def serve(listener_fd: int, invocation: Invocation, bundle: str) -> None:
         journal=journal,
     )
     listener = socket.socket(fileno=listener_fd)
-    path = listener.getsockname()
     stop = _Stop()
     registry = Registry(invocation.namespace, events, journal)
     server = TtrpcServer(listener, Dispatch(registry, stop).handle, journal)
