@@ -47,6 +47,8 @@ fifo              containerd's standard streams: FIFOs and log files
 log_binary        logging programs: binary:// and binary-v2://
 pump              bytes from one descriptor to another
 stdio             the streams of one process, host side and guest side joined
+cgroup_limits     cgroupsPath and resources → a cgroup on the host, and its limits
+cgroup            that cgroup: made, joined, removed
 lifecycle         what may be asked of a process in which state
 client            a ttrpc client for many threads
 events            task events for containerd, in order
