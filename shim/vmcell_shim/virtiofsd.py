@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import signal
 import socket
 from contextlib import suppress
@@ -40,7 +41,9 @@ _DROPPED = "-mknod:-setfcap"
 
 def command(program: str, directory: str) -> list[str]:
     """The command line; `directory` becomes the daemon's root, descriptor 3 is where it listens."""
-    both = [f"--fd={_LISTEN_FD}", f"--thread-pool-size={THREADS}", f"--rlimit-nofile={OPEN_FILES}"]
+    # Not above what we may have ourselves: not every root may raise it, and the daemon then fails.
+    open_files = min(OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    both = [f"--fd={_LISTEN_FD}", f"--thread-pool-size={THREADS}", f"--rlimit-nofile={open_files}"]
     if program.startswith("/usr/lib/qemu/"):
         options = [
             *(f"source={directory}", "sandbox=namespace", "cache=auto", "announce_submounts"),

@@ -318,10 +318,10 @@ def test_a_source_that_hangs_is_given_up(
 def test_a_daemon_that_hangs_does_not_keep_the_shim(
     state: Path, stuck: SilentFuse, source: Path
 ) -> None:
-    subprocess.run(["mount", "--bind", stuck.place, source / "below"], check=True)
-    made = Share(os.fspath(state), print)
     with ExitStack() as undo:
+        subprocess.run(["mount", "--bind", stuck.place, source / "below"], check=True)
         undo.callback(subprocess.run, ["umount", "-l", source / "below"], check=True)
+        made = Share(os.fspath(state), print)
         undo.callback(stuck.release)
         number = made.add(os.fspath(source), read_only=False)
         guest = undo.enter_context(fuse_guest(made.connection))
