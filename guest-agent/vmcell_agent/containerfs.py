@@ -13,6 +13,7 @@ import stat
 
 from vmcell_agent import abi, syscalls
 from vmcell_agent.attempt import attempt
+from vmcell_agent.mountoptions import POD_SHARED_MEMORY
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -69,7 +70,21 @@ def make_directory(path: str, mode: int = 0o755) -> str:
     return real
 
 
-def mount_all(mounts: tuple[Mount, ...]) -> list[str]:
+def clone_shared_memory(mounts: tuple[Mount, ...], directory: str) -> list[int]:
+    """A copy of the pod's tmpfs for each mount of type vmcell-shm, attached nowhere: descriptors
+    for `mount_all`. Works before `enter_root` only."""
+    with attempt("take the pod's shared memory"):
+        shared = [row for row in mounts if row.fstype == POD_SHARED_MEMORY]
+        return [syscalls.clone_tree(directory) for _ in shared]
+
+
+def _attach(tree: int, target: str, flags: int) -> None:
+    syscalls.attach_tree(tree, target)
+    os.close(tree)
+    syscalls.mount("", target, "", abi.MS_BIND | abi.MS_REMOUNT | flags)
+
+
+def mount_all(mounts: tuple[Mount, ...], shared_memory: list[int]) -> list[str]:
     """Mount in order; returns the tmpfs mounts that `lock_down` has yet to make read-only."""
     later: list[str] = []
     for row in mounts:
@@ -80,7 +95,10 @@ def mount_all(mounts: tuple[Mount, ...]) -> list[str]:
                 flags &= ~abi.MS_RDONLY
                 later.append(target)
             fstype = "cgroup2" if row.fstype == "cgroup" else row.fstype
-            syscalls.mount(fstype, target, fstype, flags, row.data)
+            if fstype == POD_SHARED_MEMORY:
+                _attach(shared_memory.pop(), target, flags)
+            else:
+                syscalls.mount(fstype, target, fstype, flags, row.data)
             if row.propagation:
                 syscalls.mount("", target, "", row.propagation)
     return later

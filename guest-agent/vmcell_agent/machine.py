@@ -17,6 +17,7 @@ CGROUP_MOUNT = "/sys/fs/cgroup"
 CGROUP_ROOT = "/sys/fs/cgroup/vmcell"
 STATE_DIRECTORY = "/run/vmcell"
 DEVICE_DIRECTORY = "/dev"
+SYSFS_DIRECTORY = "/sys"
 MAX_ENTROPY_BYTES = 4096
 
 _SAFE = abi.MS_NOSUID | abi.MS_NODEV | abi.MS_NOEXEC

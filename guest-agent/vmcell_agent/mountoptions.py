@@ -6,6 +6,7 @@ only a host can honour (bind, idmap, tmpcopyup) are refused by name.
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from vmcell_agent import abi
@@ -61,11 +62,14 @@ _REFUSED = frozenset(
         "rnosuid",
     )
 )
+# Not a file system but the pod's one tmpfs, which all its containers have at /dev/shm.
+POD_SHARED_MEMORY = "vmcell-shm"
 FILESYSTEM_TYPES = frozenset(
-    ("proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"),
+    ("proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", POD_SHARED_MEMORY),
 )
 # These take data; the others' data names hierarchies or hosts and means nothing here.
-_TYPES_WITH_DATA = frozenset(("tmpfs", "devpts", "proc"))
+_TYPES_WITH_DATA = frozenset(("tmpfs", "devpts", "proc", POD_SHARED_MEMORY))
+_SHARED_MEMORY_DATA = re.compile(r"size=[0-9]{1,15}[kKmMgG%]?|mode=[0-7]{1,4}", re.ASCII)
 
 
 class Mount(NamedTuple):
@@ -99,8 +103,12 @@ def parse_mount(destination: str, fstype: str, options: list[str], path: str) ->
             flags = flags | bit if sets else flags & ~bit
         elif option in PROPAGATION:
             propagation = PROPAGATION[option]
+        elif fstype == POD_SHARED_MEMORY and not _SHARED_MEMORY_DATA.fullmatch(option):
+            raise CallerError(f"{path} has option {option!r}; {fstype} takes size= and mode= only")
         else:
             data.append(option)
+    if fstype == "sysfs":  # by it devices come and go, which is PID 1's alone
+        flags |= abi.MS_RDONLY
     if fstype not in _TYPES_WITH_DATA:
         data = []
     return Mount(destination, fstype, flags, propagation, ",".join(data))

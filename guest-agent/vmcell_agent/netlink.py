@@ -9,13 +9,15 @@ import socket
 from struct import Struct
 
 NLMSG_ERROR = 2
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_REPLACE, NLM_F_CREATE = 1, 4, 0x100, 0x400
-RTM_NEWLINK, RTM_NEWADDR, RTM_NEWROUTE = 16, 20, 24
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_REPLACE, NLM_F_CREATE, NLM_F_APPEND = 1, 4, 0x100, 0x400, 0x800
+RTM_NEWLINK, RTM_NEWADDR, RTM_NEWROUTE, RTM_DELROUTE = 16, 20, 24, 25
 IFLA_IFNAME, IFLA_MTU = 3, 4
 IFA_ADDRESS, IFA_LOCAL = 1, 2
-RTA_OIF, RTA_GATEWAY = 4, 5
+IFA_F_NODAD = 2
+RTA_DST, RTA_OIF, RTA_GATEWAY = 1, 4, 5
 IFF_UP = 1
-RT_TABLE_MAIN, RTPROT_BOOT, RT_SCOPE_UNIVERSE, RTN_UNICAST, RTNH_F_ONLINK = 254, 3, 0, 1, 4
+RT_TABLE_MAIN, RTPROT_BOOT, RTN_UNSPEC, RTN_UNICAST, RTNH_F_ONLINK = 254, 3, 0, 1, 4
+RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RT_SCOPE_NOWHERE = 0, 253, 255
 
 _NLMSGHDR = Struct("=IHHII")  # length, type, flags, sequence, port
 _IFINFOMSG = Struct("=BxHiII")  # family, type, index, flags, change
@@ -52,23 +54,43 @@ def set_link(index: int, *, name: str = "", mtu: int = 0, up: bool = False) -> b
 
 
 def add_address(index: int, address: str, prefix_length: int) -> bytes:
-    """RTM_NEWADDR; an address that is there already is replaced."""
+    """RTM_NEWADDR; an address that is there already is replaced. An IPv6 address can be used at
+    once: that nobody else has it is the host's business (duplicate detection takes a second)."""
     family = family_of(address)
     packed = socket.inet_pton(family, address)
-    body = _IFADDRMSG.pack(family, prefix_length, 0, RT_SCOPE_UNIVERSE, index)
+    flags = IFA_F_NODAD if family == socket.AF_INET6 else 0
+    body = _IFADDRMSG.pack(family, prefix_length, flags, RT_SCOPE_UNIVERSE, index)
     body += _attribute(IFA_LOCAL, packed) + _attribute(IFA_ADDRESS, packed)
     return _message(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, body)
 
 
-def add_default_route(index: int, gateway: str) -> bytes:
-    """RTM_NEWROUTE; the gateway counts as on the link, whatever the prefix (a /31 peer, a /32)."""
-    family = family_of(gateway)
-    body = _RTMSG.pack(
-        family, 0, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, RT_SCOPE_UNIVERSE, RTN_UNICAST, RTNH_F_ONLINK
-    )
-    body += _attribute(RTA_GATEWAY, socket.inet_pton(family, gateway))
-    body += _attribute(RTA_OIF, _U32.pack(index))
-    return _message(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body)
+def add_route(index: int, network: str, prefix_length: int, gateway: str) -> bytes:
+    """RTM_NEWROUTE beside those there are. The gateway counts as on the link, whatever the prefix
+    (a /31 peer, a /32); without one the whole network is on the link."""
+    family = family_of(network)
+    scope = RT_SCOPE_UNIVERSE if gateway or family == socket.AF_INET6 else RT_SCOPE_LINK
+    flags = RTNH_F_ONLINK if gateway else 0
+    body = _route(family, prefix_length, scope, RTN_UNICAST, flags, index, network)
+    if gateway:
+        body += _attribute(RTA_GATEWAY, socket.inet_pton(family, gateway))
+    return _message(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_APPEND, body)
+
+
+def delete_route(index: int, network: str, prefix_length: int) -> bytes:
+    """RTM_DELROUTE of one route to that network by that interface, whatever its gateway, that
+    `add_route` has made; not those that the kernel keeps for addresses."""
+    family = family_of(network)
+    body = _route(family, prefix_length, RT_SCOPE_NOWHERE, RTN_UNSPEC, 0, index, network)
+    return _message(RTM_DELROUTE, 0, body)
+
+
+def _route(
+    family: int, prefix_length: int, scope: int, kind: int, flags: int, index: int, network: str
+) -> bytes:
+    body = _RTMSG.pack(family, prefix_length, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, scope, kind, flags)
+    if prefix_length:
+        body += _attribute(RTA_DST, socket.inet_pton(family, network))
+    return body + _attribute(RTA_OIF, _U32.pack(index))
 
 
 def error_number(answer: bytes) -> int:

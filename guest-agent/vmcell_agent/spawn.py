@@ -19,6 +19,9 @@ from vmcell_agent.child import InitLaunch, Launch, Stdio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import NoReturn
+
     from vmcell_agent.cgroup import Cgroup
     from vmcell_agent.ociprocess import ProcessSpec
     from vmcell_protos.agent import Streams
@@ -79,6 +82,18 @@ class Spawner:
             os.close(self._own_pid_namespace)
             self._own_pid_namespace = -1
 
+    def fork_into_new_pid_namespace(self, become: Callable[[], NoReturn]) -> int:
+        """The pid (in the agent's namespace) of a child that is pid 1 of a new one."""
+        with attempt("fork the first process of a pid namespace"):
+            syscalls.unshare(abi.CLONE_NEWPID)
+            try:
+                pid = os.fork()
+                if pid == 0:
+                    become()
+            finally:
+                syscalls.setns(self._own_pid_namespace, abi.CLONE_NEWPID)
+        return pid
+
     def spawn(
         self,
         process: ProcessSpec,
@@ -122,6 +137,8 @@ class Spawner:
         with attempt("fork a process into the container", code="failed_precondition"):
             if isinstance(place, int):  # ESRCH, and ENOMEM at the fork: its init is just ending
                 syscalls.setns(init_pidfd, abi.CLONE_NEWPID)
+            elif place.pid_namespace >= 0:
+                syscalls.setns(place.pid_namespace, abi.CLONE_NEWPID)
             else:
                 syscalls.unshare(abi.CLONE_NEWPID)
             try:

@@ -47,9 +47,10 @@ with open("/proc/self/oom_score_adj", "w") as file:
     file.write("{oom_score}")
 process.DIAL_SECONDS = 2.0
 control = socket.socket(fileno={control})
-listener = socket.socket(fileno={listener})
-places = Places({cgroup!r}, {state!r}, {devices!r})
-serve(Transports(control, listener, lambda address: True), places, BUILTINS,
+streams = socket.socket(fileno={streams})
+ports = socket.socket(fileno={ports})
+places = Places({cgroup!r}, {state!r}, {devices!r}, {sysfs!r})
+serve(Transports(control, streams, ports, lambda address: True), places, BUILTINS,
       lambda line: print(line, file=sys.stderr, flush=True))
 """
 
@@ -344,6 +345,12 @@ class AgentUnderTest:
         descriptors = Path(f"/proc/{children.split()[0]}/fd")
         return sorted(os.readlink(path).partition(":")[0] for path in descriptors.iterdir())
 
+    def forward(self, port: int) -> socket.socket:
+        """A port forward to `port` of the agent's loopback; the caller closes it."""
+        connection = _dial(self.directory / "ports.sock")
+        connection.sendall(struct.pack("<H", port))
+        return connection
+
     def attach_lower(self, image: Path, name: str = "pmem1") -> None:
         """Let the agent see `image` as /dev/`name`."""
         self._attach(image, name, "--read-only")
@@ -394,34 +401,43 @@ def running_agent() -> Iterator[AgentUnderTest]:
         stack.callback(_remove_cgroup, Path(cgroup))
         ours, theirs = socket.socketpair()
         stack.callback(ours.close)
-        listener = socket.socket(socket.AF_UNIX)
-        address = str(directory / "streams.sock")
-        listener.bind(address)
-        listener.listen(64)
+        streams, ports = (_listen(directory / name) for name in ("streams.sock", "ports.sock"))
         code = _DRIVER.format(
             oom_score=AGENT_OOM_SCORE,
             path=[str(ROOT / "guest-agent"), str(ROOT / "protos"), _folder_of("h11")],
             control=theirs.fileno(),
-            listener=listener.fileno(),
+            streams=streams.fileno(),
+            ports=ports.fileno(),
             cgroup=cgroup,
             state=str(directory / "state"),
             devices=str(directory / "devices"),
+            sysfs=str(directory / "sys"),
         )
         process = subprocess.Popen(
             ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--propagation", "private",
-             "--net", "--mount-proc", sys.executable, "-I", "-S", "-B", "-c", code],
-            pass_fds=(theirs.fileno(), listener.fileno()),
+             "--net", "--uts", "--ipc", "--mount-proc",
+             sys.executable, "-I", "-S", "-B", "-c", code],
+            pass_fds=(theirs.fileno(), streams.fileno(), ports.fileno()),
         )  # fmt: skip
-        theirs.close()
-        listener.close()
+        for end in (theirs, streams, ports):
+            end.close()
         stack.callback(_stop, process, ours)
+        client = AgentClient(ours, lambda: _dial(directory / "streams.sock"))
+        yield AgentUnderTest(client, stack, process, directory, cgroup)
 
-        def connect() -> socket.socket:
-            connection = socket.socket(socket.AF_UNIX)
-            connection.connect(address)
-            return connection
 
-        yield AgentUnderTest(AgentClient(ours, connect), stack, process, directory, cgroup)
+def _listen(address: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(address))
+    listener.listen(64)
+    return listener
+
+
+def _dial(address: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(DEADLINE_SECONDS)
+    connection.connect(str(address))
+    return connection
 
 
 def _stop(process: subprocess.Popen[bytes], control: socket.socket) -> None:

@@ -1,0 +1,102 @@
+"""The files of one container as the host sees them: copied in at the start, again, and read.
+
+All of it happens in children: the init copies at its start and sends its mount namespace back; that
+stays open until the container is removed, so what an ended program has left can still be read.
+"""
+
+from __future__ import annotations
+
+import os
+
+from vmcell_agent import copyin, readout, renewal
+from vmcell_protos.errors import CallerError, VmcellError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmcell_agent.errand import Errands
+    from vmcell_agent.renewal import Copy
+    from vmcell_agent.report import Report
+    from vmcell_protos.agent import FileCopy
+
+DEADLINE_SECONDS = 10.0
+
+
+class ContainerFiles:
+    """Owns the descriptor of the container's mount namespace; `close` is idempotent."""
+
+    def __init__(self, errands: Errands, name: str, files: list[FileCopy]) -> None:
+        """`files` are what the start is to copy in; raises CallerError for what cannot be."""
+        copyin.check(files)
+        self._errands = errands
+        self._name = name
+        self._waiting: list[FileCopy] | None = files  # None: they have been handed to the init
+        self._copies: list[Copy] = []
+        self._namespace = -1
+
+    def take(self) -> list[FileCopy]:
+        """What the init is to copy; called once. Nothing is kept: secrets may be among them."""
+        files, self._waiting = self._waiting or [], None
+        self._copies = renewal.copies_of(files)
+        return files
+
+    def told(self, report: Report) -> None:
+        """Where the init has put a file, and its mount namespace once all of them are there."""
+        if report.kind == "T":
+            copy = self._copies[report.number]
+            self._copies[report.number] = copy._replace(target=report.path)
+        elif report.kind == "N":
+            self._namespace = report.descriptor
+
+    def copy_again(
+        self, files: list[FileCopy], answer: Callable[[VmcellError | None], None]
+    ) -> None:
+        """Write files where they were copied to, or change what is still to be copied; raises
+        CallerError."""
+        copyin.check(files)
+        if self._waiting is not None:
+            renewal.plan(renewal.copies_of(self._waiting), files)
+            self._waiting = renewal.merge(self._waiting, files)
+            answer(None)
+            return
+        namespace = self._open_namespace()
+        renewals = renewal.plan(self._copies, files)
+
+        def done(result: bytes | VmcellError) -> None:
+            answer(result if isinstance(result, VmcellError) else None)
+
+        self._errands.run(
+            f"copy files into {self._name} again",
+            lambda: renewal.write(namespace, renewals),
+            done,
+            seconds=DEADLINE_SECONDS,
+            keep=(namespace,),
+        )
+
+    def read(
+        self, path: str, limit_bytes: int, answer: Callable[[bytes | VmcellError], None]
+    ) -> None:
+        """Answers with what `readout.unpack` takes; raises CallerError."""
+        readout.check(path, limit_bytes)
+        namespace = self._open_namespace()
+        self._errands.run(
+            f"read {path[:160]} of {self._name}",
+            lambda: readout.read(namespace, path, limit_bytes),
+            answer,
+            seconds=DEADLINE_SECONDS,
+            keep=(namespace,),
+            most_bytes=limit_bytes + readout.HEADER_BYTES,
+        )
+
+    def _open_namespace(self) -> int:
+        if self._namespace < 0:
+            raise CallerError(
+                f"{self._name} has no files yet; start it first", code="failed_precondition"
+            )
+        return self._namespace
+
+    def close(self) -> None:
+        if self._namespace >= 0:
+            os.close(self._namespace)
+            self._namespace = -1
