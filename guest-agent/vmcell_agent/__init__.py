@@ -12,6 +12,7 @@ log            lines to the kernel's log, at a bounded rate
 eventloop      epoll and timers
 jsonfields     typed reads from JSON
 capabilities   capability names, bits and sets
+liveshare      live directories of the host, taken from the virtio-fs share
 mountoptions   mount options as flags and data
 ociprocess     `process` of an OCI spec
 resources      `linux.resources` of an OCI spec as files of a cgroup

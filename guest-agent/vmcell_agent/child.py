@@ -132,9 +132,9 @@ def _build(init: InitLaunch, launch: Launch) -> None:
     spec = init.spec
     with attempt("open the container's mount namespace"):
         namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-    shared_memory = containerfs.clone_shared_memory(spec.mounts, init.shared_memory)
+    trees = containerfs.clone_trees(spec.mounts, init.shared_memory)
     containerfs.enter_root(init.root, spec.root_propagation)
-    read_only_mounts = containerfs.mount_all(spec.mounts, shared_memory)
+    read_only_mounts = containerfs.mount_all(spec.mounts, trees)
     containerfs.make_devices(spec.devices)
     _tell_copies(launch.channel, init.files, copyin.copy_in(init.files), namespace)
     if not init.shared_namespaces & abi.CLONE_NEWUTS:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import stat
 
-from vmcell_agent import abi, syscalls
+from vmcell_agent import abi, liveshare, syscalls
 from vmcell_agent.attempt import attempt
 from vmcell_agent.mountoptions import POD_SHARED_MEMORY
 
@@ -70,34 +70,52 @@ def make_directory(path: str, mode: int = 0o755) -> str:
     return real
 
 
-def clone_shared_memory(mounts: tuple[Mount, ...], directory: str) -> list[int]:
-    """A copy of the pod's tmpfs for each mount of type vmcell-shm, attached nowhere: descriptors
-    for `mount_all`. Works before `enter_root` only."""
+def clone_trees(mounts: tuple[Mount, ...], shared_memory: str) -> dict[int, int]:
+    """Copies, attached nowhere, of what lies outside the container's root: the pod's tmpfs at
+    `shared_memory` (type vmcell-shm), live directories of the host (virtiofs).
+
+    Index of the mount → descriptor, for `mount_all`. Works before `enter_root` only.
+    """
     with attempt("take the pod's shared memory"):
-        shared = [row for row in mounts if row.fstype == POD_SHARED_MEMORY]
-        return [syscalls.clone_tree(directory) for _ in shared]
+        trees = {
+            index: syscalls.clone_tree(shared_memory)
+            for index, row in enumerate(mounts)
+            if row.fstype == POD_SHARED_MEMORY
+        }
+    live = [index for index, row in enumerate(mounts) if row.fstype == liveshare.FSTYPE]
+    if live:
+        with attempt("take the host's live directories"):
+            trees.update(zip(live, liveshare.clone([mounts[n].source for n in live]), strict=True))
+    return trees
 
 
-def _attach(tree: int, target: str, flags: int) -> None:
+def _attach(tree: int, destination: str, flags: int) -> str:
+    """Put a copied tree in its place, which is made as what it is; the place without symlinks."""
+    if stat.S_ISDIR(os.fstat(tree).st_mode):
+        target = make_directory(destination)
+    else:
+        target = settle(destination)
+        os.close(os.open(target, os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY, 0o644))
     syscalls.attach_tree(tree, target)
     os.close(tree)
     syscalls.mount("", target, "", abi.MS_BIND | abi.MS_REMOUNT | flags)
+    return target
 
 
-def mount_all(mounts: tuple[Mount, ...], shared_memory: list[int]) -> list[str]:
+def mount_all(mounts: tuple[Mount, ...], trees: dict[int, int]) -> list[str]:
     """Mount in order; returns the tmpfs mounts that `lock_down` has yet to make read-only."""
     later: list[str] = []
-    for row in mounts:
+    for index, row in enumerate(mounts):
         with attempt(f"mount {row.fstype} on {row.destination} in the container"):
-            target = make_directory(row.destination)
-            flags = row.flags
-            if row.fstype == "tmpfs" and flags & abi.MS_RDONLY:
-                flags &= ~abi.MS_RDONLY
-                later.append(target)
-            fstype = "cgroup2" if row.fstype == "cgroup" else row.fstype
-            if fstype == POD_SHARED_MEMORY:
-                _attach(shared_memory.pop(), target, flags)
+            if index in trees:
+                target = _attach(trees[index], row.destination, row.flags)
             else:
+                target = make_directory(row.destination)
+                flags = row.flags
+                if row.fstype == "tmpfs" and flags & abi.MS_RDONLY:
+                    flags &= ~abi.MS_RDONLY
+                    later.append(target)
+                fstype = "cgroup2" if row.fstype == "cgroup" else row.fstype
                 syscalls.mount(fstype, target, fstype, flags, row.data)
             if row.propagation:
                 syscalls.mount("", target, "", row.propagation)

@@ -84,7 +84,13 @@ def parse_spec(data: bytes, *, needs_args: bool = True) -> ContainerSpec:
         root_read_only=spec.object("root").flag("readonly"),
         root_propagation=_root_propagation(linux),
         mounts=tuple(
-            parse_mount(row.text("destination"), row.text("type"), row.texts("options"), row.path)
+            parse_mount(
+                row.text("destination"),
+                row.text("type"),
+                row.texts("options"),
+                row.path,
+                source=row.text("source"),
+            )
             for row in spec.objects("mounts")
         ),
         devices=tuple(_device(row) for row in linux.objects("devices")),

@@ -26,14 +26,20 @@ class Living(NamedTuple):
 
 def start_ticks(pid: int) -> int | None:
     """When `pid` started, or None when no such process exists (a zombie counts as gone)."""
+    state, ticks = _stat(pid)
+    return None if state in ("Z", "X") else ticks
+
+
+def _stat(pid: int) -> tuple[str, int | None]:
+    """State and start time; a process whose first thread alone has ended is "Z" too."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             text = file.read()
     except (FileNotFoundError, ProcessLookupError):
-        return None
+        return "X", None
     # The command name may hold spaces and brackets; fields are counted behind its last bracket.
     after = text[text.rindex(b")") + 2 :].split()
-    return None if after[0] in (b"Z", b"X") else int(after[19])
+    return after[0].decode(), int(after[19])
 
 
 def identify(pid: int) -> Living:
@@ -70,13 +76,14 @@ def kill_all(processes: Iterable[Living], timeout_s: float) -> list[Living]:
 
 
 def _kill(process: Living) -> int | None:
-    """Its pidfd, SIGKILL sent; None when it has been gone before."""
+    """Its pidfd, SIGKILL sent; None when it has been gone before. The pidfd tells when the last of
+    its threads has ended, which the state of the first one does not."""
     try:
         pidfd = os.pidfd_open(process.pid)
     except ProcessLookupError:
         return None
     try:
-        if start_ticks(process.pid) == process.start_ticks:
+        if _stat(process.pid)[1] == process.start_ticks:
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             return pidfd
     except ProcessLookupError:

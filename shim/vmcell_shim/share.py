@@ -36,7 +36,7 @@ _SAFE = mount_calls.MOUNT_ATTR_NOSUID | mount_calls.MOUNT_ATTR_NODEV
 class Share:
     """The share of one sandbox, made whole or not at all. Any thread may call; `close` idempotent.
 
-    `connection` is for the VMM (`FsConfig`) and stays this object's, `helpers` for state.json.
+    `helpers` are the daemon's processes, for state.json.
     """
 
     def __init__(self, state_directory: str, on_end: Callable[[str], None]) -> None:
@@ -67,9 +67,10 @@ class Share:
             self.close()
             raise
 
-    @property
-    def connection(self) -> socket.socket:
-        return self._daemon.connection
+    def take_connection(self) -> socket.socket:
+        """For the VMM (`FsConfig`), once, and the caller's to close as soon as the VMM has it: the
+        daemon ends when the last copy is closed, so it does not outlive the VMM."""
+        return self._daemon.take_connection()
 
     @property
     def helpers(self) -> list[Living]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import signal
 import socket
 from contextlib import suppress
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 PROGRAMS = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
 START_TIMEOUT_S = 20.0
-KILL_TIMEOUT_S = 0.5
+KILL_TIMEOUT_S = 2.0
 # Each file the guest's kernel remembers is open in the daemon; beyond this the guest gets EMFILE.
 OPEN_FILES = 262_144
 THREADS = 4
@@ -40,7 +41,9 @@ _DROPPED = "-mknod:-setfcap"
 
 def command(program: str, directory: str) -> list[str]:
     """The command line; `directory` becomes the daemon's root, descriptor 3 is where it listens."""
-    both = [f"--fd={_LISTEN_FD}", f"--thread-pool-size={THREADS}", f"--rlimit-nofile={OPEN_FILES}"]
+    # Not above what we may have ourselves: not every root may raise it, and the daemon then fails.
+    open_files = min(OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    both = [f"--fd={_LISTEN_FD}", f"--thread-pool-size={THREADS}", f"--rlimit-nofile={open_files}"]
     if program.startswith("/usr/lib/qemu/"):
         options = [
             *(f"source={directory}", "sandbox=namespace", "cache=auto", "announce_submounts"),
@@ -55,7 +58,7 @@ def command(program: str, directory: str) -> list[str]:
 
 
 class Virtiofsd:
-    """One running daemon. Owns its processes and `connection`, the VMM's end of its socket.
+    """One running daemon. Owns its processes, and its socket's other end until that is taken.
 
     `helpers` are its processes, `server_pidfd` names the one whose mount namespace is the share.
     """
@@ -72,13 +75,13 @@ class Virtiofsd:
         self.helpers: list[Living] = []
         self.server_pidfd = self._pidfd = -1
         self._log_fd = _bounded_log()
-        listener, self.connection = _connected_pair(os.path.dirname(directory))
+        listener, self._connection = _connected_pair(os.path.dirname(directory))
         try:
             with listener:
                 pid = _spawn(command(program, directory), listener.fileno(), self._log_fd)
             self._pidfd = os.pidfd_open(pid)
             self.helpers.append(identify(pid))
-            FrontEnd(self.connection).ask_features(START_TIMEOUT_S)
+            FrontEnd(self._connection).ask_features(START_TIMEOUT_S)
             server = _only_child(pid)
             self.server_pidfd = os.pidfd_open(server)
             self.helpers.append(identify(server))
@@ -87,6 +90,11 @@ class Virtiofsd:
             said = self.last_words
             self.close()
             raise HostError(f"virtiofsd did not start: {error}; it said: {said}") from error
+
+    def take_connection(self) -> socket.socket:
+        """The VMM's end of the socket, once, and the caller's to close as soon as the VMM has it:
+        the daemon ends when the last copy is closed."""
+        return socket.socket(fileno=self._connection.detach())
 
     def wait_end(self) -> None:
         """Returns when it has ended, and takes its wait status; for one thread."""
@@ -106,7 +114,7 @@ class Virtiofsd:
         """Kills it and forgets it; idempotent. Not while a thread is in `wait_end`."""
         if self._log_fd < 0:
             return
-        self.connection.close()
+        self._connection.close()
         self.kill()
         if self._pidfd >= 0:
             with suppress(ChildProcessError):

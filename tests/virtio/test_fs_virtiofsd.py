@@ -32,7 +32,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
     directory.mkdir()
     daemon = Virtiofsd(os.fspath(directory))
     try:
-        with fuse_guest(daemon.connection) as client:
+        with fuse_guest(daemon.take_connection()) as client:
             yield Served(client, daemon, directory)
     finally:
         daemon.close()
