@@ -363,13 +363,15 @@ class Container:
     def update(self, resources: bytes) -> None:
         """New limits (OCI linux.resources as JSON), inside what the VM was booted with."""
         self.init.advance("update")
+        limits = parse_object(resources, "the resources")
         needed_mib = memory_of_update(
-            parse_object(resources, "the resources"),
+            limits,
             vcpus=self.sandbox.vcpus,
             memory_mib=self.sandbox.memory_mib,
         )
         request = UpdateContainerRequest(container_id=self.id, resources_json=resources)
         self.guest.call("UpdateContainer", request, Empty, _UPDATE_ANSWER_S)
+        self.sandbox.limit(limits)
         if needed_mib is not None and not self.sandbox.is_pod:
             self.guest.give_back(self.sandbox.memory_mib - needed_mib)
 

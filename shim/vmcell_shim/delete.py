@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 KILLED_STATUS = 137
 _KILL_TIMEOUT_S = 0.5
+_CGROUP_S = 0.2
 
 
 def delete(bundle: str) -> bytes:
@@ -39,7 +40,7 @@ def delete(bundle: str) -> bytes:
         files = load(os.readlink(link))
         alone = not files.sandbox
         pid = kill_survivors(files, _KILL_TIMEOUT_S) if alone else _leave_pod(files)
-        _raise_all(_undo_network(files), files.remove)
+        _raise_all(_undo_host(files), files.remove)
         os.unlink(link)
     remove_dead_socket(bundle)
     now = time.time_ns()
@@ -53,8 +54,21 @@ def _leave_pod(member: SandboxFiles) -> int:
     if pod.shim is not None and start_ticks(pod.shim.pid) == pod.shim.start_ticks:
         return pod.vmm.pid if pod.vmm else 0
     pid = kill_survivors(pod, _KILL_TIMEOUT_S)
-    _raise_all(_undo_network(pod), pod.remove)
+    _raise_all(_undo_host(pod), pod.remove)
     return pid
+
+
+def _undo_host(files: SandboxFiles) -> list[str]:
+    """Network and cgroup of a sandbox whose processes have ended; a sentence for what stays."""
+    failures = _undo_network(files)
+    if files.cgroup:
+        from vmcell_shim.cgroup import remove_cgroup
+
+        try:
+            remove_cgroup(files.cgroup, timeout_s=_CGROUP_S)
+        except HostError as error:
+            failures.append(str(error))
+    return failures
 
 
 def _undo_network(files: SandboxFiles) -> list[str]:

@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 from typing import NamedTuple
 
 from vmcell_protos.agent import Rootfs
 from vmcell_protos.errors import HostError, VmcellError
+from vmcell_shim.cgroup import create_cgroup, remove_cgroup
+from vmcell_shim.cgroup_limits import host_limits, parse_cgroups_path
 from vmcell_shim.guest import Guest, Plugged
 from vmcell_shim.living import identify
+from vmcell_shim.oci_json import take
 from vmcell_shim.sandbox_network import SandboxNetwork
 from vmcell_shim.shape import GuestShape
 from vmcell_shim.share import Share
@@ -27,6 +31,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmcell_shim.cgroup import HostCgroup
     from vmcell_shim.config import ShimConfig
     from vmcell_shim.journal import Journal
     from vmcell_shim.oci_json import Json
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
 
 # A pod's containers have two windows each, image and disk: twelve containers at once.
 POD_WINDOWS = 24
+_CGROUP_S = 1.0
 NEW, BOOTING, UP, CLOSED = "new", "booting", "up", "closed"
 
 
@@ -73,6 +79,7 @@ class Sandbox:
         self.guest = Guest(journal, on_end)
         self.network = SandboxNetwork(files, journal)
         self._share: Share | None = None
+        self._cgroup: HostCgroup | None = None
 
     def boot(
         self,
@@ -124,17 +131,43 @@ class Sandbox:
         size = plan.size
         self._journal.info(f"booting {self.id}: {size.vcpus} vCPUs, {size.memory_mib} MiB")
         self.memory_mib, self.vcpus = size.memory_mib, size.vcpus
+        self._make_cgroup(spec)
         nets = self.network.open(plan.network, spec, self.id, bundle)
         if plan.shares or self.is_pod:
             # What a pod's members will share is not known yet.
             self._share = Share(self.files.directory, self._share_lost)
             self.files.helpers = self._share.helpers
             self.files.save()
+            for helper in self._share.helpers:
+                self._join_cgroup(helper.pid)
         hello = self.guest.boot(self._shape(plan, nets, images), deadline, self._record_vmm)
         self.network.booted()
         if self.is_pod:
             self.network.forward_ports(self.guest.dial_forward)
         self._journal.info(f"guest {hello.kernel_release} ready, agent {hello.agent_version}")
+
+    def _make_cgroup(self, spec: Json) -> None:
+        """The cgroup that the spec of the container or pod names, for all processes of the VM."""
+        path = parse_cgroups_path(take(spec, "linux.cgroupsPath", str, ""))
+        if not path:
+            return
+        self.files.cgroup = path
+        self.files.save()
+        limits = host_limits(spec, guest_memory_mib=self.memory_mib, sandbox=self.is_pod)
+        self._cgroup = create_cgroup(path, limits)
+        if self._cgroup.missing:
+            self._journal.info(f"limits kept by the guest alone: {', '.join(self._cgroup.missing)}")
+
+    def _join_cgroup(self, pid: int) -> None:
+        if self._cgroup is not None:
+            self._cgroup.join(pid)
+
+    def limit(self, resources: Json) -> None:
+        """The host's side of an Update: CPU shares, quota and set of the whole VM. VmcellError."""
+        if self._cgroup is not None and not self.is_pod:
+            spec = {"linux": {"resources": resources}}
+            limits = host_limits(spec, guest_memory_mib=self.memory_mib, sandbox=False)
+            self._cgroup.set_limits(replace(limits, memory_bytes=None))
 
     def _share_lost(self, reason: str) -> None:
         self._journal.error(f"live directories of {self.id} are gone: {reason}")
@@ -160,12 +193,13 @@ class Sandbox:
 
     def _open_share(self) -> int:
         assert self._share is not None
-        return os.dup(self._share.connection.fileno())
+        return self._share.take_connection().detach()
 
     def _record_vmm(self, pid: int) -> None:
         try:
             self.files.vmm = identify(pid)
             self.files.save()
+            self._join_cgroup(pid)
         except (OSError, ProcessLookupError) as error:
             raise HostError(f"cannot note the VMM {pid} in the state file: {error}") from error
 
@@ -238,5 +272,7 @@ class Sandbox:
         try:
             if self._share is not None:
                 self._share.close()
+            if self.files.cgroup:
+                remove_cgroup(self.files.cgroup, timeout_s=_CGROUP_S)
         finally:
             self.files.remove()

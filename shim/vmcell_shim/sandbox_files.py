@@ -1,10 +1,10 @@
 """The files of one sandbox on the host, and their removal by whoever is left.
 
 <state_dir>/<namespace>/<id>/ holds `state.json` (which processes live: shim, VMM and helpers; which
-files elsewhere are the sandbox's own; how to undo its network) and the logs of console, shim and
-VMM. A pod's member has such a directory too, without processes, and names its pod's (`sandbox`).
-The bundle's link `vmcell` leads there, so that `delete` finds everything without the host's
-configuration. Every removal is idempotent.
+files elsewhere are the sandbox's own; its cgroup, and how to undo its network) and the logs of
+console, shim and VMM. A pod's member has such a directory too, without processes, and names its
+pod's (`sandbox`). The bundle's link `vmcell` leads there, so that `delete` finds everything without
+the host's configuration. Every removal is idempotent.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class SandboxFiles:
         self.sandbox = ""
         self.network: Json = {}
         self.poststop: Json = {}
+        self.cgroup = ""
         self.log_dir = ""
 
     @property
@@ -79,6 +80,7 @@ class SandboxFiles:
             "sandbox": self.sandbox,
             "network": self.network,
             "poststop": self.poststop,
+            "cgroup": self.cgroup,
             "log_dir": self.log_dir,
         }
         path = os.path.join(self.directory, "state.json")
@@ -141,6 +143,7 @@ def load(directory: str) -> SandboxFiles:
         files.sandbox = str(state["sandbox"])
         files.network = dict(state["network"])
         files.poststop = dict(state["poststop"])
+        files.cgroup = str(state["cgroup"])
         files.log_dir = str(state["log_dir"])
     except FileNotFoundError:
         pass

@@ -85,7 +85,10 @@ def test_detached_task_exec_and_metrics(containerd: PrivateContainerd) -> None:
     assert (done.returncode, done.stdout) == (5, b"in")
     assert b"memory.usage " in containerd.ctr("task", "metrics", "c1").stdout
     assert str(containerd.pid("c1")).encode() in containerd.ctr("task", "ps", "c1").stdout
-    refused = containerd.ctr("task", "pause", "c1")
+    assert containerd.ctr("task", "pause", "c1").returncode == 0
+    assert b"PAUSED" in containerd.ctr("task", "ls").stdout
+    assert containerd.ctr("task", "resume", "c1").returncode == 0
+    refused = containerd.ctr("task", "checkpoint", "c1")
     assert b"not in this version" in refused.stderr
     assert containerd.ctr("task", "delete", "c1").returncode != 0
 
@@ -171,8 +174,7 @@ BAD = {
     "io.vmcell.vcpus asks for 99 vCPUs": ("--annotation", "io.vmcell.vcpus=99"),
     "io.vmcell.vcpus asks for 0 vCPUs": ("--annotation", "io.vmcell.vcpus=0"),
     "1048576 bytes of memory": ("--memory-limit", "1048576"),
-    "belongs to the pod p1": ("--annotation", "io.kubernetes.cri.sandbox-id=p1"),
-    "live share": ("--mount", "type=bind,src=/usr,dst=/usr,options=rbind:rw"),
+    "neither a file nor a directory": ("--mount", "type=bind,src=/dev/null,dst=/null,options=rbind:rw"),
 }
 
 

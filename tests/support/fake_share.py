@@ -12,10 +12,13 @@ class FakeShare:
     """Counts what is shared in `sources`."""
 
     def __init__(self, state_directory: str, on_end: Callable[[str], None]) -> None:
-        self.connection, self._other = socket.socketpair()
+        self._connection, self._other = socket.socketpair()
         self.helpers: list[Living] = []
         self.sources: dict[int, tuple[str, bool]] = {}
         self._next_number = 0
+
+    def take_connection(self) -> socket.socket:
+        return self._connection
 
     def add(
         self, source: str, *, read_only: bool, recursive: bool = True, follow: bool = False
@@ -29,5 +32,5 @@ class FakeShare:
         del self.sources[number]
 
     def close(self) -> None:
-        self.connection.close()
+        self._connection.close()
         self._other.close()
