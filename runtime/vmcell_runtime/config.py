@@ -16,12 +16,13 @@ T = TypeVar("T")
 MAX_VCPUS = 8
 MIN_MEMORY_MIB = 64
 MAX_MEMORY_MIB = 262_144
-MAX_COMMAND_LINE_BYTES = 1536  # Linux takes 2047; the rest is for what the VMM adds
+MAX_COMMAND_LINE_BYTES = 1536  # Linux takes 2047; each window costs 36, so many leave less
 MAX_PMEM = 8
 MAX_BLK = 4
 MAX_NET = 4
 MAX_FS = 1
 MAX_TAG_BYTES = 36  # virtio 1.2 § 5.11.4
+MAX_SPARE_WINDOWS = 24
 MAX_DESCRIPTORS = 64
 MIN_GUEST_CID = 3  # 0 to 2 are reserved, virtio 1.2 § 5.10.4
 MAX_GUEST_CID = 0xFFFF_FFFE
@@ -123,6 +124,8 @@ class MachineConfig:
 
     `command_line` is the caller's part; the VMM puts its own machine's arguments before it.
     `console_descriptor` takes the serial console's bytes as they come, at most 1 MiB.
+    `spare_windows` is how many devices may be plugged in later, each at one of
+    `spare_window_numbers`; with `balloon` the guest can be asked to give memory back.
     """
 
     vcpu_count: int
@@ -135,6 +138,8 @@ class MachineConfig:
     fs: tuple[FsConfig, ...] = ()
     vsock: VsockConfig | None = None
     console_descriptor: int | None = None
+    spare_windows: int = 0
+    balloon: bool = False
 
     def __post_init__(self) -> None:
         _check_range("vcpu_count", self.vcpu_count, 1, MAX_VCPUS)
@@ -151,6 +156,19 @@ class MachineConfig:
         ):
             object.__setattr__(self, field, tuple(getattr(self, field)))
             _check_range(f"{field} count", len(getattr(self, field)), 0, limit)
+        _check_range("spare_windows", self.spare_windows, 0, MAX_SPARE_WINDOWS)
+        _check_type("balloon", self.balloon, bool)
+
+    @property
+    def fixed_windows(self) -> int:
+        """How many virtio devices the guest has at boot: one more than named here, for entropy."""
+        listed = len(self.pmem) + len(self.blk) + len(self.net) + len(self.fs)
+        return listed + (self.vsock is not None) + 1 + self.balloon
+
+    @property
+    def spare_window_numbers(self) -> range:
+        """The windows without a device at boot; to Linux window n is `virtio-mmio.n`."""
+        return range(self.fixed_windows, self.fixed_windows + self.spare_windows)
 
     def descriptor_indexes(self) -> tuple[int, ...]:
         """Every index this configuration names, in no special order."""

@@ -8,7 +8,7 @@ Rules kept here (each has a test):
 - Words shared with the guest are loaded and stored in one access of their natural width, by
   `memoryview.cast`; byte-wise packing would let the guest see half-written ring indices.
 - While KVM knows the address of a slot the mapping cannot go away: each region holds a live
-  buffer export of its mmap, and `close` refuses while `pin` is held.
+  buffer export of its mmap, and `close` and `unmap_file` refuse while they are pinned.
 - Every RAM region has inaccessible pages on both ends.
 - Shared RAM is a memfd sealed against any change of its size: a daemon that holds it too can
   scribble in it as the guest can, but not pull pages away under a load of ours (SIGBUS).
@@ -131,9 +131,11 @@ class _Ram:
         mapped.madvise(mmap.MADV_DONTDUMP)
         self.mapping = _Mapping(mapped)
         start = -(-(self.mapping.address + PAGE_BYTES) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-        self.lead_bytes = lead = start - self.mapping.address
+        lead = start - self.mapping.address
         self._forbid(self.mapping.address, lead)
         self._forbid(start + length_bytes, total - lead - length_bytes)
+        self._mapped = mapped
+        self.lead_bytes = lead
         self.gpa = gpa
         self.end_gpa = gpa + length_bytes
         self.address = start
@@ -146,6 +148,11 @@ class _Ram:
     def _forbid(address: int, length_bytes: int) -> None:
         if _libc.mprotect(address, length_bytes, 0):
             raise HostError(f"guarding guest memory failed: {os.strerror(ctypes.get_errno())}")
+
+    def discard(self, gpa: int, length: int) -> None:
+        # A hole in the file: pages of shared memory stay, whoever unmaps them.
+        advice = mmap.MADV_DONTNEED if self.fd < 0 else mmap.MADV_REMOVE
+        self._mapped.madvise(advice, self.lead_bytes + gpa - self.gpa, length)
 
     def close(self) -> None:
         for view in (self.words64, self.words32, self.words16, self.bytes):
@@ -185,7 +192,8 @@ class GuestMemory:
             raise CallerError(f"guest memory is {ram_bytes} bytes; give a multiple of 4096")
         self.ram_bytes = ram_bytes
         low = min(ram_bytes, LOW_RAM_LIMIT_BYTES)
-        self._windows: list[tuple[int, int, _Mapping]] = []
+        self._windows: dict[int, tuple[int, int, _Mapping]] = {}  # by slot number
+        self._pinned_windows: set[int] = set()
         self._pins = 0
         self.shared = shared
         self._ram = [_Ram(0, low, shared=shared)]
@@ -267,8 +275,19 @@ class GuestMemory:
         ram = self._find(gpa, length)
         return ram.address + gpa - ram.gpa
 
-    def map_file(self, fd: int, gpa: int) -> int:
-        """Maps a whole file read-only at `gpa` (both multiples of 2 MiB); returns its length.
+    def discard(self, gpa: int, length: int) -> None:
+        """Gives the whole pages within a range of RAM back to the host; they read as zero then.
+
+        Pieces of pages at its ends stay. GuestError unless the whole range is RAM.
+        """
+        ram = self._find(gpa, length)
+        start = -(-gpa // PAGE_BYTES) * PAGE_BYTES
+        end = (gpa + length) // PAGE_BYTES * PAGE_BYTES
+        if start < end:
+            ram.discard(start, end - start)
+
+    def map_file(self, fd: int, gpa: int) -> Slot:
+        """Maps a whole file read-only at `gpa` (both multiples of 2 MiB).
 
         The file stays the page cache's: MAP_SHARED and PROT_READ. `fd` may be closed afterwards.
         Devices cannot read or write this window; only the guest can read it.
@@ -284,14 +303,33 @@ class GuestMemory:
             mapped = mmap.mmap(fd, length, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
         except OSError as error:
             raise HostError(f"mapping a pmem image failed: {error.strerror}") from error
-        self._windows.append((gpa, length, _Mapping(mapped)))
-        return length
+        number = len(self._ram)
+        while number in self._windows:
+            number += 1
+        self._windows[number] = (gpa, length, _Mapping(mapped))
+        return self._window_slot(number)
+
+    def unmap_file(self, number: int) -> None:
+        """Ends the window of slot `number`, whose number is free then; BufferError while pinned."""
+        if number in self._pinned_windows:
+            raise BufferError(f"slot {number} is still a VM's; take it from the VM first")
+        _, _, mapping = self._windows.pop(number)
+        mapping.close()
 
     def slots(self) -> tuple[Slot, ...]:
         """Every KVM memory slot, RAM first. The addresses are good while the memory is pinned."""
-        ram = [(ram.gpa, ram.end_gpa - ram.gpa, ram.address, False) for ram in self._ram]
-        files = [(gpa, length, mapping.address, True) for gpa, length, mapping in self._windows]
-        return tuple(Slot(index, *row) for index, row in enumerate(ram + files))
+        ram = [
+            Slot(number, ram.gpa, ram.end_gpa - ram.gpa, ram.address, read_only=False)
+            for number, ram in enumerate(self._ram)
+        ]
+        return (*ram, *(self._window_slot(number) for number in sorted(self._windows)))
+
+    def pin_window(self, number: int) -> None:
+        """Forbids `unmap_file` of this slot until `unpin_window`."""
+        self._pinned_windows.add(number)
+
+    def unpin_window(self, number: int) -> None:
+        self._pinned_windows.remove(number)
 
     def shared_regions(self) -> tuple[SharedRegion, ...]:
         """What another process must map to reach all RAM; empty unless the memory is shared.
@@ -317,10 +355,14 @@ class GuestMemory:
             raise BufferError("guest memory is still pinned by a VM; close the VM first")
         for ram in self._ram:
             ram.close()
-        for _, _, mapping in self._windows:
+        for _, _, mapping in self._windows.values():
             mapping.close()
         self._ram.clear()
         self._windows.clear()
+
+    def _window_slot(self, number: int) -> Slot:
+        gpa, length, mapping = self._windows[number]
+        return Slot(number, gpa, length, mapping.address, read_only=True)
 
     def _find(self, gpa: int, length: int) -> _Ram:
         for ram in self._ram:
@@ -343,5 +385,5 @@ class GuestMemory:
         return views
 
     def _overlaps(self, gpa: int, length: int) -> bool:
-        taken = [*self.ram_ranges, *((start, size) for start, size, _ in self._windows)]
+        taken = [*self.ram_ranges, *((start, size) for start, size, _ in self._windows.values())]
         return any(gpa < start + size and start < gpa + length for start, size in taken)

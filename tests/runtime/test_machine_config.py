@@ -39,6 +39,9 @@ MAC = "02:00:00:00:00:01"
         ({"command_line": "a\nb"}, "command_line is 'a\\nb'; give printable ASCII only"),
         ({"command_line": "ä"}, "command_line is 'ä'; give printable ASCII only"),
         ({"command_line": "x" * 1537}, "command_line length is 1537; give 0 to 1536"),
+        ({"spare_windows": 25}, "spare_windows is 25; give 0 to 24"),
+        ({"spare_windows": -1}, "spare_windows is -1; give 0 to 24"),
+        ({"balloon": 1}, "balloon is 1; give a value of type bool"),
         ({"pmem": [PmemConfig(descriptor=n) for n in range(9)]}, "pmem count is 9; give 0 to 8"),
         ({"fs": [FsConfig(descriptor=n, tag="a") for n in (1, 2)]}, "fs count is 2; give 0 to 1"),
     ],
@@ -85,6 +88,22 @@ def test_descriptors_must_be_there_and_named_once() -> None:
         twice.check_descriptors(5)
 
 
+def test_spare_windows_stand_behind_every_other_device() -> None:
+    config = MachineConfig(**LEAST)
+    assert (config.fixed_windows, config.spare_window_numbers) == (1, range(1, 1))
+    full = MachineConfig(
+        **LEAST,
+        pmem=(PmemConfig(descriptor=1),),
+        blk=(BlkConfig(descriptor=2), BlkConfig(descriptor=3)),
+        net=(NetConfig(tap_descriptor=4, mac=MAC),),
+        vsock=VsockConfig(guest_cid=3),
+        balloon=True,
+        spare_windows=24,
+    )
+    assert full.fixed_windows == 7
+    assert full.spare_window_numbers == range(7, 31)
+
+
 indexes = st.integers(0, 63)
 configs = st.builds(
     MachineConfig,
@@ -122,6 +141,8 @@ configs = st.builds(
         listen_ports=st.lists(st.integers(1, 2**32 - 2), max_size=4, unique=True),
     ),
     console_descriptor=st.none() | indexes,
+    spare_windows=st.integers(0, 24),
+    balloon=st.booleans(),
 )
 
 

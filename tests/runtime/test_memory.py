@@ -150,8 +150,8 @@ def test_one_bad_piece_stops_all_of_it(small: GuestMemory) -> None:
 def test_a_file_window_is_a_read_only_slot_devices_cannot_touch(small: GuestMemory) -> None:
     with tempfile.TemporaryFile() as file:
         file.truncate(2 * HUGE_PAGE_BYTES)
-        assert small.map_file(file.fileno(), 1 << 30) == 2 * HUGE_PAGE_BYTES
-    slot = small.slots()[-1]
+        slot = small.map_file(file.fileno(), 1 << 30)
+    assert slot == small.slots()[-1]
     assert (slot.number, slot.gpa, slot.length_bytes) == (1, 1 << 30, 2 * HUGE_PAGE_BYTES)
     assert slot.read_only
     for attempt in (lambda: small.read(1 << 30, 1), lambda: small.write(1 << 30, b"x")):
@@ -176,6 +176,87 @@ def test_windows_do_not_overlap_each_other_or_ram(small: GuestMemory) -> None:
             with pytest.raises(CallerError):
                 small.map_file(file.fileno(), gpa)
     assert len(small.slots()) == 2
+
+
+def test_a_window_that_ended_leaves_its_number_and_place(small: GuestMemory) -> None:
+    with tempfile.TemporaryFile() as file:
+        file.truncate(HUGE_PAGE_BYTES)
+        first, second = [small.map_file(file.fileno(), n << 30) for n in (1, 2)]
+        assert (first.number, second.number) == (1, 2)
+        small.unmap_file(first.number)
+        assert [slot.number for slot in small.slots()] == [0, 2]
+        third = small.map_file(file.fileno(), 1 << 30)
+        assert third.number == 1
+        assert [slot.gpa for slot in small.slots()] == [0, 1 << 30, 2 << 30]
+
+
+def test_a_window_the_kernel_has_does_not_end(small: GuestMemory) -> None:
+    with tempfile.TemporaryFile() as file:
+        file.write(b"x" * HUGE_PAGE_BYTES)
+        file.flush()
+        slot = small.map_file(file.fileno(), 1 << 30)
+    small.pin_window(slot.number)
+    with pytest.raises(BufferError, match="slot 1"):
+        small.unmap_file(slot.number)
+    assert ctypes.string_at(slot.host_address, 1) == b"x"
+    small.unpin_window(slot.number)
+    small.unmap_file(slot.number)
+    with pytest.raises(KeyError):
+        small.unmap_file(slot.number)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
+def test_discarded_pages_leave_the_host_and_read_as_zero(shared: bool) -> None:
+    memory = GuestMemory(4 * SMALL, shared=shared)
+    length = 2 * SMALL
+    memory.write(SMALL - 100, b"\xff" * (length + 200))
+    before = resident_bytes()
+    memory.discard(SMALL, length)
+    assert before - resident_bytes() > length - (1 << 20)
+    for region in memory.shared_regions():
+        assert os.fstat(region.fd).st_blocks * 512 < 1 << 20, "the file has a hole there"
+    assert memory.read(SMALL, length) == bytes(length)
+    assert memory.read(SMALL - 100, 100) + memory.read(SMALL + length, 100) == b"\xff" * 200
+    memory.close()
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * PAGE_BYTES
+
+
+@given(st.integers(-10, SMALL + 10), st.integers(-10, SMALL + 10))
+def test_only_whole_pages_inside_a_range_are_discarded(start: int, length: int) -> None:
+    memory = GuestMemory(SMALL)
+    memory.write(0, b"\xff" * SMALL)
+    if start < 0 or length < 0 or start + length > SMALL:
+        with pytest.raises(GuestError):
+            memory.discard(start, length)
+        assert memory.read(0, SMALL) == b"\xff" * SMALL
+    else:
+        memory.discard(start, length)
+        kept = [
+            byte
+            for page in range(0, SMALL, PAGE_BYTES)
+            for byte in (memory.read(page, 1), memory.read(page + PAGE_BYTES - 1, 1))
+        ]
+        whole = [
+            start <= page and page + PAGE_BYTES <= start + length
+            for page in range(0, SMALL, PAGE_BYTES)
+        ]
+        assert [byte == b"\0" for byte in kept] == [gone for gone in whole for _ in range(2)]
+    memory.close()
+
+
+def test_memory_above_4_gib_is_discarded_too() -> None:
+    memory = GuestMemory((3 << 30) + HUGE_PAGE_BYTES)
+    gpa = 4 << 30
+    memory.write(gpa, b"x" * 8192)
+    memory.discard(gpa + 4096, 4096)
+    assert memory.read(gpa + 4094, 4) == b"xx\0\0"
+    with pytest.raises(GuestError):
+        memory.discard((3 << 30) - 4096, 8192)
+    memory.close()
 
 
 def test_pinned_memory_does_not_close() -> None:
