@@ -155,11 +155,11 @@ class _Ram:
         mapped.madvise(mmap.MADV_DONTDUMP)
         self.mapping = _Mapping(mapped)
         start = -(-(self.mapping.address + PAGE_BYTES) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-        self.lead_bytes = lead = start - self.mapping.address
+        lead = start - self.mapping.address
         self._forbid(self.mapping.address, lead)
         self._forbid(start + length_bytes, total - lead - length_bytes)
         self._mapped = mapped
-        self._lead = lead
+        self.lead_bytes = lead
         self.gpa = gpa
         self.end_gpa = gpa + length_bytes
         self.address = start
@@ -174,7 +174,9 @@ class _Ram:
             raise HostError(f"guarding guest memory failed: {os.strerror(ctypes.get_errno())}")
 
     def discard(self, gpa: int, length: int) -> None:
-        self._mapped.madvise(mmap.MADV_DONTNEED, self._lead + gpa - self.gpa, length)
+        # A hole in the file: pages of shared memory stay, whoever unmaps them.
+        advice = mmap.MADV_DONTNEED if self.fd < 0 else mmap.MADV_REMOVE
+        self._mapped.madvise(advice, self.lead_bytes + gpa - self.gpa, length)
 
     def close(self) -> None:
         for view in (self.words64, self.words32, self.words16, self.bytes):

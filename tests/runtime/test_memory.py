@@ -225,13 +225,16 @@ def test_a_window_the_kernel_has_does_not_end(small: GuestMemory) -> None:
         small.unmap_file(slot.number)
 
 
-def test_discarded_pages_leave_the_host_and_read_as_zero() -> None:
-    memory = GuestMemory(4 * SMALL)
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
+def test_discarded_pages_leave_the_host_and_read_as_zero(shared: bool) -> None:
+    memory = GuestMemory(4 * SMALL, shared=shared)
     length = 2 * SMALL
     memory.write(SMALL - 100, b"\xff" * (length + 200))
     before = resident_bytes()
     memory.discard(SMALL, length)
     assert before - resident_bytes() > length - (1 << 20)
+    for region in memory.shared_regions():
+        assert os.fstat(region.fd).st_blocks * 512 < 1 << 20, "the file has a hole there"
     assert memory.read(SMALL, length) == bytes(length)
     assert memory.read(SMALL - 100, 100) + memory.read(SMALL + length, 100) == b"\xff" * 200
     memory.close()

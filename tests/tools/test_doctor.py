@@ -130,6 +130,9 @@ def test_a_program_that_hangs_is_a_failure(host: Host, monkeypatch: pytest.Monke
 def test_devices_and_tools(host: Host) -> None:
     put(host, "dev/net/tun")
     put(host, "dev/vhost-net")
+    assert doctor.live_directories(host).status == "warn"
+    put(host, "usr/libexec/virtiofsd")
+    assert doctor.live_directories(host).status == "ok"
     for name in ("mkfs.erofs", "mkfs.ext4", "nginx"):
         program(host, name, "true")
     for check in (doctor.tun, doctor.vhost_net, doctor.image_tools, doctor.nginx):

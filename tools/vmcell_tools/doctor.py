@@ -19,6 +19,7 @@ from typing import Literal
 
 from vmcell_protos.errors import HostError
 from vmcell_runtime.kvm.host_kind import host_kind
+from vmcell_shim import virtiofsd
 from vmcell_shim.config import DEFAULT_PATH, ShimConfig, parse_config
 from vmcell_tools.setup_host import SHIM_DIRECTORY, SHIM_NAME, shim_executable
 
@@ -189,6 +190,19 @@ def image_tools(host: Host) -> Row:
     return Row(what="image tools", found=", ".join(needed), status="ok")
 
 
+def live_directories(host: Host) -> Row:
+    for path in virtiofsd.PROGRAMS:
+        if host.at(path).exists():
+            return Row(what="virtiofsd", found=path, status="ok")
+    return Row(
+        what="virtiofsd",
+        found="not installed",
+        status="warn",
+        advice="apt-get install virtiofsd (Debian 12: qemu-system-common); without it no bind mount"
+        " of a writable or large directory works",
+    )
+
+
 def nginx(host: Host) -> Row:
     if host.program("nginx") is None:
         advice = "apt-get install nginx-light; only the E2B server needs it"
@@ -231,7 +245,7 @@ def free_disk(host: Host) -> Row:
 
 CHECKS: tuple[Callable[[Host], Row], ...] = (
     *(kvm, containerd, containerd_socket, shim, configuration, kernel, base_image),
-    *(cgroup, nftables, tun, vhost_net, image_tools, nginx, reflink, free_disk),
+    *(cgroup, nftables, tun, vhost_net, image_tools, live_directories, nginx, reflink, free_disk),
 )
 
 
