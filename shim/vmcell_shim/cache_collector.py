@@ -40,13 +40,22 @@ class ImageRow:
 def list_images(cache_dir: str) -> list[ImageRow]:
     """All images, the most recently used first. Raises HostError."""
     directory = cache_directory(cache_dir)
-    if not os.path.isdir(directory):
-        return []
     try:
+        if not _is_there_at_all(directory):
+            return []
         with locked_directory(directory):
             return _rows(directory)
     except OSError as error:
         raise HostError(f"cannot read the image cache {directory}: {error}") from error
+
+
+def _is_there_at_all(directory: str) -> bool:
+    """False before the first image; OSError where one may not look, which is no empty cache."""
+    try:
+        os.stat(directory)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _rows(directory: str) -> list[ImageRow]:
@@ -94,10 +103,10 @@ def collect(cache_dir: str, *, limit_mib: int) -> list[ImageRow]:
     Raises HostError. Images in use stay, also over the limit.
     """
     directory = cache_directory(cache_dir)
-    if not os.path.isdir(directory):
-        return []
     removed = []
     try:
+        if not _is_there_at_all(directory):
+            return []
         with locked_directory(directory):
             rows = _rows(directory)
             _remove_leftovers(directory, {row.key for row in rows})

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from private_containerd import IMAGE, RUNTIME, PrivateContainerd
+from private_containerd import IMAGE, RUNTIME, PrivateContainerd, image_archive
 from shim_harness import wait_until
+
+from vmcell_shim.cache_collector import collect, list_images
 
 pytestmark = pytest.mark.root
 
@@ -168,6 +170,35 @@ def test_started_again_after_its_end(containerd: PrivateContainerd) -> None:
     assert containerd.run("c1", "sh", "-c", "exit 4", flags=()).returncode == 4
     done = containerd.ctr("task", "start", "c1")
     assert done.returncode == 4, done.stderr
+
+
+def test_native_snapshotter(containerd: PrivateContainerd) -> None:
+    """A bind mount of a whole copy: an image of its own, gone with the container."""
+    flags = ("--rm", "--snapshotter", "native")
+    done = containerd.run("c1", "echo", "hello", flags=flags)
+    assert (done.returncode, done.stdout) == (0, b"hello\n"), done.stderr
+
+
+def test_an_image_goes_with_containerds(containerd: PrivateContainerd) -> None:
+    """The cache follows the snapshotter, which follows the image store."""
+    name = "docker.io/vmcell-test/passing:latest"
+    archive = containerd.directory / "passing.tar"
+    archive.write_bytes(image_archive(name, [{"etc": None, "etc/passing": b"by"}]))
+    assert containerd.ctr("image", "import", str(archive)).returncode == 0
+    cache = str(containerd.directory / "cache")
+    before = {row.path for row in list_images(cache)}
+    done = containerd.ctr("run", "-d", "--runtime", RUNTIME, name, "c1", "sleep", "600")
+    assert done.returncode == 0, done.stderr
+    (row,) = [row for row in list_images(cache) if row.path not in before]
+    assert row.state == "in use"
+    assert row.layers[0].startswith(f"{containerd.directory}/root/")
+    remove(containerd, "c1")
+    wait_until(lambda: {row.path: row.state for row in list_images(cache)}[row.path] == "idle", "")
+    assert row.path not in [gone.path for gone in collect(cache, limit_mib=1024)]
+    assert containerd.ctr("image", "remove", "--sync", name).returncode == 0
+    wait_until(lambda: not os.path.exists(row.layers[0]), "containerd's removal of the layer")
+    assert row.path in [gone.path for gone in collect(cache, limit_mib=1024)]
+    assert not os.path.exists(row.path)
 
 
 BAD = {

@@ -9,6 +9,7 @@ import pytest
 
 from vmcell_shim.config import ShimConfig, render_config
 from vmcell_tools import doctor
+from vmcell_tools.containerd_config import SNIPPETS, merged
 from vmcell_tools.doctor import Host, examine
 from vmcell_tools.setup_host import shim_executable
 
@@ -34,9 +35,10 @@ def program(host: Host, name: str, script: str) -> None:
 def test_an_empty_host_fails_with_advice_for_all_that_is_needed(host: Host) -> None:
     rows = {row.what: row for row in examine(host)}
     needed = ("KVM", "containerd", "containerd socket", "shim", "config.toml", "kernel")
-    for what in (*needed, "base image", "cgroup v2", "nftables", "TAP", "image tools"):
+    for what in (*needed, "base image", "cgroups", "nftables", "TAP", "image tools"):
         assert rows[what].status == "fail", what
-    assert rows["vhost-net"].status == rows["nginx"].status == "warn"
+    for what in ("vhost-net", "nginx", "CRI runtime", "image cache"):
+        assert rows[what].status == "warn", what
     assert all(row.advice for row in rows.values() if row.status != "ok")
 
 
@@ -108,11 +110,52 @@ def test_configuration_and_what_it_names(host: Host) -> None:
 
 
 @pytest.mark.parametrize(
-    ("controllers", "status"), [("cpu io memory pids", "ok"), ("cpu io", "fail"), ("", "fail")]
+    ("v1", "v2", "status", "found"),
+    [
+        ("", "cpu io memory pids", "ok", "v2: cpu, memory, pids"),
+        ("cpu,cpuacct memory pids", None, "ok", "v1: "),
+        ("memory pids", "cpu", "ok", "v1 and v2: "),
+        ("", "cpu io", "fail", "without memory, pids"),
+        ("cpu", "", "fail", "without memory, pids"),
+        ("", None, "fail", "no cgroup hierarchy"),
+    ],
 )
-def test_cgroup_controllers(host: Host, controllers: str, status: str) -> None:
-    put(host, "sys/fs/cgroup/cgroup.controllers", f"{controllers}\n")
-    assert doctor.cgroup(host).status == status
+def test_cgroups(host: Host, v1: str, v2: str | None, status: str, found: str) -> None:
+    lines = [
+        f"32 31 0:29 / /sys/fs/cgroup/{names} rw - cgroup cgroup rw,{names}\n"
+        for names in v1.split()
+    ]
+    if v2 is not None:
+        place = host.at("unified")
+        lines.append(f"41 31 0:38 / {place} rw - cgroup2 cgroup2 rw\n")
+        put(host, "unified/cgroup.controllers", f"{v2}\n")
+    put(host, "proc/self/mountinfo", "".join(lines))
+    row = doctor.cgroup(host)
+    assert row.status == status
+    assert found in row.found
+
+
+def test_the_runtime_in_containerds_configuration(host: Host) -> None:
+    put(host, "etc/containerd/config.toml", merged("version = 2\n", SNIPPETS[0]))
+    assert doctor.kubernetes(host).status == "ok"
+    put(host, "etc/containerd/config.toml", "version = 2\n")
+    assert "vmcell setup --containerd" in doctor.kubernetes(host).advice
+    put(host, "etc/containerd/config.toml", "version = ")
+    assert "not TOML" in doctor.kubernetes(host).found
+
+
+def test_the_image_cache(host: Host) -> None:
+    config = ShimConfig(kernel="/k", base_image="/b", cache_dir="/cache", cache_limit_mib=1)
+    put(host, "etc/vmcell/config.toml", render_config(config))
+    row = doctor.image_cache(host)
+    assert (row.status, row.found) == ("ok", "0 images, 0 of 1 MiB")
+    put(host, "cache/erofs/KEY.erofs", "no image at all")
+    row = doctor.image_cache(host)
+    assert (row.status, row.advice) == ("warn", "vmcell cache prune")
+    put(host, "cache2", "a file")
+    config = ShimConfig(kernel="/k", base_image="/b", cache_dir="/cache2")
+    put(host, "etc/vmcell/config.toml", render_config(config))
+    assert doctor.image_cache(host).status == "warn"
 
 
 @pytest.mark.parametrize(("code", "status"), [(0, "ok"), (1, "fail")])

@@ -11,6 +11,7 @@ import pytest
 from vmcell_protos.errors import CallerError, HostError
 from vmcell_shim.config import parse_config
 from vmcell_tools import setup_host
+from vmcell_tools.containerd_config import SNIPPETS, merged
 from vmcell_tools.setup_host import Artifacts, install, render_shim, uninstall
 
 ARTIFACTS = Artifacts(kernel="/cache/vmlinux", base_image="/cache/base.erofs")
@@ -26,7 +27,10 @@ def test_setup_writes_what_the_shim_reads(tmp_path: Path) -> None:
     assert (config.default_vcpus, config.default_memory_mib) == (3, 256)
     assert (tmp_path / SHIM).stat().st_mode & 0o777 == 0o755
     assert (tmp_path / "run/vmcell").stat().st_mode & 0o777 == 0o700
-    assert len(done) == 4
+    assert len(done) == 7
+    for row in SNIPPETS:
+        assert (tmp_path / "etc/vmcell/containerd" / row.file).read_text() == row.text
+    assert not (tmp_path / "etc/containerd").exists()
 
 
 def test_a_second_setup_changes_nothing(tmp_path: Path) -> None:
@@ -61,6 +65,24 @@ def test_uninstall_takes_away_what_setup_wrote(tmp_path: Path) -> None:
     assert not (tmp_path / SHIM).exists()
     assert any("/var/lib/vmcell" in line for line in done)
     assert uninstall(tmp_path) == []
+
+
+def test_uninstall_takes_the_runtime_out_of_containerds_configuration(tmp_path: Path) -> None:
+    install(tmp_path, ARTIFACTS)
+    path = tmp_path / "etc/containerd/config.toml"
+    path.parent.mkdir()
+    path.write_text(merged("version = 2\nroot = '/x'\n", SNIPPETS[0]))
+    done = uninstall(tmp_path)
+    assert path.read_text() == "version = 2\nroot = '/x'\n"
+    assert any("restart containerd" in line for line in done)
+
+
+def test_uninstall_keeps_what_an_operator_put_beside(tmp_path: Path) -> None:
+    install(tmp_path, ARTIFACTS)
+    mine = tmp_path / "etc/vmcell/containerd/mine.toml"
+    mine.write_text("version = 2\n")
+    uninstall(tmp_path)
+    assert [path.name for path in mine.parent.iterdir()] == ["mine.toml"]
 
 
 def test_uninstall_refuses_while_a_sandbox_lives(tmp_path: Path) -> None:

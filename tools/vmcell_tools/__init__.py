@@ -15,6 +15,8 @@ oci_image        our OCI images
 image_import     built images into containerd
 message_codegen  protobuf messages from .proto files
 grpc_stubs       gRPC stubs for containerd
+containerd_config  our part of containerd's configuration, as text
+containerd_setup  that part on this host: written beside it, merged when asked
 setup_host       config.toml and the shim on this host
 doctor           what this host has, and what to do
 dev_config       the same inside a dev VM
@@ -34,6 +36,7 @@ demo             an E2B client against a real microVM
 cli_output       errors, JSON and tables of all commands
 cli_dev          words and options of `vmcell dev`
 cli_host         words and options of `vmcell setup` and `doctor`
+cli_cache        words and options of `vmcell cache`
 cli_build        words and options of `vmcell kernel` and `image`
 cli              the `vmcell` command
 __main__         `python -m vmcell_tools`

@@ -8,6 +8,7 @@ import sys
 import click
 
 from vmcell_tools.cli_build import image, kernel
+from vmcell_tools.cli_cache import cache
 from vmcell_tools.cli_dev import dev
 from vmcell_tools.cli_host import doctor, setup
 from vmcell_tools.cli_output import OneSentenceGroup
@@ -19,7 +20,7 @@ def main() -> None:
     """One microVM per container: setup, checks, images and the dev VM."""
 
 
-for command in (setup, doctor, kernel, image, dev):
+for command in (setup, doctor, kernel, image, cache, dev):
     main.add_command(command)
 
 

@@ -20,7 +20,11 @@ from typing import Literal
 from vmcell_protos.errors import HostError
 from vmcell_runtime.kvm.host_kind import host_kind
 from vmcell_shim import virtiofsd
+from vmcell_shim.cache_collector import list_images
+from vmcell_shim.cgroup import find_hierarchies
 from vmcell_shim.config import DEFAULT_PATH, ShimConfig, parse_config
+from vmcell_tools.containerd_config import HANDLER, parse_version, runtimes_of
+from vmcell_tools.containerd_setup import CONFIG, SYSTEM_PATH, read_config
 from vmcell_tools.setup_host import SHIM_DIRECTORY, SHIM_NAME, shim_executable
 
 Status = Literal["ok", "warn", "fail"]
@@ -30,7 +34,6 @@ CONTAINERD_SOCKET = "run/containerd/containerd.sock"
 OLDEST_CONTAINERD = (1, 6)
 CGROUP_CONTROLLERS = ("cpu", "memory", "pids")
 FREE_GIB_FAIL, FREE_GIB_WARN = 1, 10
-SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 COMMAND_DEADLINE_S = 20
 KVM_ADVICE = {
     "missing": "load kvm-amd or kvm-intel and enable virtualisation in the firmware or the cloud's"
@@ -82,13 +85,29 @@ def containerd(host: Host) -> Row:
             status="fail",
             advice="apt-get install containerd runc",
         )
-    version = output.split()[2].lstrip("v") if len(output.split()) > 2 else output
-    parts = version.replace("~", ".").split(".")
-    if not all(part.isdigit() for part in parts[:2]):
-        return Row(what="containerd", found=version, status="warn", advice="expected 1.6 or later")
-    if tuple(int(part) for part in parts[:2]) < OLDEST_CONTAINERD:
-        return Row(what="containerd", found=version, status="fail", advice="install 1.6 or later")
-    return Row(what="containerd", found=version, status="ok")
+    version = parse_version(output)
+    if version is None:
+        return Row(
+            what="containerd", found=output[:60], status="warn", advice="expected 1.6 or later"
+        )
+    found = ".".join(map(str, version))
+    if version < OLDEST_CONTAINERD:
+        return Row(what="containerd", found=found, status="fail", advice="install 1.6 or later")
+    return Row(what="containerd", found=found, status="ok")
+
+
+def kubernetes(host: Host) -> Row:
+    """The runtime's table in containerd's configuration; ctr and nerdctl do without."""
+    what = "CRI runtime"
+    try:
+        config = read_config(host.root)
+        present = config is not None and HANDLER in runtimes_of(config)
+    except HostError as error:
+        return Row(what=what, found=str(error), status="warn", advice=f"repair {CONFIG}")
+    if not present:
+        advice = "vmcell setup --containerd; only Kubernetes and crictl need it"
+        return Row(what=what, found=f"{CONFIG} names no {HANDLER}", status="warn", advice=advice)
+    return Row(what=what, found=f"{HANDLER} in {CONFIG}", status="ok")
 
 
 def containerd_socket(host: Host) -> Row:
@@ -138,24 +157,27 @@ def base_image(host: Host) -> Row:
 
 
 def cgroup(host: Host) -> Row:
+    """v2, v1 or both; what bounds a pod on this host."""
     try:
-        found = host.at("sys/fs/cgroup/cgroup.controllers").read_text().split()
-    except FileNotFoundError:
+        rows = find_hierarchies(str(host.at("proc/self/mountinfo")))
+    except HostError as error:
         return Row(
-            what="cgroup v2",
-            found="/sys/fs/cgroup is not the unified hierarchy",
+            what="cgroups",
+            found=str(error),
             status="fail",
-            advice="boot with systemd.unified_cgroup_hierarchy=1",
+            advice="mount -t cgroup2 cgroup2 /sys/fs/cgroup",
         )
+    found = {name for row in rows for name in row.controllers}
     missing = [name for name in CGROUP_CONTROLLERS if name not in found]
     if missing:
         return Row(
-            what="cgroup v2",
+            what="cgroups",
             found=f"without {', '.join(missing)}",
             status="fail",
             advice="enable the controllers: remove cgroup_disable from the kernel command line",
         )
-    return Row(what="cgroup v2", found=" ".join(found), status="ok")
+    versions = " and ".join(f"v{version}" for version in sorted({row.version for row in rows}))
+    return Row(what="cgroups", found=f"{versions}: {', '.join(CGROUP_CONTROLLERS)}", status="ok")
 
 
 def nftables(host: Host) -> Row:
@@ -210,6 +232,20 @@ def nginx(host: Host) -> Row:
     return Row(what="nginx", found="installed", status="ok")
 
 
+def image_cache(host: Host) -> Row:
+    what = "image cache"
+    try:
+        config = _config(host)
+        rows = list_images(str(host.at(config.cache_dir)))
+    except HostError as error:
+        return Row(what=what, found=str(error), status="warn", advice="vmcell setup, as root")
+    size_mib = sum(row.size_bytes for row in rows) >> 20
+    found = f"{len(rows)} images, {size_mib} of {config.cache_limit_mib} MiB"
+    if any(row.state in ("stale", "damaged") for row in rows) or size_mib > config.cache_limit_mib:
+        return Row(what=what, found=found, status="warn", advice="vmcell cache prune")
+    return Row(what=what, found=found, status="ok")
+
+
 def reflink(host: Host) -> Row:
     directory = _cache_directory(host)
     try:
@@ -244,8 +280,9 @@ def free_disk(host: Host) -> Row:
 
 
 CHECKS: tuple[Callable[[Host], Row], ...] = (
-    *(kvm, containerd, containerd_socket, shim, configuration, kernel, base_image),
-    *(cgroup, nftables, tun, vhost_net, image_tools, live_directories, nginx, reflink, free_disk),
+    *(kvm, containerd, containerd_socket, shim, configuration, kernel, base_image, kubernetes),
+    *(cgroup, nftables, tun, vhost_net, image_tools, live_directories, nginx, image_cache),
+    *(reflink, free_disk),
 )
 
 

@@ -1,4 +1,5 @@
-"""`vmcell setup`: what a host needs besides packages — config.toml, the shim on containerd's PATH.
+"""`vmcell setup`: what a host needs besides packages — config.toml, the shim on containerd's PATH,
+and what to add to containerd's configuration, as files beside it.
 
 Safe to run again: settings that the operator changed in config.toml stay, the paths of kernel and
 base image follow the newest build. `uninstall` removes what this wrote and refuses while sandboxes
@@ -18,6 +19,7 @@ from vmcell_protos.errors import CallerError, HostError
 from vmcell_shim.config import DEFAULT_PATH, ShimConfig, parse_config, render_config
 from vmcell_tools.base_image import find_base_image
 from vmcell_tools.build_cache import BuildCache
+from vmcell_tools.containerd_setup import SNIPPET_DIRECTORY, snippet_files, unmerge
 from vmcell_tools.kernel_build import find_kernel
 from vmcell_tools.progress import Progress
 
@@ -109,6 +111,7 @@ def install(
     done = [
         _write(path, render_config(config), 0o644),
         _write(_below(root, f"{SHIM_DIRECTORY}/{SHIM_NAME}"), shim_executable(), 0o755),
+        *(_write(_below(root, path), text, 0o644) for path, text in snippet_files().items()),
         *(_make_private(_below(root, path)) for path in (config.state_dir, config.cache_dir)),
     ]
     compile_sources()
@@ -116,7 +119,7 @@ def install(
 
 
 def uninstall(root: Path) -> list[str]:
-    """Remove what `install` wrote; CallerError while a sandbox is there."""
+    """Remove what `install` and the merge wrote; CallerError while a sandbox is there."""
     path = _below(root, DEFAULT_PATH)
     done = []
     config = _present_config(path)
@@ -128,12 +131,16 @@ def uninstall(root: Path) -> list[str]:
                 " ctr task delete, then uninstall again"
             )
         done.append(f"kept the image cache in {config.cache_dir}; delete it when nobody needs it")
-    for file in (path, _below(root, f"{SHIM_DIRECTORY}/{SHIM_NAME}")):
+    done += unmerge(root)
+    snippets = [_below(root, name) for name in snippet_files()]
+    for file in (path, _below(root, f"{SHIM_DIRECTORY}/{SHIM_NAME}"), *snippets):
         if file.exists():
             file.unlink()
             done.insert(0, f"removed {file}")
-    with suppress(FileNotFoundError, OSError):
-        path.parent.rmdir()
+    for directory in (_below(root, SNIPPET_DIRECTORY), path.parent):
+        # What an operator put there stays.
+        with suppress(FileNotFoundError, OSError):
+            directory.rmdir()
     return done
 
 
