@@ -42,7 +42,7 @@ caller         what a child of the zygote takes over from the process that asked
 title          what ps shows of such a child
 zygote_stub    start and delete by way of the zygote
 zygote_child   a forked process becomes a shim, a delete or a VMM
-installed_code whether what was imported is still what is installed
+installed_code  whether what was imported is still what is installed
 zygote_loop    connections in, a child for each request
 zygote         the node's warm interpreter: its start, renewal and end
 bootstrap      the binary's main

@@ -34,6 +34,7 @@ class Caller:
         lines = _read(f"/proc/{pid}/cgroup").splitlines()
         self.cgroup = next((line[3:] for line in lines if line.startswith(_UNIFIED)), b"")
         self.legacy_cgroups = [line for line in lines if not line.startswith(_UNIFIED)]
+        self.name = os.fsdecode(self.status[b"Name"])
         self.oom_score = _read(f"/proc/{pid}/oom_score_adj")
 
 

@@ -188,7 +188,7 @@ def test_environment_and_directory_do_not_matter(
 
 
 def test_bundle_that_takes_no_file_leaves_no_server(bundle: Path, sockets: str) -> None:
-    (bundle / ".address").mkdir()
+    (bundle / "address").mkdir()
     done = run(bundle, *start_words(bundle), stdin=bootstrap(sockets))
     assert (done.returncode, done.stdout) == (1, b"")
     assert done.stderr.startswith(b"cannot write the shim's address into ")
