@@ -21,7 +21,7 @@ from vmcell_runtime import vmm
 from vmcell_shim.actions import perform
 from vmcell_shim.caller import Caller, World
 from vmcell_shim.title import Title
-from vmcell_shim.zygote_stub import DONE_WITHIN_S
+from vmcell_shim.zygote_stub import CHILD_LIFE_S
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ def _shed(connection: socket.socket, fds: list[int]) -> None:
 def _run(
     heritage: Heritage, connection: socket.socket, request: Request, fds: list[int], caller: int
 ) -> None:
-    # Whoever asked gives up after this time, and nothing may come of it later than that.
-    signal.setitimer(signal.ITIMER_REAL, DONE_WITHIN_S)
+    # Nothing may come of it once the caller has given up and done it by itself.
+    signal.setitimer(signal.ITIMER_REAL, CHILD_LIFE_S)
     _tell(connection, Answer(TAKEN))
     follows = _take_over(heritage.world, connection, caller)
     if follows is None:
