@@ -30,10 +30,10 @@ class Caller:
         root = os.stat(f"/proc/{pid}/root")
         self.root = root.st_dev, root.st_ino
         self.status = _status(pid)
-        # cgroup v2's line last, "" where the process is in no such hierarchy.
-        lines = _read(f"/proc/{pid}/cgroup").splitlines()
-        self.cgroup = next((line[3:] for line in lines if line.startswith(_UNIFIED)), b"")
-        self.legacy_cgroups = [line for line in lines if not line.startswith(_UNIFIED)]
+        self.cgroup, self.legacy = _cgroups(pid)
+        self.name = os.fsdecode(self.status[b"Name"])
+        self.label = _security_label(pid)
+        self.policy = os.sched_getscheduler(0 if pid == "self" else int(pid))
         self.oom_score = _read(f"/proc/{pid}/oom_score_adj")
 
 
@@ -56,7 +56,9 @@ class World:
         for field in _SAME_IN_STATUS:
             if caller.status.get(field) != own.status.get(field):
                 return f"{field.decode()} of /proc/{caller.pid}/status"
-        return "cgroup v1" if caller.legacy_cgroups != own.legacy_cgroups else ""
+        if (caller.label, caller.policy) != (own.label, own.policy):
+            return "security label or scheduling policy"
+        return "cgroup of a version 1 hierarchy" if caller.legacy != own.legacy else ""
 
     def take_over(self, caller: Caller) -> None:
         """In a child: the cgroup, limits, priority, OOM score and umask become the caller's.
@@ -76,14 +78,14 @@ class World:
 
     def join_cgroup(self, caller: Caller) -> None:
         """Moves this process, which has one thread, unless it is there already. OSError."""
-        if caller.cgroup == self._own.cgroup:
+        own, _ = _cgroups("self")  # an administrator may have moved the zygote
+        if caller.cgroup == own:
             return
         if not self._cgroup_mount:
             raise FileNotFoundError("the whole cgroup2 hierarchy is mounted nowhere")
         _write(
             os.path.join(self._cgroup_mount, os.fsdecode(caller.cgroup[1:]), "cgroup.procs"), b"0"
         )
-        self._own.cgroup = caller.cgroup
 
 
 def _cgroup_mount() -> str:
@@ -95,12 +97,27 @@ def _cgroup_mount() -> str:
     return ""
 
 
+def _cgroups(pid: int | str) -> tuple[bytes, list[bytes]]:
+    """Its path in the unified hierarchy, "" when it is in none, and the lines of the others."""
+    lines = _read(f"/proc/{pid}/cgroup").splitlines()
+    unified = next((line[3:] for line in lines if line.startswith(_UNIFIED)), b"")
+    return unified, [line for line in lines if not line.startswith(_UNIFIED)]
+
+
 def _namespace(pid: int | str, name: str) -> str:
     try:
         return os.readlink(f"/proc/{pid}/ns/{name}")
     except FileNotFoundError:
         # The kernel was built without this kind; a caller that has gone fails at its root.
         return ""
+
+
+def _security_label(pid: int | str) -> bytes:
+    try:
+        return _read(f"/proc/{pid}/attr/current")
+    except OSError:
+        # No security module of that kind; a caller that has gone fails at its root.
+        return b""
 
 
 def _status(pid: int | str) -> dict[bytes, bytes]:

@@ -17,7 +17,7 @@ import time
 
 from vmcell_protos.errors import HostError
 
-_BACKLOG = 64
+_BACKLOG = 512
 _LOCK_TIMEOUT_S = 1.0
 _LOCK_STEP_S = 0.005
 _TRIES = 10

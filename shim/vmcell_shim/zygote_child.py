@@ -21,7 +21,7 @@ from vmcell_runtime import vmm
 from vmcell_shim.actions import perform
 from vmcell_shim.caller import Caller, World
 from vmcell_shim.title import Title
-from vmcell_shim.zygote_stub import DONE_WITHIN_S
+from vmcell_shim.zygote_stub import CHILD_LIFE_S
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -75,16 +75,17 @@ def _shed(connection: socket.socket, fds: list[int]) -> None:
 def _run(
     heritage: Heritage, connection: socket.socket, request: Request, fds: list[int], caller: int
 ) -> None:
-    # Whoever asked gives up after this time, and nothing may come of it later than that.
-    signal.setitimer(signal.ITIMER_REAL, DONE_WITHIN_S)
+    # Nothing may come of it once the caller has given up and done it by itself.
+    signal.setitimer(signal.ITIMER_REAL, CHILD_LIFE_S)
     _tell(connection, Answer(TAKEN))
-    if not _takes_over(heritage.world, connection, caller):
+    follows = _take_over(heritage.world, connection, caller)
+    if follows is None:
         return
     argv = [os.fsdecode(word) for word in request.argv]
     _replace_environment(dict(pair.split(b"=", 1) for pair in request.environment))
     os.fchdir(fds[0])
     os.close(fds[0])
-    heritage.title.set([sys.executable, "-ISB", *argv], os.path.basename(argv[0]))
+    heritage.title.set([sys.executable, "-ISB", *argv], follows.name)
     outcome = perform(argv, request.stdin)
     answer = Answer(
         DONE, number=outcome.status, output=outcome.output, errors=outcome.errors[:65536]
@@ -101,7 +102,7 @@ def _run(
 
 
 def _be_vmm(heritage: Heritage, connection: socket.socket, fds: list[int], caller: int) -> None:
-    if not _takes_over(heritage.world, connection, caller):
+    if _take_over(heritage.world, connection, caller) is None:
         return
     _replace_environment({os.fsencode(k): os.fsencode(v) for k, v in _VMM_ENVIRONMENT.items()})
     heritage.title.set([sys.executable, "-ISB", "vmcell-vmm"], "vmcell-vmm")
@@ -117,8 +118,9 @@ def _be_vmm(heritage: Heritage, connection: socket.socket, fds: list[int], calle
     vmm.main(_VMM_SOCKET_FD)
 
 
-def _takes_over(world: World, connection: socket.socket, pid: int) -> bool:
-    """Whether this child can stand in for a program the caller would start; says so if not."""
+def _take_over(world: World, connection: socket.socket, pid: int) -> Caller | None:
+    """The caller, when this child can stand in for a program it would start; else it is told."""
+    caller = None
     try:
         caller = Caller(pid)
         reason = world.difference(caller)
@@ -129,8 +131,9 @@ def _takes_over(world: World, connection: socket.socket, pid: int) -> bool:
     if reason:
         text = f"the zygote's child cannot have the caller's {reason}"
         _tell(connection, Answer(REFUSED, errors=text.encode(errors="replace")))
+        return None
     # One who has hung up does it by itself.
-    return not reason and not has_hung_up(connection)
+    return None if has_hung_up(connection) else caller
 
 
 def has_hung_up(connection: socket.socket) -> bool:

@@ -70,16 +70,14 @@ class ZygoteLoop:
         signal.signal(signal.SIGHUP, lambda *_: self._end(RENEW))
 
     def serve(self) -> str:
-        """Until there is a reason to end: STOP, RENEW or CHANGED. May be called again, for another
-        reason than STOP."""
-        if not self.is_stopping:
-            self._ending = ""
+        """Until there is a reason to end: STOP, RENEW or CHANGED. May be called again."""
         while not self._ending:
             self._turn()
             if self._forks >= MAX_FORKS or (self._forks and self._age_left_s() <= 0):
                 self._end(RENEW)
         self._forks, self._born = 0, time.monotonic()
-        return self._ending
+        why, self._ending = self._ending, ""
+        return why
 
     @property
     def is_stopping(self) -> bool:

@@ -1,9 +1,9 @@
 """The binary's short way: the node's zygote does it, the answer is printed here.
 
 Every `start` and `delete` waits for this, so only modules built into the interpreter are imported,
-and the present one. Whatever goes wrong, None is the answer and the binary does it by itself: an
-action that the zygote's child has begun or even finished may be done a second time beside it
-(vmcell_shim.listening has it that one server comes of two starts).
+and the present one. Whatever goes wrong, None is the answer and the binary does it by itself, after
+or even beside a child that has begun it: of two starts comes one server (vmcell_shim.listening),
+and a second delete finds less to do.
 """
 
 import _socket
@@ -27,8 +27,9 @@ from vmcell_protos.zygote import (
 
 # How long until the zygote's child says that it is there; it takes 2 ms on a quiet machine.
 TAKEN_WITHIN_S = 0.5
-# What the child may take then; containerd gives a `delete` 5 s. The child gives itself no more, so
-# that none acts long after it was given up.
+# What the child gives itself then, and how long it is waited for: one that was given up has ended.
+# containerd gives a `delete` 5 s.
+CHILD_LIFE_S = 4.0
 DONE_WITHIN_S = 4.5
 _CHUNK_BYTES = 64 << 10
 _STDIN_LIMIT_BYTES = 5 << 20

@@ -14,21 +14,31 @@ from pathlib import Path
 import pytest
 from private_containerd import IMAGE, RUNTIME, PrivateContainerd, image_archive
 from shim_harness import wait_until
+from zygote_harness import children
 
 from vmcell_shim.cache_collector import collect, list_images
 
 pytestmark = pytest.mark.root
 
 
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateContainerd]:
-    containerd = PrivateContainerd(tmp_path_factory.mktemp("ctd"), fake_guest=True)
+@pytest.fixture(scope="module", params=["direct", "zygote"])
+def daemon(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[PrivateContainerd]:
+    """Everything has to come out the same with a zygote and without."""
+    containerd = PrivateContainerd(
+        tmp_path_factory.mktemp("ctd"), fake_guest=True, zygote=request.param == "zygote"
+    )
+    if containerd.zygote is not None:
+        containerd.zygote.start()
     containerd.start()
     try:
         containerd.import_image()
         yield containerd
     finally:
         containerd.kill()
+        if containerd.zygote is not None:
+            containerd.zygote.kill()
 
 
 @pytest.fixture
@@ -135,19 +145,35 @@ def test_killed_shim(containerd: PrivateContainerd) -> None:
     (shim,) = [
         int(entry.name)
         for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and _is_shim(entry, containerd)
+        if entry.name.isdigit() and containerd.is_shim(command_line(entry))
     ]
     os.kill(shim, signal.SIGKILL)
     wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the VMM's end", 6)
     wait_until(lambda: containerd.status("c1") in ("", "STOPPED"), "the exit", 6)
 
 
-def _is_shim(entry: Path, containerd: PrivateContainerd) -> bool:
+def command_line(entry: Path) -> bytes:
     try:
-        line = (entry / "cmdline").read_bytes()
+        return (entry / "cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
-        return False
-    return f"{containerd.directory}/bin/containerd-shim".encode() in line
+        return b""
+
+
+def test_killed_zygote(containerd: PrivateContainerd) -> None:
+    """What runs goes on, the next start works, and then there is a zygote again."""
+    if containerd.zygote is None:
+        assert containerd.run("c1", "true", flags=("--rm",)).returncode == 0
+        return
+    containerd.run("c1", "sleep", "600", flags=("-d",))
+    containerd.zygote.kill()
+    done = containerd.ctr("task", "exec", "--exec-id", "e1", "c1", "echo", "still here")
+    assert done.stdout == b"still here\n", done.stderr
+    remove(containerd, "c1")
+    assert containerd.run("c1", "echo", "direct", flags=("--rm",)).stdout == b"direct\n"
+    containerd.zygote.start()
+    containerd.run("c1", "sleep", "600", flags=("-d",))
+    (shim,) = children(containerd.zygote.pid)
+    assert containerd.is_shim(command_line(Path(f"/proc/{shim}")))
 
 
 def test_restart_of_containerd(containerd: PrivateContainerd) -> None:

@@ -17,6 +17,7 @@ import tarfile
 from pathlib import Path
 
 from shim_harness import wait_until
+from zygote_harness import Zygote
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE_ROOTS = [str(ROOT / name) for name in ("protos", "runtime", "shim")]
@@ -47,7 +48,8 @@ _PATCH = "import fake_vmm; from vmcell_runtime import handle; handle.spawn = fak
 class PrivateContainerd:
     """One daemon below `directory`; start() again after kill() for a restart."""
 
-    def __init__(self, directory: Path, *, fake_guest: bool) -> None:
+    def __init__(self, directory: Path, *, fake_guest: bool, zygote: bool = False) -> None:
+        """With `zygote`, shims are forked by one of its own, which has the fake guest too."""
         self.directory = directory
         self.socket = directory / "containerd.sock"
         self.log = directory / "containerd.log"
@@ -58,6 +60,7 @@ class PrivateContainerd:
         patch = _PATCH if fake_guest else ""
         shim.write_text(_STUB.format(python=sys.executable, roots=roots, patch=patch))
         shim.chmod(0o755)
+        self.zygote = Zygote(f"{directory}/z", shim) if zygote else None
         (directory / "containerd.toml").write_text(_CONFIG.format(directory=directory))
         for name in ("kernel", "base.erofs"):
             (directory / name).touch()
@@ -73,6 +76,7 @@ class PrivateContainerd:
             "PATH": f"{self.directory}/bin:{os.environ['PATH']}",
             "VMCELL_CONFIG": str(self.directory / "vmcell.toml"),
             "FAKE_RECORD": str(self.directory / "record.json"),
+            "VMCELL_ZYGOTE": self.zygote.path if self.zygote else "",
         }
         with self.log.open("ab") as log:
             self._popen = subprocess.Popen(
@@ -127,7 +131,7 @@ class PrivateContainerd:
         raise LookupError(name)
 
     def leftovers(self) -> list[str]:
-        """Bundles, state, sandbox files and processes that are still there."""
+        """Bundles, state, sandbox files and processes that are still there, the zygote not."""
         found = [str(path) for path in self.directory.glob("run/*/*")]
         found += [str(path) for path in self.directory.glob("cache/sandboxes/*/*")]
         found += [str(path) for path in self.directory.glob("state/*.task/*/*")]
@@ -137,9 +141,16 @@ class PrivateContainerd:
                     line = (entry / "cmdline").read_bytes()
                 except (FileNotFoundError, ProcessLookupError):
                     continue
-                if f"{self.directory}/bin/containerd-shim".encode() in line:
+                if self.is_shim(line):
                     found.append(line.replace(b"\0", b" ").decode())
         return found
+
+    def is_shim(self, command_line: bytes) -> bool:
+        """Whether a process is a shim of this containerd, by /proc/PID/cmdline."""
+        words = command_line.split(b"\0")
+        return f"{self.directory}/bin/containerd-shim-vmcell-v2".encode() in words and (
+            b"zygote" not in words
+        )
 
 
 Layer = dict[str, bytes | str | None]
