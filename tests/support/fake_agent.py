@@ -42,6 +42,7 @@ class Process:
         self.description = description
         self.streams = streams
         self.popen: subprocess.Popen[bytes] | None = None
+        self.failed = False
         self.terminal = -1
         self.copies: list[threading.Thread] = []
 
@@ -205,6 +206,8 @@ class FakeAgent:
 
     def start(self, payload: bytes) -> Message:
         process = self.referred(payload)
+        if process.failed:
+            raise CallerError("it can be started once", code="failed_precondition")
         streams = process.streams
         args = process.description["args"]
         assert isinstance(args, list)
@@ -217,6 +220,7 @@ class FakeAgent:
                 args, *(sockets.get(name, subprocess.DEVNULL) for name in ids)
             )
         except OSError as error:
+            process.failed = True
             raise CallerError(f"cannot run {args[0]}: {error.strerror}") from error
         finally:
             for stream in sockets.values():
@@ -278,9 +282,14 @@ class FakeAgent:
             os.write(terminal, data)
 
     def wait(self, payload: bytes) -> Message:
-        process = self.referred(payload)
+        ref = agent.ProcessRef.decode(payload)
+        exec_id = ref.exec_id
+        process = self.find(ref.container_id, exec_id)
         assert process.popen is not None
         code = process.popen.wait()
+        if not exec_id:
+            # The end of a pid namespace's init is the end of all in it.
+            self.signal_all(ref.container_id, signal.SIGKILL)
         for thread in process.copies:
             thread.join()
         status = self.behaviour.get("exit_status", code if code >= 0 else 128 - code)
@@ -297,10 +306,15 @@ class FakeAgent:
         if process.popen is None or process.popen.poll() is not None:
             raise CallerError("the process has ended", code="not_found")
         if request.all:
-            os.killpg(process.popen.pid, request.signal)
+            self.signal_all(request.container_id, request.signal)
         else:
             process.popen.send_signal(request.signal)
         return Empty()
+
+    def signal_all(self, container_id: str, number: int) -> None:
+        for (owner, _), process in list(self.processes.items()):
+            if owner == container_id and process.popen is not None and process.popen.poll() is None:
+                os.killpg(process.popen.pid, number)
 
     def resize(self, payload: bytes) -> Message:
         request = agent.ResizePtyRequest.decode(payload)
@@ -308,9 +322,10 @@ class FakeAgent:
         import fcntl
         import termios
 
-        fcntl.ioctl(
-            self.find(request.container_id, request.exec_id).terminal, termios.TIOCSWINSZ, size
-        )
+        process = self.find(request.container_id, request.exec_id)
+        if process.terminal < 0:
+            raise CallerError("it has no terminal to resize", code="failed_precondition")
+        fcntl.ioctl(process.terminal, termios.TIOCSWINSZ, size)
         return Empty()
 
     def stats(self, payload: bytes) -> Message:
