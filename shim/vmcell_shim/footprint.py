@@ -67,7 +67,7 @@ class Footprint:
         self._files.owned = [self._own_dir]
         if self._files is not self._sandbox.files:
             self._files.sandbox = self._sandbox.files.directory
-            self._files.create(bundle)
+        self._files.create(bundle)
 
     def images(self, source: RootSource) -> RootImages:
         """The root's images and disk, made where they are missing. Raises VmcellError."""

@@ -126,7 +126,7 @@ class Sandbox:
         deadline: float,
     ) -> None:
         self.files.shim = identify(os.getpid())
-        self.files.create(bundle)
+        self.files.create()
         self._journal.attach(self.files.shim_log)
         size = plan.size
         self._journal.info(f"booting {self.id}: {size.vcpus} vCPUs, {size.memory_mib} MiB")

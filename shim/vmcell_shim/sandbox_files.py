@@ -57,11 +57,14 @@ class SandboxFiles:
     def shim_log(self) -> str:
         return os.path.join(self.directory, "shim.log")
 
-    def create(self, bundle: str) -> None:
-        """The directory, its first state file and the bundle's link; raises HostError."""
+    def create(self, bundle: str = "") -> None:
+        """The directory, a state file, and with `bundle` the link by which `delete` finds them: it
+        is that of who takes the directory along. Raises HostError."""
         try:
             make_directory(self.directory)
             self.save()
+            if not bundle:
+                return
             link = os.path.join(bundle, BUNDLE_LINK)
             if os.path.islink(link):
                 os.unlink(link)

@@ -10,7 +10,7 @@ import threading
 import time
 
 from vmcell_protos import sandbox as messages
-from vmcell_protos.errors import CallerError
+from vmcell_protos.errors import CallerError, HostError
 from vmcell_protos.wellknown import Empty
 from vmcell_shim.config import load_config
 from vmcell_shim.events import timestamp
@@ -83,7 +83,13 @@ class SandboxService:
 
     def _create(self, payload: bytes, _: int) -> Message:
         request = messages.CreateSandboxRequest.decode(payload)
-        self._pod = _Pod(self._registry.open_sandbox(request.sandbox_id), request)
+        sandbox = self._registry.open_sandbox(request.sandbox_id)
+        try:
+            sandbox.files.create(request.bundle_path)
+        except HostError:
+            self._registry.close_sandbox(sandbox)
+            raise
+        self._pod = _Pod(sandbox, request)
         return Empty()
 
     def _start(self, payload: bytes, timeout_ns: int) -> Message:

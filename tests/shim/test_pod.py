@@ -187,9 +187,13 @@ def test_a_group_without_a_pause_container_ends_with_its_last_member(shim: Shim)
     group = {"io.containerd.runc.v2.group": "g"}
     for name in ("a", "b"):
         shim.create("/bin/sleep", "600", container_id=name, annotations=group)
+    pid = shim.state(container_id="b").pid
     for name in ("a", "b"):
+        os.kill(pid, 0)
         shim.kill(container_id=name)
         shim.delete(container_id=name)
+        # containerd runs it after every end.
+        delete_action.delete(str(shim.directory / f"bundle-{name}"))
     assert not shim.registry.in_use
     assert shim.left_behind() == []
 
