@@ -70,6 +70,7 @@ class Sandbox:
         self.id = sandbox_id
         self.is_pod = is_pod
         self.files = files
+        files.log_dir = config.log_dir
         self.state = NEW
         self.memory_mib = self.vcpus = 0
         self._config = config

@@ -102,7 +102,6 @@ class SandboxService:
             default_memory_mib=config.default_memory_mib,
         )
         timeout_s = min(timeout_ns / 1e9 if timeout_ns > 0 else float("inf"), config.boot_timeout_s)
-        pod.sandbox.files.log_dir = config.log_dir
         try:
             pod.sandbox.boot(
                 plan, spec, pod.request.bundle_path, None, time.monotonic() + timeout_s

@@ -217,7 +217,7 @@ def test_an_image_goes_with_containerds(containerd: PrivateContainerd) -> None:
     assert done.returncode == 0, done.stderr
     (row,) = [row for row in list_images(cache) if row.path not in before]
     assert row.state == "in use"
-    assert row.layers[0].startswith(os.path.join(containerd.directory, "root"))
+    assert row.layers[0].startswith(str(containerd.directory / "root"))
     remove(containerd, "c1")
     wait_until(lambda: {row.path: row.state for row in list_images(cache)}[row.path] == "idle", "")
     assert row.path not in [gone.path for gone in collect(cache, limit_mib=1024)]
