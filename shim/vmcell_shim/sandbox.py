@@ -141,7 +141,8 @@ class Sandbox:
             self.files.save()
             for helper in self._share.helpers:
                 self._join_cgroup(helper.pid)
-        hello = self.guest.boot(self._shape(plan, nets, images), deadline, self._record_vmm)
+        fixed = None if self.is_pod else images
+        hello = self.guest.boot(self._shape(plan, nets, fixed), deadline, self._record_vmm)
         self.network.booted()
         if self.is_pod:
             self.network.forward_ports(self.guest.dial_forward)

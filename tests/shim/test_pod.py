@@ -187,6 +187,9 @@ def test_a_group_without_a_pause_container_ends_with_its_last_member(shim: Shim)
     group = {"io.containerd.runc.v2.group": "g"}
     for name in ("a", "b"):
         shim.create("/bin/sleep", "600", container_id=name, annotations=group)
+    handle = shim.registry.container("b").guest._handle
+    assert isinstance(handle, FakeVmm)
+    assert (len(handle.config.pmem), handle.config.blk) == (1, ())
     pid = shim.state(container_id="b").pid
     for name in ("a", "b"):
         os.kill(pid, 0)
