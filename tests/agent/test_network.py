@@ -151,7 +151,10 @@ def test_the_kernels_refusal_is_a_sentence(namespace: str) -> None:
         (Interface(mac=MAC, gateway="here"), "no IP address"),
         (Interface(mac=MAC, routes=[Route(destination="10.0.0.0")]), "no prefix length"),
         (Interface(mac=MAC, routes=[Route(destination="::/0", gateway="a")]), "no IP address"),
-        (Interface(mac=MAC, routes=[Route(destination="::/0", source="1.1.1.1")]), "other IP family"),
+        (
+            Interface(mac=MAC, routes=[Route(destination="::/0", source="1.1.1.1")]),
+            "other IP family",
+        ),
         (Interface(mac=MAC, neighbours=[Neighbour(address="::1", mac="02")]), "no MAC address"),
         (Interface(mac=MAC, neighbours=[Neighbour(address="x")]), "no IP address"),
         (Interface(mac=MAC, name="../x"), "interface name"),
