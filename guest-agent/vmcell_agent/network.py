@@ -7,7 +7,6 @@ networks. A route replaces the one to the same network by the same interface.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import socket
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from vmcell_protos.agent import Interface, Route
 
 MAX_INTERFACES, MAX_ADDRESSES, MAX_ROUTES = 16, 64, 256
-_MAX_REPLACED_ROUTES = 64
 _SYS_CLASS_NET = "/sys/class/net"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,15}", re.ASCII)
 _ANSWER_BYTES = 16384
@@ -61,15 +59,13 @@ class Routes:
     def __exit__(self, *exception: object) -> None:
         self._socket.close()
 
-    def send(self, request: bytes, what: str, accept: tuple[int, ...] = ()) -> int:
-        """Returns 0, or the errno of `accept` that the kernel answered; raises HostError
-        "<what>: <reason>" for any other."""
+    def send(self, request: bytes, what: str) -> None:
+        """Raises HostError "<what>: <reason>"."""
         with attempt(what):
             self._socket.send(request)
             number = netlink.error_number(self._socket.recv(_ANSWER_BYTES))
-            if number and number not in accept:
+            if number:
                 raise OSError(number, os.strerror(number))
-        return number
 
 
 def loopback_up() -> None:
@@ -174,13 +170,9 @@ def _configure(routes: Routes, row: InterfacePlan, current: str) -> None:
         routes.send(request, f"give {address}/{length} to {name}")
     routes.send(netlink.set_link(index, up=True), f"bring up {name}")
     for (network, length), gateway in row.routes:
+        request = netlink.set_route(index, network, length, gateway)
         text = f"route {network}/{length} by {gateway or 'the link'} on {name}"
-        for _ in range(_MAX_REPLACED_ROUTES):
-            old = netlink.delete_route(index, network, length)
-            if routes.send(old, text, accept=(errno.ESRCH,)):
-                break
-        request = netlink.add_route(index, network, length, gateway)
-        routes.send(request, text, accept=(errno.EEXIST,))
+        routes.send(request, text)
 
 
 def _devices() -> dict[str, str]:

@@ -4,7 +4,8 @@ The container gets pid, mount, uts, ipc and cgroup namespaces of its own, unless
 some in its pod; its network is the guest's own. What the spec says about the host's kernel
 (seccomp, AppArmor, SELinux, device cgroup, Intel RDT, block and network controllers) has no meaning
 here and is ignored: the boundary is the virtual machine. What would change the meaning of the
-container and cannot be done is refused by name. Unknown fields are ignored, as the OCI specification asks (config.md, "Extensibility").
+container and cannot be done is refused by name. Unknown fields are ignored, as the OCI
+specification asks (config.md, "Extensibility").
 """
 
 from __future__ import annotations

@@ -171,16 +171,19 @@ def _renew_directory(parent: int, name: str, file: FileCopy) -> None:
 
 
 def _replace_mount(namespace: int, renewal: Renewal) -> None:
-    directory, name = _open_parent(renewal.target)
+    directory, _ = _open_parent(renewal.target)
     _write_beside(directory, renewal.file)
     try:
         tree = syscalls.clone_tree(_TEMPORARY, directory)
         syscalls.set_tree_read_only(tree)
+        syscalls.setns(namespace, abi.CLONE_NEWNS)  # from the copy into the container's own
+        inside, name = _open_parent(renewal.target)
+        os.fchdir(inside)
+        os.close(inside)
+        syscalls.attach_tree(tree, name, beneath=True)
+        syscalls.umount(name, abi.MNT_DETACH | abi.UMOUNT_NOFOLLOW)
+        os.close(tree)
     finally:
+        # The mount keeps the file; its name must be there until nothing is mounted over it.
         os.unlink(_TEMPORARY, dir_fd=directory)
         os.close(directory)
-    syscalls.setns(namespace, abi.CLONE_NEWNS)  # from the copy into the container's own
-    directory, name = _open_parent(renewal.target)
-    os.fchdir(directory)
-    syscalls.attach_tree(tree, name, beneath=True)
-    syscalls.umount(name, abi.MNT_DETACH | abi.UMOUNT_NOFOLLOW)
