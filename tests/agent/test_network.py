@@ -311,4 +311,7 @@ def test_pid_1_imports_nothing_heavy() -> None:
     loaded = set(done.stdout.split())
     heavy = {"asyncio", "subprocess", "logging", "inspect", "dataclasses", "threading", "h11"}
     assert not loaded & heavy
+    assert "typing" not in loaded  # see vmcell_agent.record
+    later = {"windows", "holder", "renewal", "readout", "oom", "freezer", "limits"}
+    assert not loaded & {f"vmcell_agent.{name}" for name in later}
     assert not any(name.startswith("vmcell_agent.envd") for name in loaded)

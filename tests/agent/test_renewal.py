@@ -338,14 +338,12 @@ def test_errands_leave_no_process_and_no_descriptor(agent: AgentUnderTest) -> No
     assert agent.open_files() == before
 
 
-COPIES = renewal.copies_of(
-    [folder("/tree"), file("/tree/a", read_only=True), folder("/"), file("/f")]
-)
+COPIES = [folder("/tree"), file("/tree/a", read_only=True)]
 
 
 def test_where_a_renewal_goes() -> None:
-    moved = [COPIES[0]._replace(target="/real"), *COPIES[1:2]]
-    plans = renewal.plan(moved, [file("/tree/b/c"), file("/tree/a"), folder("/tree")])
+    files = [file("/tree/b/c"), file("/tree/a"), folder("/tree")]
+    plans = renewal.plan(COPIES, {"/tree": "/real"}, files)
     assert [(row.target, row.is_mount) for row in plans] == [
         ("/real/b/c", False),
         ("/tree/a", True),
@@ -356,7 +354,7 @@ def test_where_a_renewal_goes() -> None:
 @given(st.text(alphabet="/.a\0~", max_size=12).map("/tree/".__add__))
 def test_nothing_climbs_out_of_a_copied_directory(destination: str) -> None:
     try:
-        plans = renewal.plan(COPIES[:2], [file(destination)])
+        plans = renewal.plan(COPIES, {}, [file(destination)])
     except CallerError:
         return
     assert plans[0].target == destination == os.path.normpath(destination)
