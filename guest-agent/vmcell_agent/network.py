@@ -11,9 +11,9 @@ import errno
 import os
 import re
 import socket
-from typing import NamedTuple
 
 from vmcell_agent.attempt import attempt
+from vmcell_agent.record import Record
 from vmcell_protos import rtnetlink as netlink
 from vmcell_protos.errors import CallerError
 
@@ -21,33 +21,29 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmcell_protos.agent import Interface, Neighbour, Route
 
+    Prefix = tuple[str, int]  # "10.4.0.0/16", cut
+
 MAX_INTERFACES, MAX_ADDRESSES, MAX_ROUTES, MAX_NEIGHBOURS = 16, 64, 256, 256
 _MAX_REPLACED_ROUTES = 64
+_IPV4_METRIC, _IPV6_METRIC = 100, 1024
 _SYS_CLASS_NET = "/sys/class/net"
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,15}", re.ASCII)
-_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.ASCII)
+_NAME = r"[A-Za-z0-9_.-]{1,15}"
+_MAC = r"[0-9a-f]{2}(:[0-9a-f]{2}){5}"
 _ANSWER_BYTES = 16384
 _ANY: dict[int, str] = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
 
 
-class Prefix(NamedTuple):
-    """ "10.4.0.0/16", cut."""
-
-    address: str
-    length: int
-
-
-class RoutePlan(NamedTuple):
+class RoutePlan(Record):
     """One route; "" and 0 as in agent.proto."""
 
     network: Prefix
     gateway: str
-    source: str = ""
-    metric: int = 0
-    mtu: int = 0
+    source: str
+    metric: int
+    mtu: int
 
 
-class InterfacePlan(NamedTuple):
+class InterfacePlan(Record):
     """What is to become of one interface; all of it is well-formed."""
 
     mac: str
@@ -55,6 +51,7 @@ class InterfacePlan(NamedTuple):
     mtu: int  # 0: as it is
     addresses: list[Prefix]
     prefix_routes: bool  # whether the addresses' prefixes are routes of their own
+    gateway: str  # "": none
     routes: list[RoutePlan]
     neighbours: list[tuple[str, bytes]]  # address, MAC address
 
@@ -106,7 +103,7 @@ def plan(interfaces: list[Interface]) -> list[InterfacePlan]:
 
 def _plan(interface: Interface) -> InterfacePlan:
     mac = interface.mac.lower()
-    if interface.name and not _NAME.fullmatch(interface.name):
+    if interface.name and not re.fullmatch(_NAME, interface.name, re.ASCII):
         raise CallerError(f"interface name {interface.name!r} is none of Linux's")
     if len(interface.addresses) > MAX_ADDRESSES or len(interface.routes) > MAX_ROUTES:
         raise CallerError(
@@ -118,24 +115,23 @@ def _plan(interface: Interface) -> InterfacePlan:
             f"interface {mac!r} has {len(interface.neighbours)} neighbours; at most "
             f"{MAX_NEIGHBOURS}"
         )
-    routes = [_plan_route(route) for route in interface.routes]
     if interface.gateway:
-        family = _family(interface.gateway, f"gateway {interface.gateway!r}")
-        routes.insert(0, RoutePlan(Prefix(_ANY[family], 0), interface.gateway))
+        _family(interface.gateway, f"gateway {interface.gateway!r}")
     return InterfacePlan(
         mac=mac,
         name=interface.name,
         mtu=interface.mtu,
         addresses=[_prefix(text, "address") for text in interface.addresses],
         prefix_routes=not interface.routes,
-        routes=routes,
+        gateway=interface.gateway,
+        routes=[_plan_route(route) for route in interface.routes],
         neighbours=[_plan_neighbour(neighbour) for neighbour in interface.neighbours],
     )
 
 
 def _plan_route(route: Route) -> RoutePlan:
     network = _prefix(route.destination, "route destination")
-    family = netlink.family_of(network.address)
+    family = netlink.family_of(network[0])
     if route.gateway:
         what = f"gateway {route.gateway!r} of route {route.destination!r}"
         # An IPv4 network may be behind an IPv6 gateway (RFC 5549), not the other way round.
@@ -151,7 +147,7 @@ def _plan_route(route: Route) -> RoutePlan:
 def _plan_neighbour(neighbour: Neighbour) -> tuple[str, bytes]:
     _family(neighbour.address, f"neighbour {neighbour.address!r}")
     mac = neighbour.mac.lower()
-    if not _MAC.fullmatch(mac):
+    if not re.fullmatch(_MAC, mac, re.ASCII):
         raise CallerError(f"neighbour {neighbour.address}: {neighbour.mac!r} is no MAC address")
     return neighbour.address, bytes.fromhex(mac.replace(":", ""))
 
@@ -170,7 +166,7 @@ def _prefix(text: str, what: str) -> Prefix:
     longest = 128 if _family(address, f"{what} {text!r}") == socket.AF_INET6 else 32
     if not length.isascii() or not length.isdigit() or len(length) > 3 or int(length) > longest:
         raise CallerError(f"{what} {text!r} has no prefix length of 0 to {longest}")
-    return Prefix(address, int(length))
+    return address, int(length)
 
 
 def configure(plans: list[InterfacePlan]) -> None:
@@ -210,16 +206,27 @@ def _configure(routes: Routes, row: InterfacePlan, current: str) -> None:
     for address, mac in row.neighbours:
         request = netlink.add_neighbour(index, address, mac)
         routes.send(request, f"note that {address} is at {mac.hex(':')} on {name}")
-    _replace_routes(routes, row, index, name)
+    wanted = [*([_default_route(row.gateway, index)] if row.gateway else []), *row.routes]
+    _set_routes(routes, wanted, index, name)
 
 
-def _replace_routes(routes: Routes, row: InterfacePlan, index: int, name: str) -> None:
-    for network, length in dict.fromkeys(route.network for route in row.routes):
+def _default_route(gateway: str, index: int) -> RoutePlan:
+    """By `gateway`, with a metric of the interface's own: it never joins another interface's as a
+    second hop (IPv6), and of two default routes the first device's is in use."""
+    family = netlink.family_of(gateway)
+    metric = (_IPV6_METRIC if family == socket.AF_INET6 else _IPV4_METRIC) + index
+    return RoutePlan((_ANY[family], 0), gateway, "", metric, 0)
+
+
+def _set_routes(routes: Routes, wanted: list[RoutePlan], index: int, name: str) -> None:
+    for network, length in dict.fromkeys(route.network for route in wanted):
         old = netlink.delete_route(index, network, length)
         for _ in range(_MAX_REPLACED_ROUTES):
-            if routes.send(old, f"forget {network}/{length} on {name}", accept=(errno.ESRCH,)):
+            if routes.send(
+                old, f"renew routes to {network}/{length} on {name}", accept=(errno.ESRCH,)
+            ):
                 break
-    for route in row.routes:
+    for route in wanted:
         network, length = route.network
         request = netlink.add_route(
             index,

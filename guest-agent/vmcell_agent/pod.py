@@ -11,11 +11,11 @@ import os
 
 from vmcell_agent import abi, machine, syscalls
 from vmcell_agent.attempt import attempt
-from vmcell_agent.holder import PidHolder
 from vmcell_protos.errors import CallerError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from vmcell_agent.holder import PidHolder
     from vmcell_agent.reaper import Reaper
     from vmcell_agent.spawn import Spawner
 
@@ -82,6 +82,8 @@ class Pod:
             self._holder.close()
             self._holder = None
         if self._holder is None:
+            from vmcell_agent.holder import PidHolder  # boot does not need it
+
             self._holder = PidHolder(self._spawner, self._reaper, self._state_directory)
         self._pid_users.add(container_id)
 

@@ -212,9 +212,8 @@ def test_a_record_says_nothing_about_the_next_namespace_of_that_name(
     old = attach(pod.path)
     old.release_taps()
     run("ip", "netns", "delete", pod.name)
-    with namespaces("pod"):
-        pod.joined_to(peer, "eth1", MAC2)
-        pod.ip("link set eth1 name eth0")
+    with namespaces("pod", "next") as (_, next_peer):
+        pod.joined_to(next_peer, "eth0", MAC2)
         new = attach(pod.path)
         try:
             detach(old.record)
