@@ -7,6 +7,7 @@ machine ends.
 Reading order:
 abi            numbers of the Linux ABI that CPython does not name
 syscalls       the system calls that CPython lacks
+record         immutable descriptions
 attempt        OSError into a sentence
 log            lines to the kernel's log, at a bounded rate
 eventloop      epoll and timers

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import NamedTuple
 
 from vmcell_agent import (
     abi,
@@ -23,6 +22,7 @@ from vmcell_agent import (
     terminal,
 )
 from vmcell_agent.attempt import attempt
+from vmcell_agent.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ CONTAINER_NAMESPACES = abi.CLONE_NEWNS | abi.CLONE_NEWUTS | abi.CLONE_NEWIPC | a
 _NULL_DEVICE = os.makedev(1, 3)
 
 
-class Stdio(NamedTuple):
+class Stdio(Record):
     """Descriptors that become 0, 1 and 2; with a terminal they are replaced by its slave."""
 
     stdin: int
@@ -48,7 +48,7 @@ class Stdio(NamedTuple):
     columns: int = 0
 
 
-class Launch(NamedTuple):
+class Launch(Record):
     """What every child needs."""
 
     process: ProcessSpec
@@ -57,7 +57,7 @@ class Launch(NamedTuple):
     cgroup_procs: int  # "0" written here moves the child into the container's cgroup
 
 
-class InitLaunch(NamedTuple):
+class InitLaunch(Record):
     """What a container's init needs beside that."""
 
     spec: ContainerSpec
@@ -67,6 +67,7 @@ class InitLaunch(NamedTuple):
     shared_namespaces: int  # CLONE_NEW* of those that are the pod's
     pid_namespace: int  # pidfd of the pod's holder; -1: a new one for this container
     shared_memory: str  # the pod's tmpfs for mounts of type vmcell-shm
+    live_share: str  # the pod's share for mounts of type virtiofs
     # Runs instead of a program when set: envd. Imported before the fork's file system changes.
     load_builtin: Callable[[], Callable[[Callable[[], None]], NoReturn]] | None
 
@@ -112,7 +113,7 @@ def _prepare(launch: Launch, *keep: int) -> None:
     """Default signals, own session, standard streams, nothing else of the agent's left open."""
     forked.reset()
     with attempt("set up standard streams"):
-        for target, fd in enumerate(launch.stdio[:3]):
+        for target, fd in enumerate((launch.stdio.stdin, launch.stdio.stdout, launch.stdio.stderr)):
             os.dup2(fd, target, inheritable=True)
     forked.close_all_but(0, 1, 2, launch.channel.fileno(), launch.cgroup_procs, *keep)
     with attempt("join the container's cgroup"):
@@ -132,7 +133,9 @@ def _build(init: InitLaunch, launch: Launch) -> None:
     spec = init.spec
     with attempt("open the container's mount namespace"):
         namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-    trees = containerfs.clone_trees(spec.mounts, init.shared_memory)
+    trees = containerfs.clone_trees(
+        spec.mounts, shared_memory=init.shared_memory, live_share=init.live_share
+    )
     containerfs.enter_root(init.root, spec.root_propagation)
     read_only_mounts = containerfs.mount_all(spec.mounts, trees)
     containerfs.make_devices(spec.devices)

@@ -6,15 +6,12 @@ import re
 import signal
 import time
 
-from vmcell_agent import abi, ociprocess, ocispec, pod
+from vmcell_agent import abi, liveshare, ociprocess, ocispec, pod
 from vmcell_agent.cgroup import Cgroup
 from vmcell_agent.child import InitLaunch
 from vmcell_agent.containerfiles import ContainerFiles
-from vmcell_agent.freezer import Freezer
 from vmcell_agent.jsonfields import parse_object
-from vmcell_agent.limits import Limits
 from vmcell_agent.mountoptions import POD_SHARED_MEMORY
-from vmcell_agent.oom import OomWatch
 from vmcell_agent.process import DECLARED, ENDED, FAILED, RUNNING, Process
 from vmcell_agent.rootfs import RootFilesystem
 from vmcell_protos.agent import Streams
@@ -27,8 +24,11 @@ if TYPE_CHECKING:
 
     from vmcell_agent.errand import Errands
     from vmcell_agent.eventloop import Loop
+    from vmcell_agent.freezer import Freezer
+    from vmcell_agent.limits import Limits
     from vmcell_agent.ociprocess import ProcessSpec
     from vmcell_agent.ocispec import ContainerSpec
+    from vmcell_agent.oom import OomWatch
     from vmcell_agent.pod import Pod
     from vmcell_agent.reaper import Reaper
     from vmcell_agent.spawn import Child, Spawner
@@ -102,18 +102,18 @@ class Container:
         self._shared = pod.shared_flags(request.shared_namespaces)
         self._around = around
         self._builtin = builtin
-        self._shared_memory = ""
+        self._shared_memory = self._live_share = ""
         self._cgroup = Cgroup(f"{around.cgroup_root}/{self.id}")
-        self._oom = OomWatch(around.loop, self._cgroup, self.name)
-        self._freezer = Freezer(around.loop, self._cgroup, self.name)
-        self._limits = Limits(around.errands, self._cgroup, self.name)
+        self._oom: OomWatch | None = None
+        self._freezer: Freezer | None = None
+        self._limits: Limits | None = None
         self._root = RootFilesystem(f"{around.state_directory}/{self.id}")
         self._processes: dict[str, Process] = {}
         process = spec.process
         if builtin is not None:
             # envd switches users itself, so it starts as root; the OOM killer spares it as it does
             # PID 1, because its end is the container's, and does not spare what it starts.
-            process = process._replace(uid=0, gid=0, additional_gids=(), oom_score_adj=None)
+            process = process.replace(uid=0, gid=0, additional_gids=(), oom_score_adj=None)
         self._declare("", process, request.streams, says_ready=builtin is not None)
         try:
             self._make(request.rootfs)
@@ -138,6 +138,8 @@ class Container:
         for mount in self.spec.mounts:
             if mount.fstype == POD_SHARED_MEMORY:
                 self._shared_memory = pod.shared_memory(mount.data)
+            elif mount.fstype == liveshare.FSTYPE:
+                self._live_share = pod.live_share()
         if self._shared & abi.CLONE_NEWUTS:
             pod.name_once(self.spec.hostname, self.spec.domainname)
         if self._shared & abi.CLONE_NEWPID:
@@ -193,7 +195,7 @@ class Container:
 
     def _check_running(self) -> None:
         """Raise CallerError unless a process can be added."""
-        if self._freezer.frozen:
+        if self._freezer is not None and self._freezer.frozen:
             raise CallerError(f"{self.name} is frozen; thaw it first", code="failed_precondition")
         self._check_init()
 
@@ -236,6 +238,7 @@ class Container:
             shared_namespaces=self._shared,
             pid_namespace=self._around.pod.pid_namespace() if shares_pids else -1,
             shared_memory=self._shared_memory,
+            live_share=self._live_share,
             load_builtin=self._builtin,
         )
 
@@ -271,21 +274,38 @@ class Container:
     @property
     def oom_kills(self) -> int:
         """Processes of the container that an OOM killer has ended so far."""
-        return self._oom.kills
+        try:
+            return self._cgroup.oom_kills
+        except HostError:  # the cgroup has just been removed, and what it counted with it
+            return 0
+
+    # What follows is imported when it is first asked for: PID 1's imports are boot time.
 
     def wait_oom(self, seen: int, answer: Callable[[int | VmcellError], None]) -> None:
         """Answers with the count once it is above `seen`; not_found when the container goes."""
+        if self._oom is None:
+            from vmcell_agent.oom import OomWatch
+
+            self._oom = OomWatch(self._around.loop, self._cgroup, self.name)
         self._oom.wait(seen, answer)
 
     def set_frozen(self, frozen: bool, answer: Done) -> None:
         """Freeze or thaw; answers when every process stands still, or goes on again."""
         self._check_init()
+        if self._freezer is None:
+            from vmcell_agent.freezer import Freezer
+
+            self._freezer = Freezer(self._around.loop, self._cgroup, self.name)
         self._freezer.set(frozen, answer)
 
     def update(self, resources_json: bytes, answer: Done) -> None:
         """Change the limits that `linux.resources` names."""
         if self.init.state in (ENDED, FAILED):
             raise CallerError(f"{self.name} has ended", code="failed_precondition")
+        if self._limits is None:
+            from vmcell_agent.limits import Limits
+
+            self._limits = Limits(self._around.errands, self._cgroup, self.name)
         self._limits.update(resources_json, answer)
 
     def forget(self, exec_id: str) -> None:
@@ -309,8 +329,7 @@ class Container:
 
     def _remove_step(self, done: Callable[[VmcellError | None], None], seconds: float) -> None:
         try:
-            self._oom.close()
-            self._freezer.close()
+            self._end_waiting()
             if not self._cgroup.populated() and self._cgroup.remove():
                 self.close()
                 done(None)
@@ -326,6 +345,11 @@ class Container:
             lambda: self._remove_step(done, seconds - _REMOVE_STEP_SECONDS),
         )
 
+    def _end_waiting(self) -> None:
+        for waited_for in (self._oom, self._freezer):
+            if waited_for is not None:
+                waited_for.close()
+
     def end_now(self) -> None:
         """Kill everything and unmount, blocking for a moment: the machine is about to be reset."""
         self._cgroup.signal_all(signal.SIGKILL)
@@ -337,8 +361,7 @@ class Container:
 
     def close(self) -> None:
         """Forget processes and unmount, whatever runs; raises HostError. Idempotent."""
-        self._oom.close()
-        self._freezer.close()
+        self._end_waiting()
         for process in self._processes.values():
             self._close_process(process)
         self.files.close()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 
-from vmcell_agent import copyin, readout, renewal
+from vmcell_agent import copyin
+from vmcell_protos.agent import FileCopy
 from vmcell_protos.errors import CallerError, VmcellError
 
 TYPE_CHECKING = False
@@ -16,11 +17,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmcell_agent.errand import Errands
-    from vmcell_agent.renewal import Copy
+    from vmcell_agent.renewal import Renewal
     from vmcell_agent.report import Report
-    from vmcell_protos.agent import FileCopy
+
+    Done = Callable[[VmcellError | None], None]
 
 DEADLINE_SECONDS = 10.0
+MAX_WAITING = 64
 
 
 class ContainerFiles:
@@ -32,71 +35,107 @@ class ContainerFiles:
         self._errands = errands
         self._name = name
         self._waiting: list[FileCopy] | None = files  # None: they have been handed to the init
-        self._copies: list[Copy] = []
+        # What CreateContainer has made, without content, and where that is not as asked.
+        self._copies: list[FileCopy] = []
+        self._targets: dict[str, str] = {}
         self._namespace = -1
+        self._queue: list[tuple[list[Renewal], Done]] = []  # the first one is being written
 
     def take(self) -> list[FileCopy]:
         """What the init is to copy; called once. Nothing is kept: secrets may be among them."""
         files, self._waiting = self._waiting or [], None
-        self._copies = renewal.copies_of(files)
+        self._copies = [
+            FileCopy(destination=f.destination, directory=f.directory, read_only=f.read_only)
+            for f in files
+        ]
         return files
 
     def told(self, report: Report) -> None:
         """Where the init has put a file, and its mount namespace once all of them are there."""
         if report.kind == "T":
-            copy = self._copies[report.number]
-            self._copies[report.number] = copy._replace(target=report.path)
+            self._targets[self._copies[report.number].destination] = report.path
         elif report.kind == "N":
             self._namespace = report.descriptor
 
-    def copy_again(
-        self, files: list[FileCopy], answer: Callable[[VmcellError | None], None]
-    ) -> None:
+    def copy_again(self, files: list[FileCopy], answer: Done) -> None:
         """Write files where they were copied to, or change what is still to be copied; raises
         CallerError."""
+        from vmcell_agent import renewal  # boot does not need it
+
         copyin.check(files)
         if self._waiting is not None:
-            renewal.plan(renewal.copies_of(self._waiting), files)
+            renewal.plan(self._waiting, {}, files)
             self._waiting = renewal.merge(self._waiting, files)
             answer(None)
             return
-        namespace = self._open_namespace()
-        renewals = renewal.plan(self._copies, files)
+        self._check_namespace()
+        if len(self._queue) >= MAX_WAITING:
+            raise CallerError(
+                f"{self._name} has {MAX_WAITING} copies under way", code="resource_exhausted"
+            )
+        self._queue.append((renewal.plan(self._copies, self._targets, files), answer))
+        if len(self._queue) == 1:
+            self._write_first()
+
+    def _write_first(self) -> None:
+        """One after the other: the last call's content is the one that stays."""
+        from vmcell_agent import renewal
+
+        renewals, answer = self._queue[0]
+        namespace = self._namespace
 
         def done(result: bytes | VmcellError) -> None:
+            self._queue.pop(0)
+            if self._queue:
+                self._write_first()
             answer(result if isinstance(result, VmcellError) else None)
 
-        self._errands.run(
-            f"copy files into {self._name} again",
-            lambda: renewal.write(namespace, renewals),
-            done,
-            seconds=DEADLINE_SECONDS,
-            keep=(namespace,),
-        )
+        try:
+            self._errands.run(
+                f"copy files into {self._name} again",
+                lambda: renewal.write(namespace, renewals),
+                done,
+                seconds=DEADLINE_SECONDS,
+                keep=(namespace,),
+            )
+        except VmcellError as error:
+            done(error)
 
     def read(
-        self, path: str, limit_bytes: int, answer: Callable[[bytes | VmcellError], None]
+        self,
+        path: str,
+        limit_bytes: int,
+        answer: Callable[[tuple[int, bytes] | VmcellError], None],
     ) -> None:
-        """Answers with what `readout.unpack` takes; raises CallerError."""
+        """Answers with a file's mode and content; raises CallerError."""
+        from vmcell_agent import readout  # boot does not need it
+
         readout.check(path, limit_bytes)
-        namespace = self._open_namespace()
+        self._check_namespace()
+        namespace = self._namespace
+
+        def done(result: bytes | VmcellError) -> None:
+            answer(result if isinstance(result, VmcellError) else readout.unpack(result))
+
         self._errands.run(
             f"read {path[:160]} of {self._name}",
             lambda: readout.read(namespace, path, limit_bytes),
-            answer,
+            done,
             seconds=DEADLINE_SECONDS,
             keep=(namespace,),
             most_bytes=limit_bytes + readout.HEADER_BYTES,
         )
 
-    def _open_namespace(self) -> int:
+    def _check_namespace(self) -> None:
         if self._namespace < 0:
             raise CallerError(
                 f"{self._name} has no files yet; start it first", code="failed_precondition"
             )
-        return self._namespace
 
     def close(self) -> None:
+        waiting, self._queue = self._queue[1:], self._queue[:1]
+        for _, answer in waiting:
+            answer(CallerError(f"{self._name} was removed", code="not_found"))
         if self._namespace >= 0:
             os.close(self._namespace)
             self._namespace = -1

@@ -14,11 +14,12 @@ import stat
 from vmcell_agent import abi, liveshare, syscalls
 from vmcell_agent.attempt import attempt
 from vmcell_agent.mountoptions import POD_SHARED_MEMORY
+from vmcell_agent.ocispec import Device
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmcell_agent.mountoptions import Mount
-    from vmcell_agent.ocispec import ContainerSpec, Device
+    from vmcell_agent.ocispec import ContainerSpec
 
 _DEFAULT_DEVICES = (
     ("/dev/null", 1, 3),
@@ -70,9 +71,11 @@ def make_directory(path: str, mode: int = 0o755) -> str:
     return real
 
 
-def clone_trees(mounts: tuple[Mount, ...], shared_memory: str) -> dict[int, int]:
-    """Copies, attached nowhere, of what lies outside the container's root: the pod's tmpfs at
-    `shared_memory` (type vmcell-shm), live directories of the host (virtiofs).
+def clone_trees(
+    mounts: tuple[Mount, ...], *, shared_memory: str, live_share: str
+) -> dict[int, int]:
+    """Copies, attached nowhere, of what lies outside the container's root: the pod's tmpfs (type
+    vmcell-shm), live directories of the host (virtiofs). The directories are where each is mounted.
 
     Index of the mount → descriptor, for `mount_all`. Works before `enter_root` only.
     """
@@ -85,7 +88,8 @@ def clone_trees(mounts: tuple[Mount, ...], shared_memory: str) -> dict[int, int]
     live = [index for index, row in enumerate(mounts) if row.fstype == liveshare.FSTYPE]
     if live:
         with attempt("take the host's live directories"):
-            trees.update(zip(live, liveshare.clone([mounts[n].source for n in live]), strict=True))
+            numbers = [mounts[index].source for index in live]
+            trees.update(zip(live, liveshare.clone(live_share, numbers), strict=True))
     return trees
 
 
@@ -122,26 +126,26 @@ def mount_all(mounts: tuple[Mount, ...], trees: dict[int, int]) -> list[str]:
     return later
 
 
-def _make_node(path: str, mode: int, major: int, minor: int, uid: int, gid: int) -> None:
-    target = settle(path)
+def _make_node(device: Device) -> None:
+    target = settle(device.path)
     if os.path.lexists(target):
         os.unlink(target)
-    os.mknod(target, mode, os.makedev(major, minor))
-    os.chmod(target, stat.S_IMODE(mode))
-    os.chown(target, uid, gid)
+    os.mknod(target, device.mode, os.makedev(device.major, device.minor))
+    os.chmod(target, stat.S_IMODE(device.mode))
+    os.chown(target, device.uid, device.gid)
 
 
 def make_devices(devices: tuple[Device, ...]) -> None:
     """The default devices and links of config-linux.md, then those the spec names."""
     with attempt("make the container's devices"):
         for path, major, minor in _DEFAULT_DEVICES:
-            _make_node(path, stat.S_IFCHR | 0o666, major, minor, 0, 0)
+            _make_node(Device(path, stat.S_IFCHR | 0o666, major, minor, 0, 0))
         for path, target in _DEFAULT_LINKS:
             if not os.path.lexists(path):
                 os.symlink(target, path)
     for device in devices:
         with attempt(f"make device {device.path} in the container"):
-            _make_node(*device)
+            _make_node(device)
 
 
 def bind_console(terminal_path: str) -> None:

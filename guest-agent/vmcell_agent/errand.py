@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import signal
+from struct import Struct
 
 from vmcell_agent import abi, forked, syscalls
 from vmcell_agent.attempt import attempt
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 MAX_ERRANDS = 32
 _CHUNK_BYTES = 256 << 10
 _ERROR_BYTES = 4096
+_HEAD = Struct("=cI")  # what follows, and its length
 _RESULT, _ERROR = b"+", b"-"
 
 
@@ -95,7 +97,7 @@ class _Errand:
         self._what = what
         self._pid = pid
         self._pipe = pipe
-        self._most_bytes = most_bytes + 1
+        self._most_bytes = most_bytes + _HEAD.size
         self._done = done
         self._taken = bytearray()
 
@@ -133,16 +135,20 @@ class _Errand:
         self._done(self._result())
 
     def _result(self) -> bytes | VmcellError:
-        kind, rest = bytes(self._taken[:1]), bytes(self._taken[1:])
         if len(self._taken) > self._most_bytes:
             return HostError(f"{self._what}: the answer is too long", code="internal")
+        killed = HostError(f"{self._what}: the process for it was killed", code="internal")
+        if len(self._taken) < _HEAD.size:
+            return killed
+        kind, length = _HEAD.unpack_from(self._taken)
+        rest = bytes(self._taken[_HEAD.size :])
+        if len(rest) != length:
+            return killed
         if kind == _RESULT:
             return rest
-        code, separator, text = rest.partition(b"\0")
+        code, _, text = rest.partition(b"\0")
         name = code.decode("ascii", "replace")
-        if kind != _ERROR or not separator or name not in CODES:
-            return HostError(f"{self._what}: the process for it was killed", code="internal")
-        return HostError(text.decode("utf-8", "replace"), code=name)
+        return HostError(text.decode("utf-8", "replace"), code=name if name in CODES else "unknown")
 
 
 class _answer:
@@ -157,9 +163,9 @@ class _answer:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         try:
             if isinstance(error, VmcellError):
-                _write(self._pipe, _error(error.code, str(error)))
+                _write_error(self._pipe, error.code, str(error))
             elif error is not None:
-                _write(self._pipe, _error("internal", f"{type(error).__name__}: {error}"))
+                _write_error(self._pipe, "internal", f"{type(error).__name__}: {error}")
         finally:
             os._exit(0)
 
@@ -170,14 +176,16 @@ def _child(work: Work, pipe: int, keep: tuple[int, ...]) -> NoReturn:
         forked.close_all_but(0, 1, 2, pipe, *keep)
         # A copy of the agent goes among a container's files: nobody there may look into it.
         syscalls.prctl(abi.PR_SET_DUMPABLE, 0)
-        _write(pipe, _RESULT + work())
+        _write(pipe, _RESULT, work())
     os._exit(0)
 
 
-def _write(pipe: int, message: bytes) -> None:
+def _write(pipe: int, kind: bytes, content: bytes) -> None:
+    message = _HEAD.pack(kind, len(content)) + content
     while message:
         message = message[os.write(pipe, message) :]
 
 
-def _error(code: str, text: str) -> bytes:
-    return _ERROR + code.encode() + b"\0" + text.encode("utf-8", "replace")[: _ERROR_BYTES - 64]
+def _write_error(pipe: int, code: str, text: str) -> None:
+    content = code.encode() + b"\0" + text.encode("utf-8", "replace")
+    _write(pipe, _ERROR, content[: _ERROR_BYTES - _HEAD.size])

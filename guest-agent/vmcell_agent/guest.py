@@ -7,7 +7,6 @@ it ends is the same.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import NamedTuple
 
 from vmcell_agent.container import Surroundings
 from vmcell_agent.control import ControlConnection
@@ -16,10 +15,10 @@ from vmcell_agent.eventloop import Loop
 from vmcell_agent.pod import Pod
 from vmcell_agent.portdoor import PortDoor
 from vmcell_agent.reaper import Reaper
+from vmcell_agent.record import Record
 from vmcell_agent.service import AgentService
 from vmcell_agent.spawn import Spawner
 from vmcell_agent.streamdoor import StreamDoor
-from vmcell_agent.windows import Windows
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from vmcell_agent.container import Builtin
 
 
-class Places(NamedTuple):
+class Places(Record):
     """Where the agent keeps things: a cgroup v2 directory, a state directory, device nodes,
     sysfs."""
 
@@ -39,7 +38,7 @@ class Places(NamedTuple):
     sysfs_directory: str
 
 
-class Transports(NamedTuple):
+class Transports(Record):
     """The connected control stream, the listeners for streams and for port forwards, and who may
     dial them."""
 
@@ -84,8 +83,7 @@ def serve(
             builtins=builtins,
             log=log,
         )
-        windows = Windows(loop, errands, places.sysfs_directory, places.device_directory)
-        service = AgentService(around, windows, loop.stop)
+        service = AgentService(around, places.sysfs_directory, loop.stop)
 
         def lost(reason: str) -> None:
             log(f"{reason}; shutting down")

@@ -7,9 +7,9 @@ only a host can honour (bind, idmap, tmpcopyup) are refused by name.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
 
 from vmcell_agent import abi, liveshare
+from vmcell_agent.record import Record
 from vmcell_protos.errors import CallerError
 
 _FLAGS: dict[str, tuple[bool, int]] = {
@@ -74,10 +74,10 @@ FILESYSTEM_TYPES = frozenset(
 _SHARED_AS = {"bind": "defaults", "rbind": "defaults", "rro": "ro"}
 # These take data; the others' data names hierarchies or hosts and means nothing here.
 _TYPES_WITH_DATA = frozenset(("tmpfs", "devpts", "proc", POD_SHARED_MEMORY))
-_SHARED_MEMORY_DATA = re.compile(r"size=[0-9]{1,15}[kKmMgG%]?|mode=[0-7]{1,4}", re.ASCII)
+_SHARED_MEMORY_DATA = r"size=[0-9]{1,15}[kKmMgG%]?|mode=[0-7]{1,4}"
 
 
-class Mount(NamedTuple):
+class Mount(Record):
     """One mount inside the container, in the spec's order."""
 
     destination: str
@@ -114,7 +114,7 @@ def parse_mount(
             flags = flags | bit if sets else flags & ~bit
         elif option in PROPAGATION:
             propagation = PROPAGATION[option]
-        elif fstype == POD_SHARED_MEMORY and not _SHARED_MEMORY_DATA.fullmatch(option):
+        elif fstype == POD_SHARED_MEMORY and not re.fullmatch(_SHARED_MEMORY_DATA, option, re.A):
             raise CallerError(f"{path} has option {option!r}; {fstype} takes size= and mode= only")
         else:
             data.append(option)

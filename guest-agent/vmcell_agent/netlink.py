@@ -9,15 +9,16 @@ import socket
 from struct import Struct
 
 NLMSG_ERROR = 2
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_REPLACE, NLM_F_CREATE, NLM_F_APPEND = 1, 4, 0x100, 0x400, 0x800
-RTM_NEWLINK, RTM_NEWADDR, RTM_NEWROUTE, RTM_DELROUTE = 16, 20, 24, 25
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_REPLACE, NLM_F_CREATE = 1, 4, 0x100, 0x400
+RTM_NEWLINK, RTM_NEWADDR, RTM_NEWROUTE = 16, 20, 24
 IFLA_IFNAME, IFLA_MTU = 3, 4
 IFA_ADDRESS, IFA_LOCAL = 1, 2
 IFA_F_NODAD = 2
-RTA_DST, RTA_OIF, RTA_GATEWAY = 1, 4, 5
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY = 1, 4, 5, 6
 IFF_UP = 1
-RT_TABLE_MAIN, RTPROT_BOOT, RTN_UNSPEC, RTN_UNICAST, RTNH_F_ONLINK = 254, 3, 0, 1, 4
-RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RT_SCOPE_NOWHERE = 0, 253, 255
+RT_TABLE_MAIN, RTPROT_BOOT, RTN_UNICAST, RTNH_F_ONLINK = 254, 3, 1, 4
+RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
+_IPV4_METRIC, _IPV6_METRIC = 100, 1024
 
 _NLMSGHDR = Struct("=IHHII")  # length, type, flags, sequence, port
 _IFINFOMSG = Struct("=BxHiII")  # family, type, index, flags, change
@@ -64,33 +65,27 @@ def add_address(index: int, address: str, prefix_length: int) -> bytes:
     return _message(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, body)
 
 
-def add_route(index: int, network: str, prefix_length: int, gateway: str) -> bytes:
-    """RTM_NEWROUTE beside those there are. The gateway counts as on the link, whatever the prefix
-    (a /31 peer, a /32); without one the whole network is on the link."""
+def set_route(index: int, network: str, prefix_length: int, gateway: str) -> bytes:
+    """RTM_NEWROUTE: the one route to that network by that interface. The gateway counts as on the
+    link, whatever the prefix (a /31 peer, a /32); without one the whole network is on the link.
+
+    Each interface has a metric of its own, so that a route never replaces another interface's, or
+    joins it as a second hop (IPv6), and of two default routes the first device's is in use.
+    """
     family = family_of(network)
-    scope = RT_SCOPE_UNIVERSE if gateway or family == socket.AF_INET6 else RT_SCOPE_LINK
-    flags = RTNH_F_ONLINK if gateway else 0
-    body = _route(family, prefix_length, scope, RTN_UNICAST, flags, index, network)
-    if gateway:
-        body += _attribute(RTA_GATEWAY, socket.inet_pton(family, gateway))
-    return _message(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_APPEND, body)
-
-
-def delete_route(index: int, network: str, prefix_length: int) -> bytes:
-    """RTM_DELROUTE of one route to that network by that interface, whatever its gateway, that
-    `add_route` has made; not those that the kernel keeps for addresses."""
-    family = family_of(network)
-    body = _route(family, prefix_length, RT_SCOPE_NOWHERE, RTN_UNSPEC, 0, index, network)
-    return _message(RTM_DELROUTE, 0, body)
-
-
-def _route(
-    family: int, prefix_length: int, scope: int, kind: int, flags: int, index: int, network: str
-) -> bytes:
-    body = _RTMSG.pack(family, prefix_length, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, scope, kind, flags)
+    is_ipv6 = family == socket.AF_INET6
+    scope = RT_SCOPE_UNIVERSE if gateway or is_ipv6 else RT_SCOPE_LINK
+    body = _RTMSG.pack(
+        *(family, prefix_length, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, scope, RTN_UNICAST),
+        RTNH_F_ONLINK if gateway else 0,
+    )
     if prefix_length:
         body += _attribute(RTA_DST, socket.inet_pton(family, network))
-    return body + _attribute(RTA_OIF, _U32.pack(index))
+    if gateway:
+        body += _attribute(RTA_GATEWAY, socket.inet_pton(family, gateway))
+    metric = (_IPV6_METRIC if is_ipv6 else _IPV4_METRIC) + index
+    body += _attribute(RTA_OIF, _U32.pack(index)) + _attribute(RTA_PRIORITY, _U32.pack(metric))
+    return _message(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body)
 
 
 def error_number(answer: bytes) -> int:

@@ -7,36 +7,29 @@ networks. A route replaces the one to the same network by the same interface.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import socket
-from typing import NamedTuple
 
 from vmcell_agent import netlink
 from vmcell_agent.attempt import attempt
+from vmcell_agent.record import Record
 from vmcell_protos.errors import CallerError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmcell_protos.agent import Interface, Route
 
+    Prefix = tuple[str, int]  # "10.4.0.0/16", cut
+
 MAX_INTERFACES, MAX_ADDRESSES, MAX_ROUTES = 16, 64, 256
-_MAX_REPLACED_ROUTES = 64
 _SYS_CLASS_NET = "/sys/class/net"
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,15}", re.ASCII)
+_NAME = r"[A-Za-z0-9_.-]{1,15}"
 _ANSWER_BYTES = 16384
 _ANY: dict[int, str] = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
 
 
-class Prefix(NamedTuple):
-    """ "10.4.0.0/16", cut."""
-
-    address: str
-    length: int
-
-
-class InterfacePlan(NamedTuple):
+class InterfacePlan(Record):
     """What is to become of one interface; all of it is well-formed."""
 
     mac: str
@@ -61,15 +54,13 @@ class Routes:
     def __exit__(self, *exception: object) -> None:
         self._socket.close()
 
-    def send(self, request: bytes, what: str, accept: tuple[int, ...] = ()) -> int:
-        """Returns 0, or the errno of `accept` that the kernel answered; raises HostError
-        "<what>: <reason>" for any other."""
+    def send(self, request: bytes, what: str) -> None:
+        """Raises HostError "<what>: <reason>"."""
         with attempt(what):
             self._socket.send(request)
             number = netlink.error_number(self._socket.recv(_ANSWER_BYTES))
-            if number and number not in accept:
+            if number:
                 raise OSError(number, os.strerror(number))
-        return number
 
 
 def loopback_up() -> None:
@@ -93,7 +84,7 @@ def plan(interfaces: list[Interface]) -> list[InterfacePlan]:
 
 def _plan(interface: Interface) -> InterfacePlan:
     mac = interface.mac.lower()
-    if interface.name and not _NAME.fullmatch(interface.name):
+    if interface.name and not re.fullmatch(_NAME, interface.name, re.ASCII):
         raise CallerError(f"interface name {interface.name!r} is none of Linux's")
     if len(interface.addresses) > MAX_ADDRESSES or len(interface.routes) > MAX_ROUTES:
         raise CallerError(
@@ -103,7 +94,7 @@ def _plan(interface: Interface) -> InterfacePlan:
     routes = [_plan_route(route) for route in interface.routes]
     if interface.gateway:
         family = _family(interface.gateway, f"gateway {interface.gateway!r}")
-        routes.insert(0, (Prefix(_ANY[family], 0), interface.gateway))
+        routes.insert(0, ((_ANY[family], 0), interface.gateway))
     return InterfacePlan(
         mac=mac,
         name=interface.name,
@@ -117,7 +108,7 @@ def _plan_route(route: Route) -> tuple[Prefix, str]:
     network = _prefix(route.destination, "route destination")
     if route.gateway:
         what = f"gateway {route.gateway!r} of route {route.destination!r}"
-        if _family(route.gateway, what) != netlink.family_of(network.address):
+        if _family(route.gateway, what) != netlink.family_of(network[0]):
             raise CallerError(f"{what} is of the other IP family")
     return network, route.gateway
 
@@ -136,7 +127,7 @@ def _prefix(text: str, what: str) -> Prefix:
     longest = 128 if _family(address, f"{what} {text!r}") == socket.AF_INET6 else 32
     if not length.isascii() or not length.isdigit() or len(length) > 3 or int(length) > longest:
         raise CallerError(f"{what} {text!r} has no prefix length of 0 to {longest}")
-    return Prefix(address, int(length))
+    return address, int(length)
 
 
 def configure(plans: list[InterfacePlan]) -> None:
@@ -174,13 +165,9 @@ def _configure(routes: Routes, row: InterfacePlan, current: str) -> None:
         routes.send(request, f"give {address}/{length} to {name}")
     routes.send(netlink.set_link(index, up=True), f"bring up {name}")
     for (network, length), gateway in row.routes:
+        request = netlink.set_route(index, network, length, gateway)
         text = f"route {network}/{length} by {gateway or 'the link'} on {name}"
-        for _ in range(_MAX_REPLACED_ROUTES):
-            old = netlink.delete_route(index, network, length)
-            if routes.send(old, text, accept=(errno.ESRCH,)):
-                break
-        request = netlink.add_route(index, network, length, gateway)
-        routes.send(request, text, accept=(errno.EEXIST,))
+        routes.send(request, text)
 
 
 def _devices() -> dict[str, str]:

@@ -4,18 +4,19 @@ The container gets pid, mount, uts, ipc and cgroup namespaces of its own, unless
 some in its pod; its network is the guest's own. What the spec says about the host's kernel
 (seccomp, AppArmor, SELinux, device cgroup, Intel RDT, block and network controllers) has no meaning
 here and is ignored: the boundary is the virtual machine. What would change the meaning of the
-container and cannot be done is refused by name. Unknown fields are ignored, as the OCI specification asks (config.md, "Extensibility").
+container and cannot be done is refused by name. Unknown fields are ignored, as the OCI
+specification asks (config.md, "Extensibility").
 """
 
 from __future__ import annotations
 
 import re
 import stat
-from typing import NamedTuple
 
 from vmcell_agent.jsonfields import parse_object
 from vmcell_agent.mountoptions import PROPAGATION, Mount, parse_mount
 from vmcell_agent.ociprocess import MAX_ID, ProcessSpec, parse_process
+from vmcell_agent.record import Record
 from vmcell_agent.resources import cgroup_files
 from vmcell_protos.errors import CallerError
 
@@ -31,14 +32,13 @@ _GUEST_HOOKS = ("createContainer", "startContainer")
 _DEVICES = {
     (1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2), (10, 200), (10, 229),
 }  # fmt: skip
-_SYSCTLS = re.compile(
+_SYSCTLS = (
     r"kernel\.(msgmax|msgmnb|msgmni|sem|shmall|shmmax|shmmni|shm_rmid_forced|domainname)"
-    r"|fs\.mqueue\.[a-z_]+|net(\.[A-Za-z0-9_/-]+)+",
-    re.ASCII,
+    r"|fs\.mqueue\.[a-z_]+|net(\.[A-Za-z0-9_/-]+)+"
 )
 
 
-class Device(NamedTuple):
+class Device(Record):
     """A device node the spec asks for beside the default ones."""
 
     path: str
@@ -49,7 +49,7 @@ class Device(NamedTuple):
     gid: int
 
 
-class ContainerSpec(NamedTuple):
+class ContainerSpec(Record):
     """What a container is to be."""
 
     process: ProcessSpec
@@ -162,7 +162,7 @@ def _sysctls(linux: Object) -> dict[str, str]:
     """Dots separate, and a slash inside a name stands for a dot (sysctl.d(5))."""
     files: dict[str, str] = {}
     for name, value in linux.text_map("sysctl").items():
-        if not _SYSCTLS.fullmatch(name) or ".." in name:
+        if not re.fullmatch(_SYSCTLS, name, re.ASCII) or ".." in name:
             raise CallerError(f"spec.linux.sysctl {name!r} is not one a container has of its own")
         files[name.replace(".", "\0").replace("/", ".").replace("\0", "/")] = value
     return files

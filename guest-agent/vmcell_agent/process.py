@@ -13,10 +13,10 @@ from __future__ import annotations
 import os
 import signal
 import time
-from typing import NamedTuple
 
 from vmcell_agent import report
 from vmcell_agent.eventloop import READABLE
+from vmcell_agent.record import Record
 from vmcell_agent.spawn import Window
 from vmcell_agent.stdio import StandardStreams
 from vmcell_protos.errors import CallerError, HostError, VmcellError
@@ -48,7 +48,7 @@ _HARMLESS_SIGNALS = frozenset(
 )
 
 
-class Exit(NamedTuple):
+class Exit(Record):
     """How a process ended: code or 128 + signal, and when."""
 
     status: int
@@ -230,8 +230,8 @@ class Process:
     def _run(self) -> None:
         self._close_channel()
         self.state = RUNNING
-        if any(self.window):  # it may have been resized since the fork
-            self._stdio.resize(*self.window)
+        if self.window.rows or self.window.columns:  # it may have been resized since the fork
+            self._stdio.resize(self.window.rows, self.window.columns)
         self._tell_started(self.pid)
 
     def _fail(self, error: VmcellError) -> None:

@@ -15,6 +15,7 @@ from vmcell_protos.errors import CallerError
 
 MAX_FILE_BYTES = copyin.MAX_FILE_BYTES
 _MODE = Struct("<I")
+_PATH_BYTES = 4096
 HEADER_BYTES = _MODE.size
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
@@ -23,6 +24,8 @@ def check(path: str, limit_bytes: int) -> None:
     """Raise CallerError for what cannot be asked."""
     if not path.startswith("/") or "\0" in path:
         raise CallerError(f"path {path[:160]!r} must be absolute")
+    if len(path.encode()) >= _PATH_BYTES:
+        raise CallerError(f"path has {len(path.encode())} bytes; Linux takes {_PATH_BYTES - 1}")
     if limit_bytes > MAX_FILE_BYTES:
         raise CallerError(f"limit_bytes is {limit_bytes}; at most {MAX_FILE_BYTES}")
 

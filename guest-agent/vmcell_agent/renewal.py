@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import NamedTuple
 
 from vmcell_agent import abi, copyin, syscalls
 from vmcell_agent.attempt import attempt
+from vmcell_agent.record import Record
 from vmcell_protos.errors import CallerError
 
 TYPE_CHECKING = False
@@ -28,16 +28,7 @@ _TEMPORARY = ".vmcell-copy"
 _DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class Copy(NamedTuple):
-    """A file or directory that CreateContainer has made."""
-
-    destination: str  # as it was asked for
-    target: str  # where that is in the container
-    directory: bool
-    read_only: bool
-
-
-class Renewal(NamedTuple):
+class Renewal(Record):
     """One file to write, and where."""
 
     file: FileCopy
@@ -45,32 +36,30 @@ class Renewal(NamedTuple):
     is_mount: bool
 
 
-def copies_of(files: list[FileCopy]) -> list[Copy]:
-    """What these files will be, their targets still unresolved."""
-    return [Copy(f.destination, f.destination, f.directory, f.read_only) for f in files]
-
-
-def plan(copies: list[Copy], files: list[FileCopy]) -> list[Renewal]:
+def plan(copies: list[FileCopy], targets: dict[str, str], files: list[FileCopy]) -> list[Renewal]:
     """Where each of `files` goes; raises CallerError for one that is neither among `copies` nor
-    below a directory of them. What was made read-only stays so, whatever the file says."""
+    below a directory of them. `targets` says where a copy is when that is not its destination. What
+    was made read-only stays so, whatever the file says."""
     known = {copy.destination: copy for copy in copies}
-    return [_place(known, file) for file in files]
+    return [_place(known, targets, file) for file in files]
 
 
-def _place(known: dict[str, Copy], file: FileCopy) -> Renewal:
+def _place(known: dict[str, FileCopy], targets: dict[str, str], file: FileCopy) -> Renewal:
     destination = file.destination
     copy = known.get(destination)
     if copy is not None:
         if copy.directory != file.directory:
             kind = "directory" if copy.directory else "file"
             raise CallerError(f"{destination} was copied in as a {kind} and stays one")
-        return Renewal(file, copy.target, copy.read_only and not copy.directory)
+        is_mount = copy.read_only and not copy.directory
+        return Renewal(file, targets.get(destination, destination), is_mount)
     parts = destination.split("/")
     if not any(part in ("", ".", "..") for part in parts[1:]):
         for end in range(len(parts) - 1, 0, -1):
-            folder = known.get("/".join(parts[:end]))
-            if folder is not None and folder.directory:
-                return Renewal(file, "/".join((folder.target, *parts[end:])), False)
+            above = "/".join(parts[:end])
+            if above in known and known[above].directory:
+                target = "/".join((targets.get(above, above), *parts[end:]))
+                return Renewal(file, target, is_mount=False)
     raise CallerError(
         f"{destination} is no file that was copied into the container, nor below such a directory"
     )
@@ -171,16 +160,19 @@ def _renew_directory(parent: int, name: str, file: FileCopy) -> None:
 
 
 def _replace_mount(namespace: int, renewal: Renewal) -> None:
-    directory, name = _open_parent(renewal.target)
+    directory, _ = _open_parent(renewal.target)
     _write_beside(directory, renewal.file)
     try:
         tree = syscalls.clone_tree(_TEMPORARY, directory)
         syscalls.set_tree_read_only(tree)
+        syscalls.setns(namespace, abi.CLONE_NEWNS)  # from the copy into the container's own
+        inside, name = _open_parent(renewal.target)
+        os.fchdir(inside)
+        os.close(inside)
+        syscalls.attach_tree(tree, name, beneath=True)
+        syscalls.umount(name, abi.MNT_DETACH | abi.UMOUNT_NOFOLLOW)
+        os.close(tree)
     finally:
+        # The mount keeps the file; its name must be there until nothing is mounted over it.
         os.unlink(_TEMPORARY, dir_fd=directory)
         os.close(directory)
-    syscalls.setns(namespace, abi.CLONE_NEWNS)  # from the copy into the container's own
-    directory, name = _open_parent(renewal.target)
-    os.fchdir(directory)
-    syscalls.attach_tree(tree, name, beneath=True)
-    syscalls.umount(name, abi.MNT_DETACH | abi.UMOUNT_NOFOLLOW)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from typing import NamedTuple
 
+from vmcell_agent.record import Record
 from vmcell_protos.errors import CODES, HostError, VmcellError
 
 _PACKET_BYTES = 8192  # the longest path, and what stands before it
@@ -20,7 +20,7 @@ EXIT_NOT_STARTED = 127
 _FD = struct.Struct("=i")
 
 
-class Report(NamedTuple):
+class Report(Record):
     """One packet as the agent sees it; `kind` is "" at end of file."""
 
     kind: str

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 LARGEST = (1 << 63) - 1
 _DEFAULT_PERIOD_US = 100_000
-_CGROUP_FILE = re.compile(r"(cpu|memory|pids|cpuset|io|hugetlb)(\.[a-zA-Z0-9_]+)+", re.ASCII)
+_CGROUP_FILE = r"(cpu|memory|pids|cpuset|io|hugetlb)(\.[a-zA-Z0-9_]+)+"
 
 
 def cgroup_files(
@@ -35,7 +35,7 @@ def cgroup_files(
         files["pids.max"] = "max" if pids < 0 else str(pids)
     files.update(_cpu_files(resources.object("cpu"), present))
     for name, value in resources.text_map("unified").items():
-        if not _CGROUP_FILE.fullmatch(name):
+        if not re.fullmatch(_CGROUP_FILE, name, re.ASCII):
             raise CallerError(f"{resources.path}.unified names {name!r}; no file of cgroup v2")
         files[name] = value
     return files

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 
-from vmcell_agent import machine, network, readout
+from vmcell_agent import machine, network
 from vmcell_agent.container import Container
 from vmcell_agent.process import Exit
 from vmcell_protos import agent as messages
@@ -37,9 +37,12 @@ _TERM_SECONDS = 1.0
 class AgentService:
     """Owns the containers. `stop` is called when the machine is to be reset."""
 
-    def __init__(self, around: Surroundings, windows: Windows, stop: Callable[[], None]) -> None:
+    def __init__(
+        self, around: Surroundings, sysfs_directory: str, stop: Callable[[], None]
+    ) -> None:
         self._around = around
-        self._windows = windows
+        self._sysfs_directory = sysfs_directory
+        self._windows: Windows | None = None
         self._stop = stop
         self._containers: dict[str, Container] = {}
         self._removing: set[str] = set()
@@ -94,10 +97,20 @@ class AgentService:
             else:
                 answer(result)
 
-        self._windows.attach(request.window, attached)
+        self._known_windows().attach(request.window, attached)
 
     def detach_device(self, request: messages.DetachDeviceRequest, answer: Answer) -> None:
-        self._windows.detach(request.window, _empty_or_error(answer))
+        self._known_windows().detach(request.window, _empty_or_error(answer))
+
+    def _known_windows(self) -> Windows:
+        if self._windows is None:
+            from vmcell_agent.windows import Windows  # boot does not need it
+
+            around = self._around
+            self._windows = Windows(
+                around.loop, around.errands, self._sysfs_directory, around.device_directory
+            )
+        return self._windows
 
     def shutdown(self, request: messages.Empty, answer: Answer) -> None:
         answer(messages.Empty())
@@ -180,12 +193,11 @@ class AgentService:
         container.files.copy_again(request.files, _empty_or_error(answer))
 
     def read_file(self, request: messages.ReadFileRequest, answer: Answer) -> None:
-        def read(result: bytes | VmcellError) -> None:
+        def read(result: tuple[int, bytes] | VmcellError) -> None:
             if isinstance(result, VmcellError):
                 answer(result)
             else:
-                mode, content = readout.unpack(result)
-                answer(messages.ReadFileResponse(content=content, mode=mode))
+                answer(messages.ReadFileResponse(mode=result[0], content=result[1]))
 
         container = self._container(request.container_id)
         container.files.read(request.path, request.limit_bytes, read)

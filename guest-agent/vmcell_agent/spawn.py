@@ -11,11 +11,11 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import ExitStack
-from typing import NamedTuple
 
 from vmcell_agent import abi, child, report, syscalls
 from vmcell_agent.attempt import attempt
 from vmcell_agent.child import InitLaunch, Launch, Stdio
+from vmcell_agent.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vmcell_protos.agent import Streams
 
 
-class Child(NamedTuple):
+class Child(Record):
     """A forked child and the agent's ends; the receiver owns the descriptors. -1: no such pipe."""
 
     pid: int
@@ -37,7 +37,7 @@ class Child(NamedTuple):
     stderr: int
 
 
-class Window(NamedTuple):
+class Window(Record):
     """Size of a terminal in characters; 0: not said."""
 
     rows: int

@@ -24,22 +24,14 @@ CHILD = """
 import json, os, sys
 sys.path[:0] = json.loads(sys.argv[1])
 share, root, rows = sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
-from vmcell_agent import abi, containerfs, liveshare, syscalls
+from vmcell_agent import abi, containerfs, syscalls
 from vmcell_agent.mountoptions import parse_mount
 mounts = tuple(parse_mount(d, "virtiofs", o, "m", source=s) for d, s, o in rows)
 syscalls.unshare(abi.CLONE_NEWNS)
-liveshare.DIRECTORY = os.path.dirname(share) + "/mounted"
-real = syscalls.mount
-def mount(source, target, fstype="", flags=0, data=""):
-    if fstype == "virtiofs":
-        assert (source, flags) == ("vmcell", abi.MS_NOSUID | abi.MS_NODEV)
-        return real(share, target, "", abi.MS_BIND | abi.MS_REC)
-    return real(source, target, fstype, flags, data)
-syscalls.mount = mount
-trees = containerfs.clone_trees(mounts, "/nowhere")
+trees = containerfs.clone_trees(mounts, shared_memory="", live_share=share)
 containerfs.enter_root(root, 0)
 containerfs.mount_all(mounts, trees)
-real("proc", "/proc", "proc")
+syscalls.mount("proc", "/proc", "proc")
 found = {}
 for row in mounts:
     place = row.destination

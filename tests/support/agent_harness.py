@@ -287,18 +287,21 @@ def create_container(
     upper: str = "vda",
     files: list[messages.FileCopy] | None = None,
     init: str = "",
+    rootfs: messages.Rootfs | None = None,
+    shared: list[str] | None = None,
 ) -> Running:
-    """Create a container on pmem1; not started yet."""
+    """Create a container on pmem1 or `rootfs`, sharing namespaces; not started yet."""
     streams = _streams(client, terminal=terminal, stdin=stdin)
     client.call(
         "CreateContainer",
         messages.CreateContainerRequest(
             container_id=container_id,
             spec_json=json.dumps(spec).encode(),
-            rootfs=messages.Rootfs(lower_devices=["pmem1"], upper_device=upper),
+            rootfs=rootfs or messages.Rootfs(lower_devices=["pmem1"], upper_device=upper),
             streams=streams,
             files=files,
             init=init,
+            shared_namespaces=shared,
         ),
     )
     return Running(client, container_id, "", streams)
@@ -339,10 +342,15 @@ class AgentUnderTest:
         self._stack = stack
         self._containers = 0
 
+    @property
+    def agent_pid(self) -> int:
+        """The agent's own process, as this machine numbers it."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return int(children.split()[0])
+
     def open_files(self) -> list[str]:
         """What the agent's descriptors are, by kind; numbers are left out."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        descriptors = Path(f"/proc/{children.split()[0]}/fd")
+        descriptors = Path(f"/proc/{self.agent_pid}/fd")
         return sorted(os.readlink(path).partition(":")[0] for path in descriptors.iterdir())
 
     def forward(self, port: int) -> socket.socket:
@@ -355,12 +363,12 @@ class AgentUnderTest:
         """Let the agent see `image` as /dev/`name`."""
         self._attach(image, name, "--read-only")
 
-    def attach_upper(self, name: str = "vda") -> None:
-        """A fresh ext4 disk."""
+    def attach_upper(self, name: str = "vda", tree: Path | None = None) -> None:
+        """A fresh ext4 disk, with what is in `tree`."""
         image = self.directory / f"{name}.ext4"
         with image.open("wb") as file:
             file.truncate(UPPER_BYTES)
-        run("mkfs.ext4", "-q", "-F", str(image))
+        run("mkfs.ext4", "-q", "-F", *(("-d", str(tree)) if tree else ()), str(image))
         self._attach(image, name)
 
     def _attach(self, image: Path, name: str, *options: str) -> None:

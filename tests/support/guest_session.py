@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import guest_pod
 from agent_harness import (
     AgentClient,
     container_spec,
@@ -151,6 +152,12 @@ def session(client: AgentClient, found: dict[str, Any]) -> None:
     limits(client, found)
 
 
+def pod(client: AgentClient, vmm: VmmHandle, found: dict[str, Any]) -> None:
+    guest_pod.shared_things(client, lambda: vmm.connect_vsock(guest_pod.FORWARD_PORT), found)
+    guest_pod.out_of_memory(client, found)
+    guest_pod.new_limits(client, found)
+
+
 def main(kernel: str, base_image: str) -> None:
     """Boot, drive, shut down, print."""
     found: dict[str, Any] = {}
@@ -164,6 +171,7 @@ def main(kernel: str, base_image: str) -> None:
                     CALL_SECONDS,
                 )
                 session(client, found)
+                pod(client, vmm, found)
                 client.call("Shutdown", messages.Empty())
                 found["ended"] = list(vmm.wait_exit(CALL_SECONDS))
                 client.close()
