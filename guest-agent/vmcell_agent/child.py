@@ -67,6 +67,7 @@ class InitLaunch(Record):
     shared_namespaces: int  # CLONE_NEW* of those that are the pod's
     pid_namespace: int  # pidfd of the pod's holder; -1: a new one for this container
     shared_memory: str  # the pod's tmpfs for mounts of type vmcell-shm
+    live_share: str  # the pod's share for mounts of type virtiofs
     # Runs instead of a program when set: envd. Imported before the fork's file system changes.
     load_builtin: Callable[[], Callable[[Callable[[], None]], NoReturn]] | None
 
@@ -132,7 +133,9 @@ def _build(init: InitLaunch, launch: Launch) -> None:
     spec = init.spec
     with attempt("open the container's mount namespace"):
         namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-    trees = containerfs.clone_trees(spec.mounts, init.shared_memory)
+    trees = containerfs.clone_trees(
+        spec.mounts, shared_memory=init.shared_memory, live_share=init.live_share
+    )
     containerfs.enter_root(init.root, spec.root_propagation)
     read_only_mounts = containerfs.mount_all(spec.mounts, trees)
     containerfs.make_devices(spec.devices)

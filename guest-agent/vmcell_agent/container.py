@@ -6,7 +6,7 @@ import re
 import signal
 import time
 
-from vmcell_agent import abi, ociprocess, ocispec, pod
+from vmcell_agent import abi, liveshare, ociprocess, ocispec, pod
 from vmcell_agent.cgroup import Cgroup
 from vmcell_agent.child import InitLaunch
 from vmcell_agent.containerfiles import ContainerFiles
@@ -102,7 +102,7 @@ class Container:
         self._shared = pod.shared_flags(request.shared_namespaces)
         self._around = around
         self._builtin = builtin
-        self._shared_memory = ""
+        self._shared_memory = self._live_share = ""
         self._cgroup = Cgroup(f"{around.cgroup_root}/{self.id}")
         self._oom: OomWatch | None = None
         self._freezer: Freezer | None = None
@@ -138,6 +138,8 @@ class Container:
         for mount in self.spec.mounts:
             if mount.fstype == POD_SHARED_MEMORY:
                 self._shared_memory = pod.shared_memory(mount.data)
+            elif mount.fstype == liveshare.FSTYPE:
+                self._live_share = pod.live_share()
         if self._shared & abi.CLONE_NEWUTS:
             pod.name_once(self.spec.hostname, self.spec.domainname)
         if self._shared & abi.CLONE_NEWPID:
@@ -236,6 +238,7 @@ class Container:
             shared_namespaces=self._shared,
             pid_namespace=self._around.pod.pid_namespace() if shares_pids else -1,
             shared_memory=self._shared_memory,
+            live_share=self._live_share,
             load_builtin=self._builtin,
         )
 

@@ -71,9 +71,11 @@ def make_directory(path: str, mode: int = 0o755) -> str:
     return real
 
 
-def clone_trees(mounts: tuple[Mount, ...], shared_memory: str) -> dict[int, int]:
-    """Copies, attached nowhere, of what lies outside the container's root: the pod's tmpfs at
-    `shared_memory` (type vmcell-shm), live directories of the host (virtiofs).
+def clone_trees(
+    mounts: tuple[Mount, ...], *, shared_memory: str, live_share: str
+) -> dict[int, int]:
+    """Copies, attached nowhere, of what lies outside the container's root: the pod's tmpfs (type
+    vmcell-shm), live directories of the host (virtiofs). The directories are where each is mounted.
 
     Index of the mount → descriptor, for `mount_all`. Works before `enter_root` only.
     """
@@ -86,7 +88,8 @@ def clone_trees(mounts: tuple[Mount, ...], shared_memory: str) -> dict[int, int]
     live = [index for index, row in enumerate(mounts) if row.fstype == liveshare.FSTYPE]
     if live:
         with attempt("take the host's live directories"):
-            trees.update(zip(live, liveshare.clone([mounts[n].source for n in live]), strict=True))
+            numbers = [mounts[index].source for index in live]
+            trees.update(zip(live, liveshare.clone(live_share, numbers), strict=True))
     return trees
 
 

@@ -2,14 +2,14 @@
 
 The guest's own uts and ipc namespaces are the pod's; a pid namespace and a tmpfs for /dev/shm are
 made when the first container asks for them. The pid namespace ends with the last container that
-joined it, the tmpfs with the machine.
+joined it, the tmpfs with the machine. So does the mount of the host's live directories.
 """
 
 from __future__ import annotations
 
 import os
 
-from vmcell_agent import abi, machine, syscalls
+from vmcell_agent import abi, liveshare, machine, syscalls
 from vmcell_agent.attempt import attempt
 from vmcell_protos.errors import CallerError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vmcell_agent.spawn import Spawner
 
 _SHAREABLE = {"ipc": abi.CLONE_NEWIPC, "uts": abi.CLONE_NEWUTS, "pid": abi.CLONE_NEWPID}
-_SHM_DIRECTORY = ".shm"  # no container's id starts with a dot
+_SHM_DIRECTORY, _SHARE_DIRECTORY = ".shm", ".share"  # no container's id starts with a dot
 _SHM_FLAGS = abi.MS_NOSUID | abi.MS_NODEV
 
 
@@ -43,7 +43,7 @@ class Pod:
         self._spawner = spawner
         self._reaper = reaper
         self._state_directory = state_directory
-        self._shm = ""
+        self._shm = self._share = ""
         self._named = False
         self._holder: PidHolder | None = None
         self._pid_users: set[str] = set()
@@ -75,6 +75,17 @@ class Pod:
                 syscalls.mount("shm", path, "tmpfs", _SHM_FLAGS, data)
             self._shm = path
         return self._shm
+
+    def live_share(self) -> str:
+        """Directory where the host's live directories are mounted, until the machine's end: to
+        unmount them would be to wait for the host. Raises HostError."""
+        if not self._share:
+            path = f"{self._state_directory}/{_SHARE_DIRECTORY}"
+            with attempt("mount the host's live directories"):
+                os.makedirs(path, 0o700, exist_ok=True)
+                liveshare.mount(path)
+            self._share = path
+        return self._share
 
     def join_pid_namespace(self, container_id: str) -> None:
         """From here on the pod's pid namespace lives for this container too."""

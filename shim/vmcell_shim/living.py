@@ -6,6 +6,7 @@ A pid alone may have been given to another process since; the start time (field 
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -81,6 +82,10 @@ def _kill(process: Living) -> int | None:
     try:
         pidfd = os.pidfd_open(process.pid)
     except ProcessLookupError:
+        return None
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what a number says whose process is just being reaped
+            raise
         return None
     try:
         if _stat(process.pid)[1] == process.start_ticks:

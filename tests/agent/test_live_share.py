@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from agent_harness import AgentUnderTest, container_spec, process_spec
+
+from vmcell_protos.errors import VmcellError
 
 pytestmark = pytest.mark.root
 
@@ -24,22 +27,14 @@ CHILD = """
 import json, os, sys
 sys.path[:0] = json.loads(sys.argv[1])
 share, root, rows = sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
-from vmcell_agent import abi, containerfs, liveshare, syscalls
+from vmcell_agent import abi, containerfs, syscalls
 from vmcell_agent.mountoptions import parse_mount
 mounts = tuple(parse_mount(d, "virtiofs", o, "m", source=s) for d, s, o in rows)
 syscalls.unshare(abi.CLONE_NEWNS)
-liveshare.DIRECTORY = os.path.dirname(share) + "/mounted"
-real = syscalls.mount
-def mount(source, target, fstype="", flags=0, data=""):
-    if fstype == "virtiofs":
-        assert (source, flags) == ("vmcell", abi.MS_NOSUID | abi.MS_NODEV)
-        return real(share, target, "", abi.MS_BIND | abi.MS_REC)
-    return real(source, target, fstype, flags, data)
-syscalls.mount = mount
-trees = containerfs.clone_trees(mounts, "/nowhere")
+trees = containerfs.clone_trees(mounts, shared_memory="", live_share=share)
 containerfs.enter_root(root, 0)
 containerfs.mount_all(mounts, trees)
-real("proc", "/proc", "proc")
+syscalls.mount("proc", "/proc", "proc")
 found = {}
 for row in mounts:
     place = row.destination
@@ -120,3 +115,37 @@ def test_a_link_of_the_image_does_not_lead_out(share: Path) -> None:
 def test_a_number_the_host_does_not_share_is_an_error(share: Path) -> None:
     with pytest.raises(AssertionError, match="take the host's live directories: No such file"):
         enter(share, ("/data", "7", []))
+
+
+def live(agent: AgentUnderTest, script: str, *rows: tuple[str, str, list[str]]) -> bytes:
+    """What a container with these (destination, source, options) prints."""
+    spec = container_spec(process_spec("sh", "-c", script))
+    spec["mounts"] += [
+        {"destination": place, "type": "virtiofs", "source": source, "options": options}
+        for place, source, options in rows
+    ]
+    init = agent.create(spec, upper="").start()
+    out = init.read()
+    assert init.wait() == 0, init.read("stderr")
+    return out
+
+
+def test_containers_of_an_agent_share_what_the_host_changes(agent: AgentUnderTest) -> None:
+    directory = agent.directory / "share/0"
+    directory.mkdir()
+    (directory / "file").write_text("first")
+    script = "cat /data/file; echo -n second > /data/file"
+    assert live(agent, script, ("/data", "0", ["rbind", "rprivate", "rw"])) == b"first"
+    assert (directory / "file").read_text() == "second"
+    (agent.directory / "share/1").mkdir()  # comes while the agent runs
+    script = "cat /data/file; echo x > /data/file || cat /data/file; ls -A /other"
+    rows = ("/data", "0", ["ro"]), ("/other", "1", [])
+    assert live(agent, script, *rows) == b"secondsecond"
+    assert sorted(os.listdir(directory)) == ["file"]
+
+
+def test_a_container_whose_directory_is_not_shared_does_not_start(agent: AgentUnderTest) -> None:
+    with pytest.raises(VmcellError, match="take the host's live directories: No such file"):
+        live(agent, "true", ("/data", "5", []))
+    with pytest.raises(VmcellError, match="virtiofs takes a number"):
+        live(agent, "true", ("/data", "../state", []))

@@ -41,7 +41,8 @@ sys.path[:0] = {path!r}
 import os, socket
 from vmcell_agent.guest import Places, Transports, serve
 from vmcell_agent.__main__ import BUILTINS
-from vmcell_agent import network, process
+from vmcell_agent import abi, liveshare, network, process, syscalls
+liveshare.mount = lambda place: syscalls.mount({share!r}, place, "", abi.MS_BIND | abi.MS_REC)
 network.loopback_up()
 with open("/proc/self/oom_score_adj", "w") as file:
     file.write("{oom_score}")
@@ -404,6 +405,7 @@ def running_agent() -> Iterator[AgentUnderTest]:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmcell-agent-")))
         (directory / "devices").mkdir()
         (directory / "state").mkdir()
+        (directory / "share").mkdir()  # stands in for the virtio-fs share
         cgroup = f"{cgroup2_mount()}/vmcell-test-{os.getpid()}-{time.monotonic_ns()}"
         os.mkdir(cgroup)
         stack.callback(_remove_cgroup, Path(cgroup))
@@ -420,6 +422,7 @@ def running_agent() -> Iterator[AgentUnderTest]:
             state=str(directory / "state"),
             devices=str(directory / "devices"),
             sysfs=str(directory / "sys"),
+            share=str(directory / "share"),
         )
         process = subprocess.Popen(
             ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--propagation", "private",

@@ -18,10 +18,11 @@ from typing import Any
 
 sys.path.append("/usr/lib/vmcell/python")
 
-from vmcell_agent import abi, containerfs, mountoptions, syscalls
+from vmcell_agent import abi, containerfs, liveshare, mountoptions, syscalls
 
 HOST_CID = 2
 PORT = 1024
+SHARE = "/run/.share"
 DEADLINE_S = 60
 WRITTEN_BYTES = 10 << 20
 
@@ -50,7 +51,7 @@ def enter(rows: list[tuple[str, str, list[str]]], step: Callable[[], Any]) -> An
         for place, number, options in rows
     )
     syscalls.unshare(abi.CLONE_NEWNS)
-    trees = containerfs.clone_trees(mounts, "")
+    trees = containerfs.clone_trees(mounts, shared_memory="", live_share=SHARE)
     syscalls.mount("tmpfs", "/tmp", "tmpfs")
     containerfs.enter_root("/tmp", 0)
     containerfs.mount_all(mounts, trees)
@@ -168,6 +169,8 @@ def state(pid: int) -> str:
 
 def main() -> None:
     syscalls.mount("tmpfs", "/run", "tmpfs")
+    os.mkdir(SHARE)
+    liveshare.mount(SHARE)
     stream = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
     stream.connect((HOST_CID, PORT))
     words = stream.makefile("r")

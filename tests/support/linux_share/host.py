@@ -54,6 +54,10 @@ class Guest:
         self.tell(*words)
         return self.answer()
 
+    def expect(self, wanted: str, *words: object) -> None:
+        answer = self.ask(*words)
+        assert answer == wanted, answer
+
 
 def make_sources(folder: Path, opened: ExitStack) -> tuple[Path, Path]:
     """A directory to write to, and one to read with a mount of its own below it."""
@@ -68,8 +72,7 @@ def make_sources(folder: Path, opened: ExitStack) -> tuple[Path, Path]:
     return live, fixed
 
 
-def drive(guest: Guest, share: Share, folder: Path, live: Path, fixed: Path) -> dict[str, Any]:
-    result: dict[str, Any] = {}
+def drive(guest: Guest, share: Share, live: Path, fixed: Path, result: dict[str, Any]) -> None:
     numbers = (
         share.add(os.fspath(live), read_only=False),
         share.add(os.fspath(fixed), read_only=True),
@@ -80,7 +83,7 @@ def drive(guest: Guest, share: Share, folder: Path, live: Path, fixed: Path) -> 
     owned = os.stat(live / "owned")
     result["owned"] = [owned.st_uid, owned.st_gid, owned.st_mode & 0o7777]
     result["fixed_has"] = sorted(os.listdir(fixed) + os.listdir(fixed / "below"))
-    assert guest.ask("change", numbers[0]) == "read"
+    guest.expect("read", "change", numbers[0])
     (live / "hello").write_text("changed while the guest had it cached")
     result["change"] = guest.ask("changed")
     late = share.add(os.fspath(live), read_only=True)
@@ -88,14 +91,13 @@ def drive(guest: Guest, share: Share, folder: Path, live: Path, fixed: Path) -> 
     share.remove(late)
     result["removed"] = guest.ask("missing", late)
     result["file"] = guest.ask("file", share.add(os.fspath(live / "big"), read_only=True))
-    return result
 
 
 def kill_daemon(guest: Guest, share: Share, ends: queue.Queue[str], number: int) -> dict[str, Any]:
     server = share.helpers[1].pid
-    assert guest.ask("lose", number) == "open"
+    guest.expect("open", "lose", number)
     os.kill(server, signal.SIGSTOP)
-    assert guest.ask("stopped") == "waiting"
+    guest.expect("waiting", "stopped")
     os.kill(server, signal.SIGKILL)
     told = time.monotonic()
     end = ends.get(timeout=DEADLINE_S)
@@ -151,7 +153,7 @@ def main() -> None:
             # A guest that fails ends its stream, so nothing here waits for ever.
             with ExitStack() as streams:
                 guest = Guest(vmm, streams)
-                result |= drive(guest, share, folder, live, fixed)
+                drive(guest, share, live, fixed, result)
                 result["lost"] = kill_daemon(guest, share, ends, 0)
             result["exit"] = vmm.wait_exit(DEADLINE_S)._asdict()
         finally:
