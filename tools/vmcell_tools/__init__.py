@@ -15,6 +15,7 @@ oci_image        our OCI images
 image_import     built images into containerd
 message_codegen  protobuf messages from .proto files
 grpc_stubs       gRPC stubs for containerd
+zygote_unit      the zygote under systemd
 setup_host       config.toml and the shim on this host
 doctor           what this host has, and what to do
 dev_config       the same inside a dev VM
