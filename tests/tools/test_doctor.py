@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
+from zygote_harness import Zygote
 
+from vmcell_protos.zygote import ALIVE, MAX_DATAGRAM_BYTES, REFUSED, Answer, encode_answer
 from vmcell_shim.config import ShimConfig, render_config
 from vmcell_tools import doctor
 from vmcell_tools.containerd_config import SNIPPETS, merged
@@ -37,7 +41,7 @@ def test_an_empty_host_fails_with_advice_for_all_that_is_needed(host: Host) -> N
     needed = ("KVM", "containerd", "containerd socket", "shim", "config.toml", "kernel")
     for what in (*needed, "base image", "cgroups", "nftables", "TAP", "image tools"):
         assert rows[what].status == "fail", what
-    for what in ("vhost-net", "nginx", "CRI runtime", "image cache"):
+    for what in ("vhost-net", "nginx", "CRI runtime", "image cache", "zygote"):
         assert rows[what].status == "warn", what
     assert all(row.advice for row in rows.values() if row.status != "ok")
 
@@ -93,6 +97,56 @@ def test_a_shim_of_another_checkout_is_a_warning(host: Host) -> None:
     assert doctor.shim(host).status == "ok"
     put(host, "usr/local/bin/containerd-shim-vmcell-v2", "#!/bin/sh\n")
     assert doctor.shim(host).status == "warn"
+
+
+def zygote_row(path: str) -> doctor.Row:
+    """The row for a zygote at `path`, from a directory that makes it short enough."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(os.path.dirname(path))
+        patch.setattr(doctor, "SOCKET_PATH", os.path.basename(path))
+        return doctor.zygote(Host(root=Path()))
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (encode_answer(Answer(ALIVE, number=7, output=b"/other/shim")), "7 is of another checkout"),
+        (encode_answer(Answer(REFUSED)), "another checkout"),
+        (b"nonsense", "does not answer"),
+        (b"", "does not answer"),
+    ],
+)
+def test_a_zygote_of_no_use_is_a_warning(tmp_path: Path, answer: bytes, words: str) -> None:
+    path = str(tmp_path / "z")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen()
+
+        def reply() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(MAX_DATAGRAM_BYTES)
+                if answer:
+                    connection.send(answer)
+
+        thread = threading.Thread(target=reply)
+        thread.start()
+        row = zygote_row(path)
+        thread.join(20)
+    assert row.status == "warn"
+    assert words in row.found
+    assert row.advice.startswith("restart it; ")
+
+
+def test_a_zygote_that_answers(tmp_path: Path) -> None:
+    running = Zygote(str(tmp_path / "z"))
+    running.start()
+    try:
+        assert zygote_row(running.path).status == "ok"
+        assert str(running.pid) in zygote_row(running.path).found
+    finally:
+        running.kill()
+    assert zygote_row(running.path).found == "not running"
 
 
 def test_configuration_and_what_it_names(host: Host) -> None:

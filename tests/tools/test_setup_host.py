@@ -16,6 +16,7 @@ from vmcell_tools.setup_host import Artifacts, install, render_shim, uninstall
 
 ARTIFACTS = Artifacts(kernel="/cache/vmlinux", base_image="/cache/base.erofs")
 CONFIG = "etc/vmcell/config.toml"
+UNIT = "etc/systemd/system/vmcell-zygote.service"
 SHIM = "usr/local/bin/containerd-shim-vmcell-v2"
 TEMPLATE = "#!/usr/bin/python3 -ISB\nSOURCE_ROOTS = ()\nprint(SOURCE_ROOTS)\n"
 
@@ -27,10 +28,27 @@ def test_setup_writes_what_the_shim_reads(tmp_path: Path) -> None:
     assert (config.default_vcpus, config.default_memory_mib) == (3, 256)
     assert (tmp_path / SHIM).stat().st_mode & 0o777 == 0o755
     assert (tmp_path / "run/vmcell").stat().st_mode & 0o777 == 0o700
-    assert len(done) == 7
+    assert len(done) == 8
     for row in SNIPPETS:
         assert (tmp_path / "etc/vmcell/containerd" / row.file).read_text() == row.text
     assert not (tmp_path / "etc/containerd").exists()
+
+
+def test_the_zygotes_unit_is_one_for_systemd(tmp_path: Path) -> None:
+    """systemd's own check, of the unit as it stands but for the shim, which is not installed."""
+    install(tmp_path, ARTIFACTS)
+    text = (tmp_path / UNIT).read_text()
+    assert "ExecStart=/usr/local/bin/containerd-shim-vmcell-v2 zygote\n" in text
+    unit = tmp_path / "vmcell-zygote.service"
+    unit.write_text(text.replace("/usr/local/bin/containerd-shim-vmcell-v2", "/bin/true"))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", unit],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 def test_a_second_setup_changes_nothing(tmp_path: Path) -> None:
@@ -63,6 +81,7 @@ def test_uninstall_takes_away_what_setup_wrote(tmp_path: Path) -> None:
     done = uninstall(tmp_path)
     assert not (tmp_path / "etc/vmcell").exists()
     assert not (tmp_path / SHIM).exists()
+    assert not (tmp_path / UNIT).exists()
     assert any("/var/lib/vmcell" in line for line in done)
     assert uninstall(tmp_path) == []
 

@@ -17,6 +17,7 @@ message_codegen  protobuf messages from .proto files
 grpc_stubs       gRPC stubs for containerd
 containerd_config  our part of containerd's configuration, as text
 containerd_setup  that part on this host: written beside it, merged when asked
+zygote_unit      the zygote under systemd
 setup_host       config.toml and the shim on this host
 doctor           what this host has, and what to do
 dev_config       the same inside a dev VM

@@ -31,6 +31,15 @@ def serve() -> None:
 
 
 @main.command()
+def zygote() -> None:
+    """Run this host's zygote in the foreground; systemd does that by vmcell-zygote.service."""
+    from vmcell_tools.setup_host import installed_shim
+
+    shim = str(installed_shim())
+    os.execv(shim, [shim, "zygote"])
+
+
+@main.command()
 def demo() -> None:
     """Drive a real microVM with the E2B SDK, in the dev VM."""
     from vmcell_tools.demo import run_demo

@@ -19,7 +19,11 @@ Inventory = dict[str, list[str]]
 
 STATE_FOLDERS = ("/run/vmcell", "/run/containerd/s", "/run/containerd/fifo")
 # Files of the service itself, there whether a sandbox runs or not.
-SERVICE_FILES = ("noded.sock", "noded.pid", "api.sock", "route.sock", "nginx", "slots")
+SERVICE_FILES = (
+    *("noded.sock", "noded.pid", "api.sock", "route.sock", "nginx", "slots"),
+    "zygote.sock",
+)
+NOT_SANDBOXES = ("leak_check", "containerd-shim-vmcell-v2 zygote")
 PROCESS_WORDS = ("vmcell_runtime", "vmcell_shim", "containerd-shim", "mkfs.erofs", "vmcell-vmm")
 
 
@@ -32,7 +36,9 @@ def _processes() -> list[str]:
             words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if any(word in words for word in PROCESS_WORDS) and "leak_check" not in words:
+        if any(word in words for word in NOT_SANDBOXES):
+            continue
+        if any(word in words for word in PROCESS_WORDS):
             found.append(f"{folder.name} {words.strip()[:160]}")
     return found
 

@@ -44,6 +44,13 @@ if [ -b /dev/vda ]; then
 fi
 say "ready"
 
+# As systemd would: another one soon after its end. Without a shim there is none.
+while :; do
+    [ -x /usr/local/bin/containerd-shim-vmcell-v2 ] &&
+        containerd-shim-vmcell-v2 zygote 2>>/mnt/out/zygote.log
+    sleep 2
+done </dev/null &
+
 # Logs of microVMs vanish with them; copies on the host also survive the end of this VM.
 [ "$copy_logs" = 1 ] || exit 0
 while sleep 10; do
