@@ -23,6 +23,7 @@ hotplug  devices that come and go at the spare windows
 machine  a microVM that exists: run it, count, close
 build    the recipe for a machine
 answers  what the shim asks of a running machine
+jail     what a VMM gives up before its guest runs
 vmm      the process around one machine
 zygote_client  a VMM process forked by the node's zygote
 handle   the host's side of that process

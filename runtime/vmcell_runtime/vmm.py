@@ -35,6 +35,7 @@ from vmcell_runtime.control import (
     failed,
 )
 from vmcell_runtime.devices.console import LOG_LIMIT_BYTES
+from vmcell_runtime.jail import leave_network
 from vmcell_runtime.loop import HANGUP, READABLE
 from vmcell_runtime.machine import Machine
 from vmcell_runtime.vcpu import prepare_kicks
@@ -51,6 +52,7 @@ def main(shim_fd: int) -> NoReturn:
     _end_process_on_surprise(shim)
     prepare_kicks()
     try:
+        leave_network()
         machine = _boot(shim)
     except VmcellError as error:
         _log(f"boot failed: {error}")

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 
 from vmcell_protos.agent import Interface
 from vmcell_protos.errors import VmcellError
 from vmcell_shim import hooks as oci_hooks
 from vmcell_shim import pod_network
 from vmcell_shim.netns import make_namespace, remove_namespace, wanted_namespace
-from vmcell_shim.port_forward import open_port_forward
+from vmcell_shim.port_forward import open_port_forward, remove_rules
 from vmcell_shim.shape import NetPort
 from vmcell_shim.tap import open_tap
 
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
     from vmcell_shim.sandbox_files import SandboxFiles
 
 _TAP_MTU = 1500
-_POSTSTOP_S = 10.0
+# containerd gives `delete` five seconds.
+_POSTSTOP_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,9 @@ class SandboxNetwork:
         without it everything else works, so it is only logged."""
         if not self._namespace:
             return
+        self._files.network = {**self._files.network, "forwards": True}
         try:
+            self._files.save()
             self._forward = open_port_forward(self._namespace, dial, self._journal)
         except VmcellError as error:
             self._journal.warning(f"no port forward into {self._namespace}: {error}")
@@ -118,6 +122,7 @@ class SandboxNetwork:
         if self._forward is not None:
             self._forward.close()
             self._forward = None
+            self._files.network = {**self._files.network, "forwards": False}
         if self._network is not None:
             self._network.release_taps()
             self._network = None
@@ -130,10 +135,14 @@ def undo(files: SandboxFiles) -> list[str]:
     that stays. May be called again."""
     failures = []
     if files.network:
-        try:
-            pod_network.detach(files.network)
-        except VmcellError as error:
-            failures.append(str(error))
+        steps = [partial(pod_network.detach, files.network)]
+        if files.network.get("forwards"):
+            steps.append(partial(remove_rules, str(files.network["namespace"])))
+        for step in steps:
+            try:
+                step()
+            except VmcellError as error:
+                failures.append(str(error))
     try:
         failures += oci_hooks.run_poststop(files.poststop, within_s=_POSTSTOP_S)
         remove_namespace(files.namespace)
