@@ -175,7 +175,7 @@ def test_root_with_all_capabilities_sees_nothing_through_the_pods_pid_1(
     sets = {name: everything for name in ("bounding", "effective", "permitted")}
     first = sleeper(crowd, "pid")
     process = process_spec(
-        "sh", "-c", "ls -A /proc/1/root/. | wc -l; ls /proc/1/fd | wc -l", capabilities=sets
+        "sh", "-c", "cd /proc/1/root && ls -A | wc -l; ls /proc/1/fd | wc -l", capabilities=sets
     )
     look = crowd.add(first, process, "look").start()
     assert look.read().split() == [b"0", b"0"]
