@@ -184,10 +184,9 @@ def test_an_empty_window_is_not_unplugged(bench: Bench) -> None:
     assert raised.value.code == "not_found"
 
 
-@pytest.mark.parametrize("length", [0, 4096, HUGE_PAGE_BYTES + 512])
-def test_an_odd_image_changes_nothing(bench: Bench, length: int) -> None:
-    with pytest.raises(CallerError, match=f"{length} bytes; pad it"):
-        bench.hotplug.plug_pmem(FIRST, image(length))
+def test_an_empty_image_changes_nothing(bench: Bench) -> None:
+    with pytest.raises(CallerError, match="0 bytes; give a regular file"):
+        bench.hotplug.plug_pmem(FIRST, image(0))
     assert bench.device_id(FIRST) == 0
     assert mapped_files() == open_images() == 0
     bench.hotplug.plug_pmem(FIRST, image())
@@ -208,7 +207,7 @@ def test_what_is_no_file_changes_nothing(bench: Bench) -> None:
     ):
         reader, writer = os.pipe()
         os.close(writer)
-        with pytest.raises(CallerError, match=r"0 bytes; pad it|a disk has no end"):
+        with pytest.raises(CallerError, match=r"0 bytes; give a regular file|a disk has no end"):
             plug(FIRST, reader)
     with pytest.raises(HostError, match="mapping a pmem image failed: Permission denied"):
         bench.hotplug.plug_pmem(FIRST, image(flags=os.O_WRONLY))

@@ -164,7 +164,7 @@ def test_behind_a_file_its_window_reads_as_zero(small: GuestMemory, length: int)
     with tempfile.TemporaryFile() as file:
         file.write(b"\xaa" * length)
         file.flush()
-        window_bytes = small.map_file(file.fileno(), 1 << 30)
+        window_bytes = small.map_file(file.fileno(), 1 << 30).length_bytes
     assert window_bytes == (1 if length <= HUGE_PAGE_BYTES else 2) * HUGE_PAGE_BYTES
     slot = small.slots()[-1]
     assert slot.length_bytes == window_bytes
