@@ -32,11 +32,12 @@ class GuestClock:
 
     def start(self) -> None:
         """Makes it that time again, and tells the guest's lockup watchdogs of the pause."""
+        # The clock first, as in `stop`: what passes between the two then passes for both.
+        self._vm.set_kvmclock_ns(self._kvmclock_ns)
         if self._vcpus[0].has_tsc_offset():
             passed = self._vcpus[0].tsc() - self._tsc
             for vcpu in self._vcpus:
                 # The same for all: counters that agreed go on agreeing.
                 vcpu.move_tsc(-passed)
-        self._vm.set_kvmclock_ns(self._kvmclock_ns)
         for vcpu in self._vcpus:
             vcpu.tell_paused()

@@ -201,6 +201,20 @@ def test_a_disk_opened_otherwise_changes_nothing(bench: Bench) -> None:
     assert bench.device_id(FIRST) == 0
 
 
+def test_what_is_no_file_changes_nothing(bench: Bench) -> None:
+    for plug in (
+        bench.hotplug.plug_pmem,
+        lambda number, fd: bench.hotplug.plug_blk(number, fd, read_only=True),
+    ):
+        reader, writer = os.pipe()
+        os.close(writer)
+        with pytest.raises(CallerError, match=r"0 bytes; pad it|a disk has no end"):
+            plug(FIRST, reader)
+    with pytest.raises(HostError, match="mapping a pmem image failed: Permission denied"):
+        bench.hotplug.plug_pmem(FIRST, image(flags=os.O_WRONLY))
+    assert bench.device_id(FIRST) == 0
+
+
 def test_what_kvm_refuses_is_not_left_mapped(bench: Bench) -> None:
     bench.vm.refusing = True
     with pytest.raises(HostError, match="Cannot allocate"):

@@ -15,6 +15,7 @@ from vmm_bench import DEADLINE_S, Bench, assemble, vmm_bench
 
 from vmcell_protos.errors import CallerError, HostError
 from vmcell_runtime.config import MachineConfig
+from vmcell_runtime.control import Boot, PlugBlk, PlugPmem, Request, encode
 from vmcell_runtime.handle import VmmHandle, launch
 from vmcell_runtime.memory import HUGE_PAGE_BYTES
 
@@ -154,6 +155,22 @@ def test_a_machine_without_spare_windows(bench: Bench) -> None:
     vmm.wait_exit(DEADLINE_S)
     with file_of(b"x") as fd, pytest.raises(HostError, match="ended: killed"):
         vmm.plug_pmem(1, fd)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        PlugPmem(request_id=1, window=1),
+        PlugBlk(request_id=1, window=1, read_only=False),
+        Boot(config=MachineConfig(vcpu_count=1, memory_mib=64, kernel_descriptor=0)),
+    ],
+)
+def test_a_message_that_does_not_fit_ends_the_vmm(bench: Bench, request_: Request) -> None:
+    vmm = bench.launch(SPIN, spare_windows=1)
+    vmm._sock.send(encode(request_))
+    ended = vmm.wait_exit(DEADLINE_S)
+    assert ended.reason == "vmm_error"
+    assert "with 0 descriptors" in ended.detail
 
 
 def test_the_balloons_wish_is_bounded(bench: Bench) -> None:

@@ -143,7 +143,7 @@ def test_queues_are_frozen_at_driver_ok(driver: GuestDriver, device: Recorder) -
     before = [queue.layout for queue in device.activation.queues]
     driver.set(0x30, 0)
     for register in RING_REGISTERS:
-        driver.set(register, 0xFFFF_F000)
+        driver.set(register, 0xFFFF_F001)
     assert [queue.layout for queue in device.activation.queues] == before
     assert driver.get(0x44) == 1
 
@@ -173,6 +173,26 @@ def test_unusable_queue_needs_reset(
     assert driver.get(0x60) == 2
     driver.start()
     assert driver.get(0x70) == 15
+
+
+def test_a_queue_taken_away_stops_the_device(driver: GuestDriver, device: Recorder) -> None:
+    driver.start()
+    driver.loop.settle()
+    assert device.activation is not None
+    link = device.activation.link
+    driver.set(0x30, 1)
+    driver.set(0x44, 0)
+    assert driver.get(0x44) == 0
+    assert (driver.get(0x70), device.activation) == (15, None)
+    assert not link.run(lambda: None)
+    events = list(device.events)
+    driver.kick(0)
+    driver.set(0x44, 1)
+    driver.set(0x44, 0)
+    assert driver.get(0x44) == 0
+    assert device.events == events == [*events[:-1], "reset"]
+    driver.start()
+    assert device.activation is not None
 
 
 def test_queue_not_ready_needs_reset(driver: GuestDriver) -> None:
@@ -378,7 +398,7 @@ class RegisterWalk(RuleBasedStateMachine):
     """Any write of any size at any offset: the status stays one of a driver's, nothing breaks.
 
     What must hold: a device is active exactly in DRIVER_OK without NEEDS_RESET or FAILED, with
-    queues that were valid when it began.
+    queues that were valid when it began and have not been taken away.
     """
 
     @initialize()
@@ -437,7 +457,8 @@ class RegisterWalk(RuleBasedStateMachine):
         if hasattr(self, "driver"):
             active = self.driver.device._activation is not None
             assert not active or self.driver.get(0x70) & ~128 == 15
-            assert active or self.driver.get(0x70) != 15
+            [queue] = self.driver.transport._queue_registers
+            assert active or self.driver.get(0x70) != 15 or not queue.ready
 
     def teardown(self) -> None:
         if hasattr(self, "driver"):

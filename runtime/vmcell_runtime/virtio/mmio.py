@@ -304,8 +304,10 @@ class MmioTransport:
 
     def _write_queue_register(self, offset: int, value: int) -> bool:
         queue = self._selected_queue()
-        if queue is None or self._status != status.FEATURES_OK:
+        if queue is None:
             return False
+        if self._status != status.FEATURES_OK:
+            return offset == abi.MMIO_QUEUE_READY and not value & 1 and self._take_queue(queue)
         if offset in _ADDRESS_REGISTERS:
             field, kept, shift = _ADDRESS_REGISTERS[offset]
             setattr(queue, field, getattr(queue, field) & kept | value << shift)
@@ -315,6 +317,18 @@ class MmioTransport:
             queue.ready = bool(value & 1)
         else:
             return False
+        return True
+
+    def _take_queue(self, queue: _QueueRegisters) -> bool:
+        """The driver takes a queue from a running device, § 4.2.2.2; Linux's virtio-pmem does.
+
+        No driver goes on with the other queues, so the device stops altogether.
+        """
+        if not queue.ready:
+            return False
+        queue.ready = False
+        self._link = None
+        self._device.reset()
         return True
 
     def _write_notify(self, value: int) -> bool:
