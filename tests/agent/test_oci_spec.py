@@ -181,6 +181,11 @@ def test_later_mount_options_win() -> None:
     assert row.propagation == abi.MS_SLAVE | abi.MS_REC
 
 
+@pytest.mark.parametrize("options", [[], ["rw"], ["ro"], ["ro", "nosuid", "rw"]])
+def test_sysfs_is_read_only_whatever_is_asked_for(options: list[str]) -> None:
+    assert parse_mount("/sys", "sysfs", options, "m").flags & abi.MS_RDONLY
+
+
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=6),
     lambda inner: (
