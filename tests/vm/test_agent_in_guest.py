@@ -90,7 +90,7 @@ def test_limits_change_while_a_container_runs(found: dict[str, Any]) -> None:
     # memory.max memory.low pids.max cpu.max (two words) cpu.weight cpuset.cpus
     before = [str(32 << 20), str(8 << 20), "50", "50000", "100000", "79", "0"]
     assert found["limits"] == before
-    assert found["refused"] == "invalid_argument: set cpuset.cpus to '0-77': Invalid argument"
+    assert found["refused"].startswith("invalid_argument: set cpuset.cpus to '0-77': ")
     after = [*before[:2], "max", "50000", "50000", *before[5:]]
     assert found["limits_after"] == after
 
