@@ -155,7 +155,7 @@ def test_a_shared_pid_namespace(crowd: AgentUnderTest) -> None:
     )
     assert told(crowd, first, orphan).split() == ["PPid:", "1", "gone"]
     # pid 1 is nobody's way out
-    look = "(ls /proc/1/root/; ls /proc/1/fd; cat /proc/1/environ) 2>/dev/null"
+    look = "(ls /proc/1/root; ls /proc/1/fd; cat /proc/1/environ) 2>/dev/null"
     look += "; kill -9 1; ls -d /proc/1"
     assert told(crowd, first, look) == "/proc/1"
     end(second)
@@ -175,7 +175,7 @@ def test_root_with_all_capabilities_sees_nothing_through_the_pods_pid_1(
     sets = {name: everything for name in ("bounding", "effective", "permitted")}
     first = sleeper(crowd, "pid")
     process = process_spec(
-        "sh", "-c", "ls -A /proc/1/root/ | wc -l; ls /proc/1/fd | wc -l", capabilities=sets
+        "sh", "-c", "cd /proc/1/root && ls -A | wc -l; ls /proc/1/fd | wc -l", capabilities=sets
     )
     look = crowd.add(first, process, "look").start()
     assert look.read().split() == [b"0", b"0"]

@@ -35,5 +35,5 @@ def test_a_field_cannot_be_changed() -> None:
 def test_missing_surplus_and_unknown_fields_are_errors(
     values: tuple[object, ...], named: dict[str, object]
 ) -> None:
-    with pytest.raises(TypeError, match="has the fields x, y, names|multiple values"):
+    with pytest.raises(TypeError, match=r"has the fields x, y, names|multiple values"):
         Point(*values, **named)  # type: ignore[arg-type]
