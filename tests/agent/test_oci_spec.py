@@ -202,6 +202,11 @@ def test_what_is_no_plain_number_is_no_live_directory(source: str) -> None:
         parse_mount("/data", "virtiofs", [], "m", source=source)
 
 
+@pytest.mark.parametrize("options", [[], ["rw"], ["ro"], ["ro", "nosuid", "rw"]])
+def test_sysfs_is_read_only_whatever_is_asked_for(options: list[str]) -> None:
+    assert parse_mount("/sys", "sysfs", options, "m").flags & abi.MS_RDONLY
+
+
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=6),
     lambda inner: (

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from payload import HLT_FOREVER, RESET, SPIN, say
+from payload import HLT_FOREVER, RESET, SPIN, load32, say, store32
 from vmm_bench import DEADLINE_S, Bench, processor_ticks, vmm_bench
 
 from vmcell_protos.errors import HostError
@@ -121,11 +121,16 @@ def test_a_guest_that_panicked_before_the_pause_still_ends(bench: Bench) -> None
     assert ended == ("guest_panic", "Kernel panic - not syncing: last words")
 
 
-def test_a_guest_ends_after_the_pause(bench: Bench) -> None:
-    delay = b"\xb9\x00\x00\x02\x00\xff\xc9\x75\xfc"  # mov $0x20000, %ecx; 1: dec %ecx; jnz 1b
-    vmm = bench.launch(say(b"x\n") + delay + RESET + HLT_FOREVER)
+def test_a_guest_ends_after_the_pause(bench: Bench, tmp_path: Path) -> None:
+    """It resets itself when it sees a device in the spare window, which comes during the pause."""
+    map_windows = store32(0xA018, 0x300003) + store32(0x300400, 0xD0000083)
+    look = load32(0xD0001008) + b"\x85\xc0\x74\xf0"  # again: ...; test %eax, %eax; jz again
+    vmm = bench.launch(say(b"x\n") + map_windows + look + RESET + HLT_FOREVER, spare_windows=1)
     bench.wait_console(bool)
     vmm.pause()
+    with (tmp_path / "disk").open("w+b") as disk:
+        disk.truncate(4096)
+        vmm.plug_blk(1, disk.fileno())
     still_there(vmm, 0.3)
     vmm.resume()
     assert vmm.wait_exit(DEADLINE_S).reason == "guest_reset"

@@ -161,7 +161,7 @@ def test_a_file_can_be_shared(shared: Share, guest: FuseClient, source: Path) ->
 
 def test_the_guest_cannot_write_beside_its_directories(shared: Share, guest: FuseClient) -> None:
     assert refused(lambda: guest.write_file(ROOT, "new", b"x")) == errno.EROFS
-    assert not os.path.exists(os.path.join(f"/proc/{shared.helpers[1].pid}/root", "etc"))
+    assert not (Path(f"/proc/{shared.helpers[1].pid}") / "root" / "etc").exists()
 
 
 def test_what_is_removed_is_gone(shared: Share, guest: FuseClient, source: Path) -> None:

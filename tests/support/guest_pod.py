@@ -16,6 +16,8 @@ from vmcell_protos import agent as messages
 from vmcell_protos.errors import VmcellError
 
 FORWARD_PORT = 1026
+# in guest_session's machine: the base image, the image, the disk, vsock
+PMEM_WINDOW, BLK_WINDOW, VSOCK_WINDOW = 1, 2, 3
 SHARED = ["ipc", "uts", "pid"]
 HOG = "dd if=/dev/zero of=/dev/null bs=100M count=1"
 LIMITS = "cd /sys/fs/cgroup; cat memory.max memory.low pids.max cpu.max cpu.weight cpuset.cpus"
@@ -73,11 +75,11 @@ def shared_things(
     client: AgentClient, forward: Callable[[], socket.socket], found: dict[str, Any]
 ) -> None:
     """Namespaces, shared memory, a port forward, a file renewed, a freeze."""
-    file = messages.FileCopy(destination="/etc/fixed", mode=0o644, content=b"1", read_only=True)
+    file = messages.FileCopy(destination="/etc/fixed", mode=0o644, content=b"1\n", read_only=True)
     serve = "mkdir /run/w; echo served >/run/w/x; httpd -p 8080 -h /run/w; echo up; sleep 10000"
     first = member(client, "first", serve, [file])
     first.read_until(b"up\n")
-    second = member(client, "second", "echo up; sleep 10000")
+    second = member(client, "second", "trap 'exit 9' TERM; echo up; while :; do sleep 1; done")
     second.read_until(b"up\n")
     told(client, first, "echo word >/dev/shm/a")
     look = "hostname; cat /dev/shm/a; ps -o comm | grep -c sleep; ps -o pid,comm | grep pause"
@@ -91,7 +93,7 @@ def shared_things(
         answer += part
     connection.close()
     found["forwarded"] = answer.decode().split("\r\n\r\n")[-1]
-    file.content = b"2"
+    file.content = b"2\n"
     client.call("CopyFiles", messages.CopyFilesRequest(container_id="first", files=[file]))
     found["renewed"] = told(client, first, "cat /etc/fixed; echo 3 >/etc/fixed || echo ro").split()
     ref = messages.ContainerRef(container_id="second")
@@ -104,6 +106,36 @@ def shared_things(
     found["killed_frozen"] = messages.WaitProcessResponse.decode(payload).exit_status
     end(first)
     second.delete()
+
+
+def devices(client: AgentClient, found: dict[str, Any]) -> None:
+    """Drivers taken off windows and bound again, as if the VMM had just filled them."""
+    found["attached"] = []
+    init = member(client, "busy", "echo up; sleep 10000")
+    init.read_until(b"up\n")
+    for window, name in ((0, "its own root"), (PMEM_WINDOW, "busy"), (VSOCK_WINDOW, "no disk")):
+        try:
+            client.call("DetachDevice", messages.DetachDeviceRequest(window=window))
+        except VmcellError as error:
+            found[f"detach of {name}"] = f"{error.code}: {error}"
+    end(init)
+    for window in (PMEM_WINDOW, BLK_WINDOW):
+        for _ in range(2):  # the second time there is no driver
+            client.call("DetachDevice", messages.DetachDeviceRequest(window=window))
+        request = messages.AttachDeviceRequest(window=window)
+        start = time.monotonic()
+        payload = client.call("AttachDevice", request)
+        found["attached"].append(messages.AttachDeviceResponse.decode(payload).name)
+        found["attach_seconds"] = time.monotonic() - start
+        try:
+            client.call("AttachDevice", request)
+        except VmcellError as error:
+            found["attached"].append(error.code)
+    init = member(client, "after", "echo reborn")
+    found["after_attach"] = init.read().decode()
+    init.wait()
+    init.delete()
+    init.close()
 
 
 def out_of_memory(client: AgentClient, found: dict[str, Any]) -> None:

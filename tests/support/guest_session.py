@@ -156,6 +156,7 @@ def pod(client: AgentClient, vmm: VmmHandle, found: dict[str, Any]) -> None:
     guest_pod.shared_things(client, lambda: vmm.connect_vsock(guest_pod.FORWARD_PORT), found)
     guest_pod.out_of_memory(client, found)
     guest_pod.new_limits(client, found)
+    guest_pod.devices(client, found)
 
 
 def main(kernel: str, base_image: str) -> None:

@@ -6,6 +6,7 @@ Lies on /dev/vda and is run from there by the base image's Python; standard libr
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import json
 import mmap
@@ -14,6 +15,7 @@ import random
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,14 +55,29 @@ def disk_of(window: int) -> str:
     return names[0] if names and Path("/dev", names[0]).exists() else ""
 
 
+def content_of(window: int) -> tuple[str, bytes] | None:
+    """Name and content of the disk of a window, or None while it is not there to be opened.
+
+    A pmem disk is added by a worker of the kernel: its node exists before it can be opened.
+    """
+    name = disk_of(window)
+    if not name:
+        return None
+    try:
+        return name, Path("/dev", name).read_bytes()
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENOENT):
+            return None
+        raise
+
+
 def bind(window: int) -> dict[str, Any]:
     """Has Linux look at the window; the errno if it finds nothing there."""
     try:
         (DRIVER / "bind").write_text(f"virtio-mmio.{window}")
     except OSError as error:
         return {"errno": error.errno}
-    name = wait_for(lambda: disk_of(window))
-    content = Path("/dev", name).read_bytes()
+    name, content = wait_for(lambda: content_of(window))
     return {
         "name": name,
         "bytes": len(content),
@@ -129,10 +146,12 @@ class Watch:
     def __init__(self, counter: Counter) -> None:
         self._counter = counter
         self._stop = threading.Event()
+        self._sampled = threading.Event()
         self._samples = 0
         self._start = self._read()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
+        self._sampled.wait(DEADLINE_S)
 
     def end(self) -> dict[str, Any]:
         self._stop.set()
@@ -150,6 +169,7 @@ class Watch:
                 if now[name] < before[name]:
                     raise AssertionError(f"{name} went back from {before[name]} to {now[name]}")
             self._samples += 1
+            self._sampled.set()
             before = now
 
     def _read(self) -> dict[str, float]:
@@ -194,7 +214,11 @@ def main() -> None:
     with sock.makefile("rw") as stream:
         for line in stream:
             name, *arguments = json.loads(line)
-            stream.write(json.dumps(deeds[name](*arguments)) + "\n")
+            try:
+                answer = deeds[name](*arguments)
+            except Exception:  # noqa: BLE001  # the host raises it
+                answer = {"traceback": traceback.format_exc()}
+            stream.write(json.dumps(answer) + "\n")
             stream.flush()
 
 

@@ -48,6 +48,8 @@ class Guest:
         if not line:
             raise EOFError(f"the guest ended at {name} {arguments}")
         answer: dict[str, Any] = json.loads(line)
+        if "traceback" in answer:
+            raise RuntimeError(f"the guest at {name} {arguments}: {answer['traceback']}")
         return answer
 
     def resident_mib(self) -> int:
@@ -237,7 +239,7 @@ def main() -> None:
             result["shared"] = try_shared_line(guest, spare, folder)
             result["balloon"] = try_balloon(guest)
             result["pause_by_tsc"] = try_pause(guest, "tsc")
-        except (EOFError, OSError, KeyError, VmcellError) as error:
+        except (EOFError, OSError, RuntimeError, VmcellError) as error:
             result["failed"] = f"{type(error).__name__}: {error}"
         result["console"] = console.read_text(errors="replace")[-60000:]
         sys.stdout.write(json.dumps(result))
