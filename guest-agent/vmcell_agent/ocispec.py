@@ -95,7 +95,7 @@ def parse_spec(data: bytes, *, needs_args: bool = True) -> ContainerSpec:
         devices=tuple(_device(row) for row in linux.objects("devices")),
         masked_paths=_absolute_paths(linux, "maskedPaths"),
         read_only_paths=_absolute_paths(linux, "readonlyPaths"),
-        sysctls=_sysctls(linux),
+        sysctls=sysctl_files(linux.text_map("sysctl")),
         cgroup_files=cgroup_files(linux.object("resources")),
     )
 
@@ -158,11 +158,14 @@ def _device(row: Object) -> Device:
     )
 
 
-def _sysctls(linux: Object) -> dict[str, str]:
-    """Dots separate, and a slash inside a name stands for a dot (sysctl.d(5))."""
+def sysctl_files(values: dict[str, str]) -> dict[str, str]:
+    """File below /proc/sys → value; raises CallerError for one that no namespace has of its own.
+
+    Dots separate, and a slash inside a name stands for a dot (sysctl.d(5)).
+    """
     files: dict[str, str] = {}
-    for name, value in linux.text_map("sysctl").items():
+    for name, value in values.items():
         if not re.fullmatch(_SYSCTLS, name, re.ASCII) or ".." in name:
-            raise CallerError(f"spec.linux.sysctl {name!r} is not one a container has of its own")
+            raise CallerError(f"sysctl {name!r} is not one a container has of its own")
         files[name.replace(".", "\0").replace("/", ".").replace("\0", "/")] = value
     return files

@@ -48,10 +48,12 @@ def _place(known: dict[str, FileCopy], targets: dict[str, str], file: FileCopy) 
     destination = file.destination
     copy = known.get(destination)
     if copy is not None:
-        if copy.directory != file.directory:
+        if copy.directory != file.directory and not file.remove:
             kind = "directory" if copy.directory else "file"
             raise CallerError(f"{destination} was copied in as a {kind} and stays one")
         is_mount = copy.read_only and not copy.directory
+        if is_mount and file.remove:
+            raise CallerError(f"{destination} is a mount of its own and stays")
         return Renewal(file, targets.get(destination, destination), is_mount)
     parts = destination.split("/")
     if not any(part in ("", ".", "..") for part in parts[1:]):
@@ -69,6 +71,9 @@ def merge(files: list[FileCopy], changed: list[FileCopy]) -> list[FileCopy]:
     """`files` with those of `changed` (which `plan` has accepted) in their place or added."""
     merged = {file.destination: file for file in files}
     for file in changed:
+        if file.remove:
+            merged.pop(file.destination, None)
+            continue
         old = merged.get(file.destination)
         file.read_only = old is not None and old.read_only
         merged[file.destination] = file
@@ -134,6 +139,9 @@ def _write_beside(directory: int, file: FileCopy) -> None:
 def _replace(renewal: Renewal) -> None:
     directory, name = _open_parent(renewal.target)
     try:
+        if renewal.file.remove:
+            _remove(directory, name)
+            return
         if renewal.file.directory:
             _renew_directory(directory, name, renewal.file)
             return
@@ -145,6 +153,15 @@ def _replace(renewal: Renewal) -> None:
             raise
     finally:
         os.close(directory)
+
+
+def _remove(parent: int, name: str) -> None:
+    """A file, a link or an empty directory; what has gone already is as wanted."""
+    with suppress(FileNotFoundError):
+        try:
+            os.unlink(name, dir_fd=parent)
+        except IsADirectoryError:
+            os.rmdir(name, dir_fd=parent)
 
 
 def _renew_directory(parent: int, name: str, file: FileCopy) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 
-from vmcell_agent import machine, network
+from vmcell_agent import containerfs, machine, network, ocispec
 from vmcell_agent.container import Container
 from vmcell_agent.process import Exit
 from vmcell_protos import agent as messages
@@ -81,6 +81,7 @@ class AgentService:
 
     def configure_guest(self, request: messages.ConfigureGuestRequest, answer: Answer) -> None:
         plans = network.plan(request.interfaces)
+        sysctls = ocispec.sysctl_files(request.sysctls)
         if request.unix_time_ns:
             machine.set_clock(request.unix_time_ns)
         if request.entropy:
@@ -88,6 +89,7 @@ class AgentService:
         if request.hostname:
             self._around.pod.rename(request.hostname)
         network.configure(plans)
+        containerfs.write_sysctls(sysctls)
         answer(messages.Empty())
 
     def attach_device(self, request: messages.AttachDeviceRequest, answer: Answer) -> None:

@@ -140,6 +140,8 @@ def test_any_bytes_are_answered(victim: AgentUnderTest, method: str, data: bytes
             ),
             "no IP address",
         ),
+        (messages.ConfigureGuestRequest(sysctls={"kernel.panic": "1"}), "of its own"),
+        (messages.ConfigureGuestRequest(sysctls={"net/../kernel/panic": "1"}), "of its own"),
         (messages.ConfigureGuestRequest(interfaces=[messages.Interface()] * 20), "20 interfaces"),
     ],
 )

@@ -98,6 +98,26 @@ def test_a_file_is_replaced_and_stays_what_it_was(
 
 
 @pytest.mark.root
+def test_what_has_gone_from_a_directory_goes(agent: AgentUnderTest) -> None:
+    files = [
+        folder("/config"),
+        file("/config/a"),
+        folder("/config/sub"),
+        file("/config/sub/b"),
+        folder("/config", read_only=True),
+        file("/etc/alone", read_only=True),
+    ]
+    init = sleeping(agent, files)
+    names = ("/config/sub/b", "/config/sub", "/config/a", "/config/never-there")
+    copy(agent, *(FileCopy(destination=name, remove=True) for name in names))
+    copy(agent, file("/config/c", b"new\n"))
+    assert told(agent, init, "ls /config; cat /config/c") == "c\nnew\n"
+    for name, words in (("/etc/alone", "stays"), ("/etc/passwd", "no file that was copied")):
+        with pytest.raises(VmcellError, match=words):
+            copy(agent, FileCopy(destination=name, remove=True))
+
+
+@pytest.mark.root
 @pytest.mark.parametrize("read_only", BOTH)
 def test_a_reader_never_sees_half_a_file(agent: AgentUnderTest, read_only: bool) -> None:
     size = 300_000
