@@ -36,7 +36,7 @@ from vmcell_protos import agent as messages
 from vmcell_protos.errors import VmcellError
 from vmcell_runtime.config import BlkConfig, MachineConfig, PmemConfig, VsockConfig
 from vmcell_runtime.handle import VmmHandle, spawn
-from vmcell_shim.guest import COMMAND_LINE, CONTROL_PORT, GUEST_CID, STREAM_PORT
+from vmcell_shim.shape import COMMAND_LINE, CONTROL_PORT, GUEST_CID, STREAM_PORT
 
 PMEM_STEP_BYTES = 2 << 20
 STDIN_BYTES = 4 << 20
