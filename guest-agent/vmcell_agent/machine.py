@@ -92,6 +92,14 @@ def _write(path: str, value: str) -> None:
             os.close(fd)
 
 
+def kernel_boot_ms() -> int:
+    """When this process, PID 1 of a guest, started (field 22 of proc(5)'s stat, in ticks)."""
+    with attempt("read /proc/self/stat"), open("/proc/self/stat", "rb") as file:
+        # The command's name may hold spaces; fields are counted behind its bracket.
+        started = int(file.read().rpartition(b")")[2].split()[19])
+    return started * 1000 // os.sysconf("SC_CLK_TCK")
+
+
 def set_clock(unix_time_ns: int) -> None:
     """Set the wall clock; a time before 2020 is a mistake, not a date."""
     if unix_time_ns < 1_577_836_800_000_000_000:

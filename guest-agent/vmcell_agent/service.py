@@ -75,7 +75,9 @@ class AgentService:
     def hello(self, request: messages.HelloRequest, answer: Answer) -> None:
         answer(
             messages.HelloResponse(
-                agent_version=machine.AGENT_VERSION, kernel_release=os.uname().release
+                agent_version=machine.AGENT_VERSION,
+                kernel_release=os.uname().release,
+                kernel_boot_ms=machine.kernel_boot_ms(),
             )
         )
 

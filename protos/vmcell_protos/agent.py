@@ -22,10 +22,11 @@ class HelloRequest(Message):
 
 
 class HelloResponse(Message):
-    __slots__ = ("agent_version", "kernel_release")
+    __slots__ = ("agent_version", "kernel_boot_ms", "kernel_release")
     FIELDS = (
         Field(1, "agent_version", "string"),
         Field(2, "kernel_release", "string"),
+        Field(3, "kernel_boot_ms", "uint32"),
     )
 
     def __init__(
@@ -33,9 +34,11 @@ class HelloResponse(Message):
         *,
         agent_version: str = "",
         kernel_release: str = "",
+        kernel_boot_ms: int = 0,
     ) -> None:
         self.agent_version: str = agent_version
         self.kernel_release: str = kernel_release
+        self.kernel_boot_ms: int = kernel_boot_ms
 
 
 class Route(Message):

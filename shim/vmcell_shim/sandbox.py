@@ -146,7 +146,10 @@ class Sandbox:
         self.network.booted()
         if self.is_pod:
             self.network.forward_ports(self.guest.dial_forward)
-        self._journal.info(f"guest {hello.kernel_release} ready, agent {hello.agent_version}")
+        self._journal.info(
+            f"guest {hello.kernel_release} ready, agent {hello.agent_version}, "
+            f"kernel booted in {hello.kernel_boot_ms} ms"
+        )
 
     def _make_cgroup(self, spec: Json) -> None:
         """The cgroup that the spec of the container or pod names, for all processes of the VM."""

@@ -31,8 +31,8 @@ from vmcell_protos.task import Mount
 from vmcell_runtime.config import BlkConfig, MachineConfig, PmemConfig, VsockConfig
 from vmcell_runtime.handle import VmmHandle, spawn
 from vmcell_shim.disk import open_disk
-from vmcell_shim.shape import COMMAND_LINE, CONTROL_PORT, GUEST_CID, STREAM_PORT
 from vmcell_shim.rootfs import RootImages, parse_mounts, prepare_root
+from vmcell_shim.shape import COMMAND_LINE, CONTROL_PORT, GUEST_CID, STREAM_PORT
 
 BLOB_BYTES = 8 << 20
 CALL_SECONDS = 120.0

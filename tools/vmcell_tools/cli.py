@@ -7,6 +7,7 @@ import sys
 
 import click
 
+from vmcell_tools.cli_bench import bench
 from vmcell_tools.cli_build import image, kernel
 from vmcell_tools.cli_cache import cache
 from vmcell_tools.cli_dev import dev
@@ -20,7 +21,7 @@ def main() -> None:
     """One microVM per container: setup, checks, images and the dev VM."""
 
 
-for command in (setup, doctor, kernel, image, cache, dev):
+for command in (setup, doctor, kernel, image, cache, bench, dev):
     main.add_command(command)
 
 
