@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from vmcell_api.node import oci_image
@@ -117,7 +118,7 @@ def _one(
         parts = _parts(name, marks) if runtime == VMCELL else {}
     finally:
         _remove(containerd, name, lease)
-    steps = [(after - before) / 1e6 for before, after in zip(marks, marks[1:], strict=False)]
+    steps = [(after - before) / 1e6 for before, after in pairwise(marks)]
     return Sample(
         total_ms=(marks[-1] - marks[0]) / 1e6,
         prepare_ms=steps[0],
@@ -161,7 +162,7 @@ def parts_of(log: str, marks: list[int]) -> dict[str, float]:
     if missing:
         raise HostError(f"the shim's log has no line for {', '.join(sorted(missing))}")
     steps = (marks[2], found["got"], found["asked"], found["runs"], found["ready"], *marks[3:5])
-    took = [(after - before) / 1e6 for before, after in zip(steps, steps[1:], strict=False)]
+    took = [(after - before) / 1e6 for before, after in pairwise(steps)]
     return {
         "containerd": took[0],
         "shim": took[1],
@@ -202,7 +203,7 @@ def rows_of(results: list[Result]) -> list[tuple[str, ...]]:
     """The table: each phase of each runtime, vmcell's parts below."""
     by_name = {result.runtime: result for result in results}
     ours, theirs = by_name[VMCELL], by_name[RUNC]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for title, field in (
         ("prepare → started", "total_ms"),
         ("  snapshot prepared", "prepare_ms"),
