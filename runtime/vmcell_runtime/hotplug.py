@@ -104,11 +104,10 @@ class HotPlug:
         place.window.transport = None
         for queue, fd in enumerate(plugged.transport.notify_fds):
             gpa = place.gpa + abi.MMIO_QUEUE_NOTIFY
-            self._vm.remove_ioeventfd(fd, gpa, abi.NOTIFY_BYTES, datamatch=queue)
+            self._vm.remove_ioeventfd(fd, gpa, abi.NOTIFY_BYTES, queue)
         plugged.transport.close()
         if plugged.slot is not None:
-            self._vm.remove_slot(plugged.slot)
-            self._memory.unmap_file(plugged.slot.number)
+            self._end_slot(plugged.slot)
 
     def close(self) -> None:
         """Closes the devices. Slots and mappings end with the VM and its memory, after this."""
@@ -118,12 +117,22 @@ class HotPlug:
 
     def _plug(self, number: int, device: VirtioDevice, slot: Slot | None) -> None:
         place = self._places[number]
-        transport = MmioTransport(device, self._memory, place.irq, self._loop, self._report)
+        gpa = place.gpa + abi.MMIO_QUEUE_NOTIFY
+        with ExitStack() as undo:
+            if slot is not None:
+                undo.callback(self._end_slot, slot)
+            transport = MmioTransport(device, self._memory, place.irq, self._loop, self._report)
+            undo.callback(transport.close)
+            for queue, fd in enumerate(transport.notify_fds):
+                self._vm.add_ioeventfd(fd, gpa, abi.NOTIFY_BYTES, queue)
+                undo.callback(self._vm.remove_ioeventfd, fd, gpa, abi.NOTIFY_BYTES, queue)
+            undo.pop_all()
         self._plugged[number] = _Plugged(transport, slot)
-        for queue, fd in enumerate(transport.notify_fds):
-            gpa = place.gpa + abi.MMIO_QUEUE_NOTIFY
-            self._vm.add_ioeventfd(fd, gpa, abi.NOTIFY_BYTES, datamatch=queue)
         place.window.transport = transport
+
+    def _end_slot(self, slot: Slot) -> None:
+        self._vm.remove_slot(slot)
+        self._memory.unmap_file(slot.number)
 
     def _place(self, number: int) -> SparePlace:
         place = self._places.get(number)

@@ -35,6 +35,7 @@ class RecordedVm:
         self.slots: dict[int, Slot] = {}
         self.ioeventfds: dict[tuple[int, int], int] = {}
         self.refusing = False
+        self.refusing_ioeventfds = False
 
     def add_slot(self, slot: Slot) -> None:
         if self.refusing:
@@ -51,6 +52,8 @@ class RecordedVm:
         assert length == 4
         assert (gpa, datamatch) not in self.ioeventfds
         os.fstat(fd)
+        if self.refusing_ioeventfds:
+            raise HostError("KVM_IOEVENTFD failed: No space left on device")
         self.ioeventfds[gpa, datamatch] = fd
 
     def remove_ioeventfd(self, fd: int, gpa: int, length: int, datamatch: int) -> None:
@@ -220,6 +223,22 @@ def test_what_kvm_refuses_is_not_left_mapped(bench: Bench) -> None:
         bench.hotplug.plug_pmem(FIRST, image())
     assert mapped_files() == open_images() == 0
     assert bench.device_id(FIRST) == 0
+
+
+def test_without_notifications_everything_is_undone(bench: Bench) -> None:
+    bench.vm.refusing_ioeventfds = True
+    for plug in (
+        bench.hotplug.plug_pmem,
+        lambda number, fd: bench.hotplug.plug_blk(number, fd, read_only=False),
+    ):
+        with pytest.raises(HostError, match="No space left"):
+            plug(FIRST, image())
+        assert bench.device_id(FIRST) == 0
+        assert not bench.vm.slots
+        assert mapped_files() == open_images() == 0
+    bench.vm.refusing_ioeventfds = False
+    bench.hotplug.plug_pmem(FIRST, image())
+    assert bench.device_id(FIRST) == PMEM
 
 
 def test_addresses_end_where_the_processor_ends() -> None:
