@@ -106,8 +106,9 @@ class Share:
         return number
 
     def remove(self, number: int) -> None:
-        """Takes a directory away from the guest; what it has open there it keeps until it closes
-        it. CallerError for a number that is none, HostError for the rest."""
+        """Takes a directory away from the guest, whose kernel may believe in it for another second;
+        what is open or mounted there stays so until the guest lets go of it. CallerError for a
+        number that is none, HostError for the rest."""
         with self._lock:
             if number not in self._numbers:
                 raise CallerError(f"the sandbox shares no directory under number {number}")
