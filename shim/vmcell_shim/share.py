@@ -59,8 +59,7 @@ class Share:
             if isinstance(error, HostError):
                 raise
             raise HostError(f"cannot make {self._directory}: {error}") from error
-        self._watcher = threading.Thread(target=self._watch, name="virtiofsd", daemon=True)
-        self._watcher.start()
+        threading.Thread(target=self._watch, name="virtiofsd", daemon=True).start()
         try:
             self._inside(_protect_root, "protect the share's root")
         except HostError:
@@ -107,8 +106,9 @@ class Share:
         return number
 
     def remove(self, number: int) -> None:
-        """Takes a directory away from the guest; what it has open there it keeps until it closes
-        it. CallerError for a number that is none, HostError for the rest."""
+        """Takes a directory away from the guest, whose kernel may believe in it for another second;
+        what is open or mounted there stays so until the guest lets go of it. CallerError for a
+        number that is none, HostError for the rest."""
         with self._lock:
             if number not in self._numbers:
                 raise CallerError(f"the sandbox shares no directory under number {number}")
@@ -122,7 +122,7 @@ class Share:
         self._closing = True
         over = self._daemon.kill()
         if over:
-            self._watcher.join()
+            self._ended.wait()  # not for its whole thread: `on_end` may be what calls this
         with self._lock:
             if over:
                 self._daemon.close()
@@ -135,10 +135,11 @@ class Share:
 
     def _watch(self) -> None:
         self._daemon.wait_end()
+        said = self._daemon.last_words or "without a word"
         self._ended.set()
         self._daemon.kill()  # the one that serves, where the other was killed alone
         if not self._closing:
-            self._on_end(f"virtiofsd has ended: {self._daemon.last_words or 'without a word'}")
+            self._on_end(f"virtiofsd has ended: {said}")
 
     def _inside(self, step: Callable[[], None], what: str) -> None:
         """Runs `step` where the share is the root."""

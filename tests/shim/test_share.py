@@ -219,6 +219,19 @@ def test_the_daemon_does_not_outlive_its_vmm(shared: Share, ends: queue.Queue[st
     assert ends.get(timeout=DEADLINE_S).startswith("virtiofsd has ended")
 
 
+def test_who_is_told_of_the_end_may_close(state: Path) -> None:
+    closed = threading.Event()
+
+    def close(_: str) -> None:
+        made.close()
+        closed.set()
+
+    made = Share(os.fspath(state), close)
+    os.kill(made.helpers[1].pid, signal.SIGKILL)
+    assert closed.wait(DEADLINE_S)
+    assert not os.listdir(state)
+
+
 def test_closing_is_no_death(state: Path, ends: queue.Queue[str], source: Path) -> None:
     made = Share(os.fspath(state), ends.put)
     made.add(os.fspath(source), read_only=False)
