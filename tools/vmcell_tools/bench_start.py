@@ -194,7 +194,7 @@ def _spec() -> bytes:
     """What `ctr run` gives a container, with a program that waits."""
     text = subprocess.run(["ctr", "oci", "spec"], capture_output=True, check=True).stdout
     spec = json.loads(text)
-    spec["process"].update(args=["sleep", "600"], terminal=False)
+    spec["process"].update(args=["/bin/sleep", "600"], terminal=False)
     spec["linux"].pop("seccomp", None)
     return json.dumps(spec).encode()
 
