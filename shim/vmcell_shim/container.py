@@ -385,9 +385,10 @@ class Container:
         self._finish(process, status if status <= 255 else 255)
 
     def _finish(self, process: Process, status: int) -> None:
+        # Before anybody is told: a client that knows of the exit reads its streams to their end.
+        process.stdio.end()
         if not process.finish(status, lambda: self._publish_exit(process)):
             return
-        process.stdio.end()
         self._journal.info(f"{process.name} ended with {status}")
         if not process.exec_id:
             threading.Thread(target=self._end_vm, name="end-vm", daemon=True).start()

@@ -147,10 +147,13 @@ def test_input_larger_than_all_buffers_waits_for_the_process(shim: Shim) -> None
     shim.create("/bin/sh", "-c", script, stdin=shim.fifo("in"), stdout=shim.fifo("out"))
     shim.start()
     out.wait_for(b"ready\n")
+    # Open before CloseIO, which would else be the end of an input that nobody writes.
+    held = os.open(shim.fifo("in"), os.O_WRONLY)
     writer = feed(shim.fifo("in"), data)
     close_io(shim)
     feed(shim.fifo("go"), b"go\n").join(DEADLINE_S)
     writer.join(DEADLINE_S)
+    os.close(held)
     assert shim.wait() == 0
     assert out.to_end() == b"ready\n" + data
 

@@ -41,6 +41,7 @@ class Process:
         self.description = description
         self.streams = streams
         self.popen: subprocess.Popen[bytes] | None = None
+        self.failed = False
         self.terminal = -1
         self.copies: list[threading.Thread] = []
 
@@ -150,6 +151,8 @@ class FakeAgent:
 
     def start(self, payload: bytes) -> Message:
         process = self.find(agent.ProcessRef.decode(payload).exec_id)
+        if process.failed:
+            raise CallerError("it can be started once", code="failed_precondition")
         streams = process.streams
         args = process.description["args"]
         assert isinstance(args, list)
@@ -162,6 +165,7 @@ class FakeAgent:
                 args, *(sockets.get(name, subprocess.DEVNULL) for name in ids)
             )
         except OSError as error:
+            process.failed = True
             raise CallerError(f"cannot run {args[0]}: {error.strerror}") from error
         finally:
             for stream in sockets.values():
@@ -223,9 +227,13 @@ class FakeAgent:
             os.write(terminal, data)
 
     def wait(self, payload: bytes) -> Message:
-        process = self.find(agent.ProcessRef.decode(payload).exec_id)
+        exec_id = agent.ProcessRef.decode(payload).exec_id
+        process = self.find(exec_id)
         assert process.popen is not None
         code = process.popen.wait()
+        if not exec_id:
+            # The end of a pid namespace's init is the end of all in it.
+            self.signal_all(signal.SIGKILL)
         for thread in process.copies:
             thread.join()
         status = self.behaviour.get("exit_status", code if code >= 0 else 128 - code)
@@ -238,10 +246,15 @@ class FakeAgent:
         if process.popen is None or process.popen.poll() is not None:
             raise CallerError("the process has ended", code="not_found")
         if request.all:
-            os.killpg(process.popen.pid, request.signal)
+            self.signal_all(request.signal)
         else:
             process.popen.send_signal(request.signal)
         return Empty()
+
+    def signal_all(self, number: int) -> None:
+        for process in list(self.processes.values()):
+            if process.popen is not None and process.popen.poll() is None:
+                os.killpg(process.popen.pid, number)
 
     def resize(self, payload: bytes) -> Message:
         request = agent.ResizePtyRequest.decode(payload)
@@ -249,7 +262,10 @@ class FakeAgent:
         import fcntl
         import termios
 
-        fcntl.ioctl(self.find(request.exec_id).terminal, termios.TIOCSWINSZ, size)
+        process = self.find(request.exec_id)
+        if process.terminal < 0:
+            raise CallerError("it has no terminal to resize", code="failed_precondition")
+        fcntl.ioctl(process.terminal, termios.TIOCSWINSZ, size)
         return Empty()
 
     def stats(self, payload: bytes) -> Message:
