@@ -11,6 +11,7 @@ handed to the processes as they are. `behaviour` (JSON) makes it misbehave:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -254,7 +255,8 @@ class FakeAgent:
     def signal_all(self, number: int) -> None:
         for process in list(self.processes.values()):
             if process.popen is not None and process.popen.poll() is None:
-                os.killpg(process.popen.pid, number)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.popen.pid, number)
 
     def resize(self, payload: bytes) -> Message:
         request = agent.ResizePtyRequest.decode(payload)
