@@ -147,7 +147,7 @@ def test_input_larger_than_all_buffers_waits_for_the_process(shim: Shim) -> None
     shim.create("/bin/sh", "-c", script, stdin=shim.fifo("in"), stdout=shim.fifo("out"))
     shim.start()
     out.wait_for(b"ready\n")
-    # Opened before CloseIO: a FIFO that nobody has open yet is at its end by it.
+    # Open before CloseIO, which would else be the end of an input that nobody writes.
     held = os.open(shim.fifo("in"), os.O_WRONLY)
     writer = feed(shim.fifo("in"), data)
     close_io(shim)
@@ -352,6 +352,31 @@ def test_exec_has_streams_of_its_own(shim: Shim) -> None:
     close_io(shim, "e1")
     assert shim.wait("e1") == 0
     assert out.to_end() == b"for the exec"
+
+
+def test_exec_whose_input_ends_before_its_start(shim: Shim) -> None:
+    """CloseIO right after Exec (nerdctl #5042); the init's input stays as it is."""
+    init_out = Reader(shim.fifo("out"))
+    shim.create("/bin/cat", stdin=shim.fifo("in"), stdout=shim.fifo("out"))
+    shim.start()
+    out = Reader(shim.fifo("exec-out"))
+    shim.add_exec("e1", "/bin/cat", stdin=shim.fifo("exec-in"), stdout=shim.fifo("exec-out"))
+    close_io(shim, "e1")
+    shim.start("e1")
+    assert shim.wait("e1") == 0
+    assert out.to_end() == b""
+    feed(shim.fifo("in"), b"still open").join(DEADLINE_S)
+    init_out.wait_for(b"still open")
+
+
+def test_output_of_an_ended_exec_waits_for_its_reader(shim: Shim) -> None:
+    shim.create("/bin/sleep", "600")
+    shim.start()
+    shim.add_exec("e1", "/bin/sh", "-c", "echo kept; exit 4", stdout=shim.fifo("exec-out"))
+    shim.start("e1")
+    assert shim.wait("e1") == 4
+    assert Reader(shim.fifo("exec-out")).to_end() == b"kept\n"
+    shim.delete("e1")
 
 
 def test_log_file_takes_both_streams(shim: Shim) -> None:

@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
+from vmcell_protos import events as event_messages
 from vmcell_protos import task
+from vmcell_protos.wire import Message
 
 CREATED, RUNNING, STOPPED = "created", "running", "stopped"
 OK = "ok"
@@ -216,3 +219,28 @@ class ContractModel:
         found = self.find(container, process)
         assert found is not None
         return found
+
+
+# topic → message, and the field that names the process.
+IDENTITIES: dict[str, tuple[type[Message], str]] = {
+    "create": (event_messages.TaskCreate, ""),
+    "start": (event_messages.TaskStart, ""),
+    "exec-added": (event_messages.TaskExecAdded, "exec_id"),
+    "exec-started": (event_messages.TaskExecStarted, "exec_id"),
+    "paused": (event_messages.TaskPaused, ""),
+    "resumed": (event_messages.TaskResumed, ""),
+    "exit": (event_messages.TaskExit, "id"),
+    "delete": (event_messages.TaskDelete, ""),
+}
+
+
+def seen_events(rows: list[tuple[str, str, bytes]]) -> list[Event]:
+    """The events of `rows` (topic, type, message) as the model names them."""
+    seen = []
+    for topic, _, value in rows:
+        name = topic.removeprefix("/tasks/")
+        kind, field_name = IDENTITIES[name]
+        event: Any = kind.decode(value)
+        process = getattr(event, field_name) if field_name else ""
+        seen.append((name, event.container_id, "" if process == event.container_id else process))
+    return seen

@@ -12,6 +12,7 @@ handed to the processes as they are. `behaviour` (JSON) makes it misbehave:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -314,7 +315,8 @@ class FakeAgent:
     def signal_all(self, container_id: str, number: int) -> None:
         for (owner, _), process in list(self.processes.items()):
             if owner == container_id and process.popen is not None and process.popen.poll() is None:
-                os.killpg(process.popen.pid, number)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.popen.pid, number)
 
     def resize(self, payload: bytes) -> Message:
         request = agent.ResizePtyRequest.decode(payload)

@@ -19,6 +19,8 @@ from pathlib import Path
 from shim_harness import wait_until
 from zygote_harness import Zygote
 
+from vmcell_tools import dev_containerd
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE_ROOTS = [str(ROOT / name) for name in ("protos", "runtime", "shim")]
 RUNTIME = "io.containerd.vmcell.v2"
@@ -28,11 +30,25 @@ _CONFIG = """
 version = 2
 root = "{directory}/root"
 state = "{directory}/state"
-disabled_plugins = ["io.containerd.grpc.v1.cri"]
+disabled_plugins = [{disabled}]
 [grpc]
   address = "{directory}/containerd.sock"
 [plugins."io.containerd.internal.v1.opt"]
   path = "{directory}/opt"
+"""
+_CRI = """
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{image}"
+  stream_server_address = "127.0.0.1"
+  stream_server_port = "0"
+  tolerate_missing_hugetlb_controller = true
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/usr/lib/cni"
+    conf_dir = "{directory}/cni"
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    default_runtime_name = "vmcell"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.vmcell]
+      runtime_type = "{runtime}"
 """
 
 _STUB = """#!{python} -ISB
@@ -46,11 +62,17 @@ _PATCH = "import fake_vmm; from vmcell_runtime import handle; handle.spawn = fak
 
 
 class PrivateContainerd:
-    """One daemon below `directory`; start() again after kill() for a restart."""
+    """One daemon below `directory`; start() again after kill() for a restart.
 
-    def __init__(self, directory: Path, *, fake_guest: bool, zygote: bool = False) -> None:
-        """With `zygote`, shims are forked by one of its own, which has the fake guest too."""
+    `cri`: with pods; the daemon then has a network namespace of its own, where their veth pairs
+    end. With `zygote`, shims are forked by one of its own, which has the fake guest too.
+    """
+
+    def __init__(
+        self, directory: Path, *, fake_guest: bool, cri: bool = False, zygote: bool = False
+    ) -> None:
         self.directory = directory
+        self.command = ["containerd", "--config", str(directory / "containerd.toml")]
         self.socket = directory / "containerd.sock"
         self.log = directory / "containerd.log"
         self._popen: subprocess.Popen[bytes] | None = None
@@ -61,7 +83,16 @@ class PrivateContainerd:
         shim.write_text(_STUB.format(python=sys.executable, roots=roots, patch=patch))
         shim.chmod(0o755)
         self.zygote = Zygote(f"{directory}/z", shim) if zygote else None
-        (directory / "containerd.toml").write_text(_CONFIG.format(directory=directory))
+        disabled = "" if cri else '"io.containerd.grpc.v1.cri"'
+        config = _CONFIG.format(directory=directory, disabled=disabled)
+        if cri:
+            self.command = ["unshare", "--net", *self.command]
+            config += _CRI.format(directory=directory, image=IMAGE, runtime=RUNTIME)
+            (directory / "cni").mkdir()
+            for path, content in dev_containerd.files().items():
+                if path.endswith(".conflist"):
+                    (directory / "cni" / Path(path).name).write_bytes(content)
+        (directory / "containerd.toml").write_text(config)
         for name in ("kernel", "base.erofs"):
             (directory / name).touch()
         (directory / "vmcell.toml").write_text(
@@ -70,18 +101,23 @@ class PrivateContainerd:
             "writable_mib = 64\nboot_timeout_s = 20\n"
         )
 
-    def start(self) -> None:
-        environment = {
-            **os.environ,
+    def environment(self) -> dict[str, str]:
+        """What the daemon has beside what this process has."""
+        return {
             "PATH": f"{self.directory}/bin:{os.environ['PATH']}",
             "VMCELL_CONFIG": str(self.directory / "vmcell.toml"),
             "FAKE_RECORD": str(self.directory / "record.json"),
             "VMCELL_ZYGOTE": self.zygote.path if self.zygote else "",
         }
+
+    def start(self) -> None:
+        if self._popen is not None:
+            # Whoever has killed it.
+            self._popen.wait(10)
         with self.log.open("ab") as log:
             self._popen = subprocess.Popen(
-                ["containerd", "--config", str(self.directory / "containerd.toml")],
-                env=environment,
+                self.command,
+                env={**os.environ, **self.environment()},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -108,11 +144,11 @@ class PrivateContainerd:
         """`ctr run` of a program of the host (the fake guest runs it here)."""
         return self.ctr("run", *flags, "--runtime", RUNTIME, IMAGE, name, *words, stdin=stdin)
 
-    def import_image(self) -> None:
+    def import_image(self, namespace: str = "default") -> None:
         """An image of two layers, the upper of which deletes and replaces."""
         path = self.directory / "image.tar"
         path.write_bytes(image_archive(IMAGE, [LOWER_LAYER, UPPER_LAYER]))
-        done = self.ctr("image", "import", str(path))
+        done = self.ctr("-n", namespace, "image", "import", str(path))
         assert done.returncode == 0, done.stderr
 
     def status(self, name: str) -> str:

@@ -76,6 +76,10 @@ def _state_files() -> list[str]:
     ]
 
 
+def _network_namespaces() -> list[str]:
+    return [str(path) for path in Path("/run/netns").glob("*")]
+
+
 def _bundles() -> list[str]:
     return [str(path) for path in Path("/run/containerd").glob("io.containerd.runtime.v2.task/*/*")]
 
@@ -105,6 +109,7 @@ KINDS: dict[str, Callable[[], list[str]]] = {
     "mounts": _mounts,
     "taps in use": _taps_in_use,
     "loop devices": _loop_devices,
+    "network namespaces": _network_namespaces,
     "files": _state_files,
     "bundles": _bundles,
     "containers": lambda: _in_every_namespace("containers", "list", "-q"),
