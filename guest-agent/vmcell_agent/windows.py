@@ -121,7 +121,7 @@ class Windows:
     def _look(self, window: int, answer: Answer, seconds: float, end: float) -> None:
         """Look for the device's node, and again a little later until `end`."""
         platform = os.path.realpath(f"{self._platform}/devices/virtio-mmio.{window}")
-        names = [name for name in _disks(platform) if os.path.exists(f"{self._devices}/{name}")]
+        names = [name for name in _disks(platform) if _opens(f"{self._devices}/{name}")]
         if names:
             self._busy.discard(window)
             answer(names[0])
@@ -173,6 +173,18 @@ def _disks(platform: str) -> list[str]:
     """Names of the disks that a platform device has become; more than one never happens."""
     names = (os.path.basename(path) for prefixes in _DISKS for path in _below(platform, *prefixes))
     return [name for name in names if _DISK_NAME.fullmatch(name)]
+
+
+def _opens(path: str) -> bool:
+    """The node is there before the disk behind it is (ENXIO): pmem is bound in the background.
+
+    One that does not open for another reason is told by the deadline.
+    """
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def _virtio_types(platform: str) -> list[int]:
