@@ -31,6 +31,7 @@ _EVERYTHING = (
     *("json", "traceback", "vmcell_protos.bootstrap", "vmcell_runtime.vmm"),
     *("vmcell_shim.delete", "vmcell_shim.info", "vmcell_shim.serve", "vmcell_shim.start"),
 )
+_INTERNED = 6000
 _ENDINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -62,7 +63,8 @@ def _live(path: str, command: list[str], inherited: list[int], title: Title) -> 
         _wait_for_other(path)
     for name in _EVERYTHING:
         importlib.import_module(name)
-    from vmcell_shim.zygote_loop import CHANGED, STOP, ZygoteLoop, say
+    from vmcell_shim.zygote_child import say
+    from vmcell_shim.zygote_loop import CHANGED, STOP, ZygoteLoop
 
     code.watch_imported()
     if inherited:
@@ -72,6 +74,7 @@ def _live(path: str, command: list[str], inherited: list[int], title: Title) -> 
     else:
         listener = _listen(path)
     loop = ZygoteLoop(listener, code, title)
+    _grow_intern_table()
     gc.collect()
     gc.freeze()
     for pipe in inherited[1:]:
@@ -88,6 +91,13 @@ def _live(path: str, command: list[str], inherited: list[int], title: Title) -> 
     with suppress(FileNotFoundError):  # somebody has tidied /run
         os.unlink(path)
     return 0
+
+
+def _grow_intern_table() -> None:
+    """Makes room for the strings that children intern: each would get a larger table of its own
+    otherwise, 400 KiB of it."""
+    for number in range(_INTERNED):
+        sys.intern(f"room for {number}")
 
 
 def _renew(
