@@ -110,14 +110,7 @@ def _renew(
         return
     inherited = [listener.fileno()]
     if stand_in:
-        until, end = os.pipe()
-        if os.fork() == 0:
-            os.close(end)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDINGS)
-            loop.stand_in(until)
-            os._exit(0)
-        os.close(until)
-        inherited.append(end)
+        inherited.append(_fork_stand_in(loop))
     try:
         for fd in inherited:
             os.set_inheritable(fd, True)
@@ -127,6 +120,22 @@ def _renew(
             os.close(fd)
         listener.set_inheritable(False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDINGS)
+
+
+def _fork_stand_in(loop: ZygoteLoop) -> int:
+    """A descriptor that the stand-in serves until it is closed, or the zygote dies. OSError."""
+    until, end = os.pipe()
+    if os.fork():
+        os.close(until)
+        return end
+    try:
+        os.close(end)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDINGS)
+        loop.stand_in(until)
+    except BaseException:  # noqa: BLE001  there must be no second zygote
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+    os._exit(0)
 
 
 def _socket_path() -> str:
