@@ -1,8 +1,8 @@
 """The process that asks the zygote for a child: what the child takes over from it.
 
 A program that is executed inherits its parent's world; a child of the zygote has the zygote's. Part
-of the difference is made up for here (cgroup, limits, priority, umask, OOM score); where the rest
-differs (namespaces, root, credentials, CPUs) the child refuses, and the caller does it by itself.
+of the difference is made up for here (cgroup, limits, priority, groups, umask, OOM score); where
+the rest differs (namespaces, root, rights, CPUs) the child refuses and the caller helps itself.
 Sources: proc(5), namespaces(7), cgroups(7). The caller waits for its answer, so its pid is its own.
 """
 
@@ -13,10 +13,10 @@ import resource
 
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
 _SAME_IN_STATUS = (
-    *(b"Uid", b"Gid", b"Groups", b"NoNewPrivs", b"Seccomp", b"Cpus_allowed", b"Mems_allowed"),
+    *(b"Uid", b"Gid", b"NoNewPrivs", b"Seccomp", b"Cpus_allowed", b"Mems_allowed"),
     *(b"CapInh", b"CapPrm", b"CapEff", b"CapBnd", b"CapAmb"),
 )
-_UMASK = b"Umask"
+_GROUPS, _UMASK = b"Groups", b"Umask"
 _LIMITS = sorted({value for name, value in vars(resource).items() if name.startswith("RLIMIT_")})
 _UNIFIED = b"0::"
 
@@ -61,7 +61,7 @@ class World:
         return "cgroup of a version 1 hierarchy" if caller.legacy != own.legacy else ""
 
     def take_over(self, caller: Caller) -> None:
-        """In a child: the cgroup, limits, priority, OOM score and umask become the caller's.
+        """In a child: cgroup, limits, priority, groups, OOM score and umask become the caller's.
 
         Raises OSError; the child is then of no use.
         """
@@ -74,6 +74,8 @@ class World:
         os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, pid))
         if caller.oom_score != self._own.oom_score:
             _write("/proc/self/oom_score_adj", caller.oom_score)
+        if caller.status[_GROUPS] != self._own.status[_GROUPS]:
+            os.setgroups([int(group) for group in caller.status[_GROUPS].split()])
         os.umask(int(caller.status[_UMASK], 8))
 
     def join_cgroup(self, caller: Caller) -> None:

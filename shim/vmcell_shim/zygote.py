@@ -31,6 +31,7 @@ _EVERYTHING = (
     *("json", "traceback", "vmcell_protos.bootstrap", "vmcell_runtime.vmm"),
     *("vmcell_shim.delete", "vmcell_shim.info", "vmcell_shim.serve", "vmcell_shim.start"),
 )
+_INTERNED = 6000
 _ENDINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -62,7 +63,8 @@ def _live(path: str, command: list[str], inherited: list[int], title: Title) -> 
         _wait_for_other(path)
     for name in _EVERYTHING:
         importlib.import_module(name)
-    from vmcell_shim.zygote_loop import CHANGED, STOP, ZygoteLoop, say
+    from vmcell_shim.zygote_child import say
+    from vmcell_shim.zygote_loop import CHANGED, STOP, ZygoteLoop
 
     code.watch_imported()
     if inherited:
@@ -72,6 +74,7 @@ def _live(path: str, command: list[str], inherited: list[int], title: Title) -> 
     else:
         listener = _listen(path)
     loop = ZygoteLoop(listener, code, title)
+    _grow_intern_table()
     gc.collect()
     gc.freeze()
     for pipe in inherited[1:]:
@@ -90,6 +93,13 @@ def _live(path: str, command: list[str], inherited: list[int], title: Title) -> 
     return 0
 
 
+def _grow_intern_table() -> None:
+    """Makes room for the strings that children intern: each would get a larger table of its own
+    otherwise, 400 KiB of it."""
+    for number in range(_INTERNED):
+        sys.intern(f"room for {number}")
+
+
 def _renew(
     loop: ZygoteLoop, listener: socket.socket, command: list[str], *, stand_in: bool
 ) -> None:
@@ -100,14 +110,7 @@ def _renew(
         return
     inherited = [listener.fileno()]
     if stand_in:
-        until, end = os.pipe()
-        if os.fork() == 0:
-            os.close(end)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDINGS)
-            loop.stand_in(until)
-            os._exit(0)
-        os.close(until)
-        inherited.append(end)
+        inherited.append(_fork_stand_in(loop))
     try:
         for fd in inherited:
             os.set_inheritable(fd, True)
@@ -117,6 +120,22 @@ def _renew(
             os.close(fd)
         listener.set_inheritable(False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDINGS)
+
+
+def _fork_stand_in(loop: ZygoteLoop) -> int:
+    """A descriptor that the stand-in serves until it is closed, or the zygote dies. OSError."""
+    until, end = os.pipe()
+    if os.fork():
+        os.close(until)
+        return end
+    try:
+        os.close(end)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDINGS)
+        loop.stand_in(until)
+    except BaseException:  # noqa: BLE001  there must be no second zygote
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+    os._exit(0)
 
 
 def _socket_path() -> str:

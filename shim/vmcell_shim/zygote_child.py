@@ -129,7 +129,8 @@ def _take_over(world: World, connection: socket.socket, pid: int) -> Caller | No
     except OSError as error:
         reason = f"world: {error}"
     if reason:
-        text = f"the zygote's child cannot have the caller's {reason}"
+        text = f"the zygote's child cannot have the {reason} of its caller, process {pid}"
+        say(text)
         _tell(connection, Answer(REFUSED, errors=text.encode(errors="replace")))
         return None
     # One who has hung up does it by itself.
@@ -154,3 +155,8 @@ def _tell(connection: socket.socket, answer: Answer, *fds: int) -> None:
     except (BrokenPipeError, ConnectionResetError):
         # Gone; a server that was to be is found by its socket, anything else is done again.
         return
+
+
+def say(sentence: str) -> None:
+    """A line for the zygote's log."""
+    os.write(2, f"vmcell-zygote {os.getpid()}: {sentence}\n".encode(errors="replace"))

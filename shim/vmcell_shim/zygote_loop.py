@@ -32,7 +32,7 @@ from vmcell_protos.zygote import (
 from vmcell_shim.caller import Caller, World
 from vmcell_shim.installed_code import InstalledCode
 from vmcell_shim.title import Title
-from vmcell_shim.zygote_child import Heritage, be_child, has_hung_up
+from vmcell_shim.zygote_child import Heritage, be_child, has_hung_up, say
 from vmcell_shim.zygote_stub import TAKEN_WITHIN_S
 
 MAX_FORKS = 100
@@ -208,11 +208,6 @@ class ZygoteLoop:
             self._heritage.world.join_cgroup(Caller(caller))
         except OSError as error:
             say(f"stays in its own cgroup, which makes starts slower: {error}")
-
-
-def say(sentence: str) -> None:
-    """A line for the zygote's log."""
-    os.write(2, f"vmcell-zygote {os.getpid()}: {sentence}\n".encode(errors="replace"))
 
 
 def _refuse(connection: socket.socket, reason: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from payload import HLT_FOREVER, RESET, SPIN, elf, memory_file, say
-from zygote_harness import Zygote, children, descriptors, parent, state
+from zygote_harness import Zygote, children, descriptors, memory_kib, parent, state
 
 from vmcell_protos.errors import CallerError
 from vmcell_runtime import handle as handle_module
@@ -24,6 +25,7 @@ from vmcell_runtime.handle import VmmHandle, launch
 pytestmark = pytest.mark.kvm
 
 DEADLINE_S = 30
+COUNT = 10
 
 
 @pytest.fixture
@@ -191,3 +193,25 @@ def test_ten_at_once_across_a_renewal(zygote: Zygote, shim: Shim) -> None:
         os.close(pidfd)
         assert readable
         assert vmm.wait_exit(DEADLINE_S).reason == "killed"
+
+
+def test_it_costs_less_than_an_interpreter(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Printed with `-s`: time to the first vCPU's run, and memory, of ten machines each."""
+    medians: dict[str, dict[str, float]] = {}
+    for way in ("zygote", "direct"):
+        if way == "direct":
+            monkeypatch.setenv("VMCELL_ZYGOTE", "")
+        times, vmms = [], []
+        for _ in range(COUNT):
+            began = time.perf_counter()
+            vmms.append(shim.launch(HLT_FOREVER))
+            times.append((time.perf_counter() - began) * 1000)
+        rows = {"launch p50 ms": times}
+        for row in ("Private_Dirty", "Pss"):
+            rows[f"{row} KiB"] = [memory_kib(vmm.pid)[row] for vmm in vmms]
+        medians[way] = {name: sorted(values)[COUNT // 2] for name, values in rows.items()}
+        for vmm in vmms:
+            vmm.close()
+    sys.stdout.write(f"\n{medians}, n = {COUNT}, {os.cpu_count()} CPUs\n")
+    for name, value in medians["zygote"].items():
+        assert value < medians["direct"][name], name

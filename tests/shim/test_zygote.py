@@ -30,11 +30,11 @@ from zygote_harness import (
     only_server,
     parent,
     server_pid,
+    settled_traits,
     shims,
     start,
     start_words,
     state,
-    traits,
     variant,
 )
 
@@ -107,16 +107,10 @@ def test_errors_and_other_actions_are_as_without_it(zygote: Zygote, bundle: Path
     assert RuntimeInfo.decode(zygote.run(bundle, "-info").stdout).name == "io.containerd.vmcell.v2"
 
 
-def settled_traits(pid: int) -> dict[str, object]:
-    """Once the server polls, nothing of it changes any more."""
-    wait_until(lambda: os.path.exists(f"/proc/{pid}") and state(pid) == "S", "the server's rest")
-    wait_until(lambda: "anon_inode" in str(traits(pid)["descriptors"]), "its event loop")
-    return traits(pid)
-
-
 CALLER = """
 import os, resource, signal, sys
 os.umask(0o027)
+os.setgroups([7, 5])
 os.nice(3)
 resource.setrlimit(resource.RLIMIT_NOFILE, (777, 1777))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -149,7 +143,7 @@ def test_a_shim_is_what_it_would_be_without_it(
         wait_until(lambda pid=pid: state(pid) in ("", "Z"), "the server's end")
     by_zygote, direct = seen
     assert by_zygote == direct
-    assert by_zygote["nice"] == "3"
+    assert (by_zygote["nice"], by_zygote["Groups"]) == ("3", ["5", "7"])
     assert by_zygote["oom_score_adj"] == "124\n", "one more than its caller's"
     assert "777" in str(by_zygote["limits"])
 
@@ -223,7 +217,16 @@ def test_the_shim_is_in_its_callers_cgroup(
     os.kill(server_pid(address), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("namespace", ["--net", "--mount", "--uts", "--ipc", "--cgroup"])
+NAMESPACES = {
+    "--net": "net",
+    "--mount": "mnt",
+    "--uts": "uts",
+    "--ipc": "ipc",
+    "--cgroup": "cgroup",
+}
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
 def test_a_caller_in_another_namespace_goes_direct(
     zygote: Zygote, bundle: Path, namespace: str
 ) -> None:
@@ -231,6 +234,7 @@ def test_a_caller_in_another_namespace_goes_direct(
     pid = only_server(bundle, address)
     assert server_pid(address) != pid
     assert parent(pid) != zygote.pid
+    assert f"cannot have the {NAMESPACES[namespace]} namespace" in zygote.log.read_text()
 
 
 def test_a_caller_with_fewer_rights_goes_direct(zygote: Zygote, bundle: Path) -> None:

@@ -306,3 +306,16 @@ def traits(pid: int) -> dict[str, object]:
         "command line": line,
         "name": (folder / "comm").read_text(),
     }
+
+
+def settled_traits(pid: int) -> dict[str, object]:
+    """Once the server polls, nothing of it changes any more."""
+    wait_until(lambda: os.path.exists(f"/proc/{pid}") and state(pid) == "S", "the server's rest")
+    wait_until(lambda: "anon_inode" in str(traits(pid)["descriptors"]), "its event loop")
+    return traits(pid)
+
+
+def memory_kib(pid: int) -> dict[str, int]:
+    """The rows of /proc/PID/smaps_rollup."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    return {line.split(":")[0]: int(line.split()[1]) for line in lines}

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from vmcell_shim.config import ShimConfig, render_config
-from vmcell_tools import dev_run, dev_ssh
+from vmcell_tools import dev_run, dev_ssh, setup_host
 from vmcell_tools.cli import main
 
 HEAVY = ("rich", "grpc", "subprocess", "vmcell_tools.dev_vm", "vmcell_tools.oci_image")
@@ -44,8 +44,22 @@ def test_help_names_every_command_and_imports_none_of_their_work() -> None:
     shown = subprocess.check_output([sys.executable, "-c", script], text=True)
     *help_lines, imported = shown.splitlines()
     assert imported == "[]"
-    for word in ("dev", "setup", "doctor", "kernel", "image", "cache", "demo", "serve"):
+    words = ("dev", "setup", "doctor", "kernel", "image", "cache", "bench", "demo", "serve", "zygote")
+    for word in words:
         assert any(line.split()[:1] == [word] for line in help_lines), word
+
+
+def test_zygote_becomes_the_installed_shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executed: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(setup_host, "SHIM_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(os, "execv", lambda path, words: executed.append((path, words)))
+    code, _, error = vmcell("zygote")
+    assert (code, executed) == (1, [])
+    assert error.endswith("is missing; run: vmcell setup\n")
+    shim = tmp_path / setup_host.SHIM_NAME
+    shim.touch(0o755)
+    assert vmcell("zygote")[0] == 0
+    assert executed == [(str(shim), [str(shim), "zygote"])]
 
 
 def test_python_m_is_the_same_command() -> None:
