@@ -44,7 +44,18 @@ def test_help_names_every_command_and_imports_none_of_their_work() -> None:
     shown = subprocess.check_output([sys.executable, "-c", script], text=True)
     *help_lines, imported = shown.splitlines()
     assert imported == "[]"
-    words = ("dev", "setup", "doctor", "kernel", "image", "cache", "bench", "demo", "serve", "zygote")
+    words = (
+        "dev",
+        "setup",
+        "doctor",
+        "kernel",
+        "image",
+        "cache",
+        "bench",
+        "demo",
+        "serve",
+        "zygote",
+    )
     for word in words:
         assert any(line.split()[:1] == [word] for line in help_lines), word
 
