@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # With what these import: all that a shim or a VMM may need in its life.
 _EVERYTHING = (
-    *("json", "traceback", "vmcell_protos.bootstrap", "vmcell_runtime.vmm"),
+    *("json", "traceback", "urllib.parse", "vmcell_protos.bootstrap", "vmcell_runtime.vmm"),
     *("vmcell_shim.delete", "vmcell_shim.info", "vmcell_shim.serve", "vmcell_shim.start"),
 )
 _INTERNED = 6000

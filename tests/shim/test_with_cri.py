@@ -45,12 +45,13 @@ def test_version_and_image(cri: CriClient) -> None:
     assert listed.size > 0
 
 
-def test_pod_is_refused_with_a_sentence(cri: CriClient, tmp_path: Path) -> None:
+def test_pod_on_the_hosts_network_is_refused(cri: CriClient, tmp_path: Path) -> None:
     config = cri.pod_config("refused", log_directory=str(tmp_path))
+    options = config.linux.security_context.namespace_options
+    options.network = cri.messages.NamespaceMode.Value("NODE")
     with pytest.raises(grpc.RpcError) as caught:
         cri.run_pod(config)
-    assert "/var/run/netns/cni-" in caught.value.details()
-    assert "a microVM cannot join a namespace of the host" in caught.value.details()
+    assert "a microVM has a network of its own" in caught.value.details()
     assert not cri.call("ListPodSandbox").items
 
 

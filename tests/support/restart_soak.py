@@ -279,6 +279,9 @@ class Soak:
         return check
 
 
+KINDS = ("pid", "ipc", "uts", "mount", "network")
+
+
 def container_spec(name: str) -> dict[str, object]:
     """An OCI spec for a shell's worth of tools that sleeps."""
     kinds = (("proc", "proc", []), ("sysfs", "sys", ["ro"]), ("tmpfs", "tmp", []))
@@ -291,7 +294,7 @@ def container_spec(name: str) -> dict[str, object]:
             {"destination": f"/{place}", "type": kind, "source": kind, "options": options}
             for kind, place, options in kinds
         ],
-        "linux": {"namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount")]},
+        "linux": {"namespaces": [{"type": kind} for kind in KINDS]},
     }
 
 
