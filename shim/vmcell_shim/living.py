@@ -40,15 +40,18 @@ def identify(pid: int) -> Living:
 
 
 def kill_and_wait(process: Living, timeout_s: float) -> bool:
-    """SIGKILL, then wait until it is gone; True when it is gone (or was before)."""
+    """SIGKILL, then wait until it is gone with all its threads; True when it is (or was before)."""
     try:
         pidfd = os.pidfd_open(process.pid)
     except ProcessLookupError:
         return True
     try:
-        if start_ticks(process.pid) != process.start_ticks:
-            return True
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        ticks = start_ticks(process.pid)
+        if ticks is not None:
+            if ticks != process.start_ticks:
+                return True
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        # Also one that was killed before: threads behind a first one that has ended hold its files.
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
         return bool(poll.poll(int(timeout_s * 1000)))
