@@ -5,7 +5,8 @@ endian) and its bytes. Descriptors travel beside a request:
 - `run` (from the shim binary): the working directory;
 - `fork_vmm` (from a shim): the VMM's end of the control socket, then its log;
 - `hello` (from anyone who looks after the zygote): none.
-Answers: `taken` comes first from the child of a `run`, then `done`; `forked` carries a pidfd;
+Answers: `taken` comes first from the child of a `run`, then `done`; `taken` and `forked` carry the
+child's pidfd;
 `refused` to any request means that the asker has to do it by itself.
 
 No import at all but `sys`: every `start` waits for this module.

@@ -77,7 +77,7 @@ def _run(
 ) -> None:
     # Nothing may come of it once the caller has given up and done it by itself.
     signal.setitimer(signal.ITIMER_REAL, CHILD_LIFE_S)
-    _tell(connection, Answer(TAKEN))
+    _tell(connection, Answer(TAKEN), os.pidfd_open(os.getpid()))
     follows = _take_over(heritage.world, connection, caller)
     if follows is None:
         return

@@ -1,9 +1,8 @@
 """The binary's short way: the node's zygote does it, the answer is printed here.
 
 Every `start` and `delete` waits for this, so only modules built into the interpreter are imported,
-and the present one. Whatever goes wrong, None is the answer and the binary does it by itself, after
-or even beside a child that has begun it: of two starts comes one server (vmcell_shim.listening),
-and a second delete finds less to do.
+and the present one. Whatever goes wrong, None is the answer and the binary does it by itself, once
+the child that may have begun it is dead and its descriptors are closed.
 """
 
 import _socket
@@ -27,10 +26,11 @@ from vmcell_protos.zygote import (
 
 # How long until the zygote's child says that it is there; it takes 2 ms on a quiet machine.
 TAKEN_WITHIN_S = 0.5
-# What the child gives itself then, and how long it is waited for: one that was given up has ended.
+# What the child gives itself then, in case its caller was killed, and how long it is waited for;
 # containerd gives a `delete` 5 s.
 CHILD_LIFE_S = 4.0
 DONE_WITHIN_S = 4.5
+_DEAD_WITHIN_MS = 1000
 _CHUNK_BYTES = 64 << 10
 _STDIN_LIMIT_BYTES = 5 << 20
 
@@ -81,11 +81,41 @@ def _converse(zygote: _socket.socket, path: bytes, argv: list[str], stdin: bytes
     rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, bundle.to_bytes(4, sys.byteorder))
     zygote.sendmsg([datagram], [rights])
     zygote.settimeout(TAKEN_WITHIN_S)
-    answer = decode_answer(zygote.recv(MAX_DATAGRAM_BYTES))
+    answer, child = _receive(zygote)
     if answer.kind == TAKEN:
-        zygote.settimeout(DONE_WITHIN_S)
-        answer = decode_answer(zygote.recv(MAX_DATAGRAM_BYTES))
+        answer = _wait_done(zygote, child)
     return answer if answer.kind == DONE else None
+
+
+def _receive(zygote: _socket.socket) -> tuple[Answer, int]:
+    """An answer and the descriptor that came along, or -1."""
+    datagram, rights, _, _ = zygote.recvmsg(MAX_DATAGRAM_BYTES, _socket.CMSG_SPACE(4))
+    fds = [int.from_bytes(data[:4], sys.byteorder) for _, _, data in rights]
+    return decode_answer(datagram), fds[0] if fds else -1
+
+
+def _wait_done(zygote: _socket.socket, child: int) -> Answer:
+    """The child's second answer; an error only when the child, a pidfd, has ended."""
+    zygote.settimeout(DONE_WITHIN_S)
+    try:
+        return _receive(zygote)[0]
+    except (OSError, MalformedMessage):
+        _end(child)
+        raise
+
+
+def _end(child: int) -> None:
+    """Kills it and waits until all it had is closed: its socket must not answer any more."""
+    import _signal  # type: ignore[import-not-found]  # no stub for a private module
+    import select
+
+    try:
+        _signal.pidfd_send_signal(child, _signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    poll = select.poll()
+    poll.register(child, select.POLLIN)
+    poll.poll(_DEAD_WITHIN_MS)
 
 
 def _bytes(word: str) -> bytes:

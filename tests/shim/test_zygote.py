@@ -26,6 +26,7 @@ from zygote_harness import (
     address_of,
     bootstrap,
     delete_words,
+    end,
     make_bundle,
     only_server,
     parent,
@@ -55,7 +56,7 @@ def test_start_and_delete_are_done_by_it(zygote: Zygote, bundle: Path, folder: P
     address = start(zygote, bundle, binary)
     pid = only_server(bundle, address)
     assert (server_pid(address), parent(pid)) == (pid, zygote.pid)
-    os.kill(pid, signal.SIGKILL)
+    end(pid)
     done = zygote.run(bundle, *delete_words(bundle), binary=binary)
     assert (done.returncode, done.stderr) == (0, b"")
     assert DeleteResponse.decode(done.stdout).exit_status == 137
@@ -139,8 +140,7 @@ def test_a_shim_is_what_it_would_be_without_it(
         pid = only_server(bundle, address)
         assert (server_pid(address) == pid) == bool(path)
         seen.append(settled_traits(pid))
-        os.kill(pid, signal.SIGKILL)
-        wait_until(lambda pid=pid: state(pid) in ("", "Z"), "the server's end")
+        end(pid)
     by_zygote, direct = seen
     assert by_zygote == direct
     assert (by_zygote["nice"], by_zygote["Groups"]) == ("3", ["5", "7"])
@@ -182,8 +182,15 @@ def unified() -> Iterator[Path]:
     yield made
     for pid in (made / "cgroup.procs").read_text().split():
         os.kill(int(pid), signal.SIGKILL)
-    wait_until(lambda: not (made / "cgroup.procs").read_text(), "an empty cgroup")
-    made.rmdir()
+    wait_until(lambda: removed(made), "an empty cgroup")
+
+
+def removed(folder: Path) -> bool:
+    try:
+        folder.rmdir()
+    except OSError:
+        return False  # somebody is still about to end in it
+    return True
 
 
 def in_cgroup(pid: int | str) -> str:

@@ -6,20 +6,18 @@ docs/architecture.md has the figures of one machine. Here the zygote only has to
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from shim_harness import wait_until
 from zygote_harness import (
     Zygote,
     address_of,
     bootstrap,
     delete_words,
-    in_folder,
+    end,
     make_bundle,
     memory_kib,
     settled_traits,
@@ -63,9 +61,7 @@ def test_the_zygote_is_worth_it(zygote: Zygote, folder: Path) -> None:
             sizes = sorted(memory_kib(pid)[row] for pid in pids)
             costs[name][f"shim {row} KiB"] = sizes[len(sizes) // 2]
         for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-        for bundle in bundles:
-            wait_until(lambda bundle=bundle: not in_folder(bundle), "the shims' end")
+            end(pid)
         costs[name]["delete p50 ms"] = median_ms(delete)
     sys.stdout.write(f"\n{costs}, n = {COUNT}, {os.cpu_count()} CPUs\n")
     for what in ("start p50 ms", "delete p50 ms", "shim Private_Dirty KiB", "shim Pss KiB"):

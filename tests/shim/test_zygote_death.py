@@ -176,8 +176,9 @@ def test_a_start_whose_caller_has_gone_is_found_by_the_next(
     assert held.call.result().returncode == -signal.SIGKILL
     held.go_on()
     wait_until(lambda: sockets(bundle) != [], "its socket")
-    assert server_pid(start(zygote, bundle)) == held.pid
-    assert shims(bundle) == [held.pid]
+    address = start(zygote, bundle)
+    assert server_pid(address) == held.pid
+    wait_until(lambda: shims(bundle) == [held.pid], "the end of the child that found it")
 
 
 def test_a_caller_that_hangs_up_before_the_fork_gets_no_child(zygote: Zygote, bundle: Path) -> None:

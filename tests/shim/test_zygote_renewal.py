@@ -14,6 +14,7 @@ from zygote_harness import (
     Zygote,
     children,
     delete_words,
+    end,
     make_bundle,
     only_server,
     parent,
@@ -104,7 +105,7 @@ def test_three_hundred_starts_across_renewals(zygote: Zygote, folder: Path) -> N
                 address = start(zygote, made)
                 pid = only_server(made, address)
                 ways.append(server_pid(address) == pid)
-                os.kill(pid, signal.SIGKILL)
+                end(pid)
                 done = zygote.run(made, *delete_words(made))
                 assert (done.returncode, done.stderr) == (0, b"")
                 assert os.listdir(made / "s") == []

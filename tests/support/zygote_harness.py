@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import struct
@@ -179,6 +180,15 @@ def state(pid: int) -> str:
     return text[text.rindex(")") + 2]
 
 
+def end(pid: int) -> None:
+    """SIGKILL; nothing of it is left open when this returns, whichever thread held it."""
+    pidfd = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGKILL)
+    readable, _, _ = select.select([pidfd], [], [], 20)
+    os.close(pidfd)
+    assert readable
+
+
 def parent(pid: int) -> int:
     text = Path(f"/proc/{pid}/stat").read_text()
     return int(text[text.rindex(")") + 2 :].split()[1])
@@ -269,7 +279,8 @@ def address_of(done: subprocess.CompletedProcess[bytes]) -> str:
 
 
 def only_server(bundle: Path, address: str) -> int:
-    """The one server of the bundle, which listens at `address`."""
+    """The one server of the bundle, which listens at `address`; children about to end may end."""
+    wait_until(lambda: len(shims(bundle)) == 1, "one server")
     (pid,) = shims(bundle)
     assert os.path.exists(address.removeprefix("unix://"))
     assert os.listdir(bundle / "s") == [os.path.basename(address)]
@@ -309,10 +320,16 @@ def traits(pid: int) -> dict[str, object]:
 
 
 def settled_traits(pid: int) -> dict[str, object]:
-    """Once the server polls, nothing of it changes any more."""
-    wait_until(lambda: os.path.exists(f"/proc/{pid}") and state(pid) == "S", "the server's rest")
-    wait_until(lambda: "anon_inode" in str(traits(pid)["descriptors"]), "its event loop")
-    return traits(pid)
+    """As they are when nobody is connected to the server."""
+    rest = [*(["/dev/null"] * 3), "anon_inode", "socket"]
+    seen: list[dict[str, object]] = []
+
+    def rests() -> bool:
+        seen.append(traits(pid))
+        return (seen[-1]["descriptors"], seen[-1]["Threads"]) == (rest, ["2"])
+
+    wait_until(rests, "the server's rest")
+    return seen[-1]
 
 
 def memory_kib(pid: int) -> dict[str, int]:

@@ -12,7 +12,8 @@ WAIT = (
     "n=0; until ss -xlH | grep -q /run/vmcell/; do"
     " [ $n -gt 600 ] && exit 9; n=$((n + 1)); sleep 0.1; done; "
 )
-ZYGOTE = "pgrep -o -f 'containerd-shim-vmcell-v2 zygote'"
+# The brackets keep the shells that say this from matching.
+ZYGOTE = "pgrep -o -f '[c]ontainerd-shim-vmcell-v2 zygote'"
 
 
 def parents(dev_vm: DevVm, name: str) -> tuple[int, int, int]:
@@ -20,7 +21,7 @@ def parents(dev_vm: DevVm, name: str) -> tuple[int, int, int]:
     script = (
         f"{ZYGOTE}; vmm=$(ctr task list | awk '$1 == \"{name}\" {{ print $2 }}');"
         " awk '{ print $4 }' /proc/$vmm/stat;"
-        f" shim=$(pgrep -f 'containerd-shim-vmcell-v2 .*-id {name} ');"
+        f" shim=$(pgrep -f '[c]ontainerd-shim-vmcell-v2 .*-id {name} ');"
         " awk '{ print $4 }' /proc/$shim/stat"
     )
     zygote, vmm, shim = dev_vm.check("sh", "-c", script).split()
