@@ -19,6 +19,7 @@ from zygote_harness import (
     only_server,
     parent,
     server_pid,
+    shims,
     start,
     state,
     traits,
@@ -63,30 +64,38 @@ def test_a_stop_in_the_middle_of_a_renewal_is_obeyed(zygote: Zygote) -> None:
         zygote.start()
 
 
+def halt_in_renewal(zygote: Zygote) -> int:
+    """Stops the zygote between its exec and its readiness; the stand-in's pid."""
+    for _ in range(10):
+        old = layout(zygote.pid)
+        zygote.signal(signal.SIGHUP)
+        wait_until(lambda old=old: layout(zygote.pid) not in ("", old), "the exec")
+        zygote.signal(signal.SIGSTOP)
+        wait_until(lambda: state(zygote.pid) == "T", "the stop")
+        if stand_ins := children(zygote.pid):
+            return stand_ins[0]
+        zygote.signal(signal.SIGCONT)  # it has been quicker
+        zygote.hello()
+    pytest.fail("no stand-in was seen in ten renewals")
+
+
 def test_while_it_is_renewed_a_stand_in_serves(zygote: Zygote, bundle: Path, folder: Path) -> None:
     """The zygote stands still right after its exec, and nobody notices."""
     binary = variant(folder / "only", ONLY_BY_ZYGOTE)
-    old = layout(zygote.pid)
-    zygote.signal(signal.SIGHUP)
-    wait_until(lambda: layout(zygote.pid) not in ("", old), "the exec")
-    with zygote.paused():
-        stand_ins = children(zygote.pid)
-        if stand_ins:  # else it has been quicker than this test
-            address = start(zygote, bundle, binary)
-            assert parent(server_pid(address)) in stand_ins
-    wait_until(lambda: "renewed" in zygote.log.read_text(), "the renewal")
-    wait_until(lambda: stand_ins[:1] != children(zygote.pid)[:1], "the stand-in's end")
+    stand_in = halt_in_renewal(zygote)
+    address = start(zygote, bundle, binary)
+    assert parent(server_pid(address)) == stand_in
+    zygote.signal(signal.SIGCONT)
+    wait_until(lambda: state(stand_in) in ("", "Z"), "the stand-in's end")
+    assert zygote.hello().number == zygote.pid
+    assert shims(bundle) == [server_pid(address)]
     assert zygote.run(bundle, *delete_words(bundle), binary=binary).returncode == 0
 
 
 def test_a_stand_in_ends_with_the_zygote(zygote: Zygote, bundle: Path) -> None:
-    old = layout(zygote.pid)
-    zygote.signal(signal.SIGHUP)
-    wait_until(lambda: layout(zygote.pid) not in ("", old), "the exec")
-    stand_ins = children(zygote.pid)
+    stand_in = halt_in_renewal(zygote)
     zygote.kill()
-    for pid in stand_ins:
-        wait_until(lambda pid=pid: state(pid) in ("", "Z"), "the stand-in's end")
+    wait_until(lambda: state(stand_in) in ("", "Z"), "the stand-in's end")
     address = start(zygote, bundle)
     assert server_pid(address) != only_server(bundle, address)
 

@@ -52,7 +52,7 @@ FREE_GIB_FAIL, FREE_GIB_WARN = 1, 10
 COMMAND_DEADLINE_S = 20
 ZYGOTE_ADVICE = (
     "systemctl enable --now vmcell-zygote, or vmcell serve; without it start, delete and the"
-    " monitor's start take twice as long, and each shim and each monitor 6 MB more"
+    " monitor's start take 20 to 50 ms longer, and each shim and each monitor 4 to 6 MiB more"
 )
 KVM_ADVICE = {
     "missing": "load kvm-amd or kvm-intel and enable virtualisation in the firmware or the cloud's"
