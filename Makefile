@@ -53,7 +53,7 @@ test-kvm: venv
 
 # Five calls a second for two hours; the fake guest is quicker than that.
 test-long: venv
-	VMCELL_CONTRACT_CALLS=36000 $(PYTEST) tests/shim/test_contract_machine.py
+	VMCELL_CONTRACT_CALLS=36000 $(PYTEST) -o faulthandler_timeout=0 tests/shim/test_contract_machine.py
 
 dev-up: artifacts
 	@$(BIN)/vmcell dev up --store make --api-port 0 --data-port 0

@@ -27,6 +27,7 @@ PROCESS_TYPE_URL = "types.containerd.io/opencontainers/runtime-spec/1/Process"
 TASKS = "/containerd.services.tasks.v1.Tasks/"
 CALL_S = 300.0
 PAUSE_S = 0.2
+MOST_STRIKES = 10
 # The daemon is away, or was cut off in the middle of a call.
 AWAY = ("unavailable", "canceled", "unknown", "deadline_exceeded")
 
@@ -117,17 +118,26 @@ class StubbornContainerd:
     def insist(self, call: Callable[[], T], *, done: tuple[str, ...] = ()) -> T | None:
         """What `call` returns at last; None when it ends with a code of `done`."""
         end = time.monotonic() + CALL_S
+        strikes = 0
         while True:
             try:
                 return call()
             except VmcellError as error:
                 if error.code in done:
                     return None
-                if error.code not in AWAY or time.monotonic() > end:
+                # A shim that cannot do it says unavailable too, to a daemon that is there.
+                strikes += self._is_there()
+                if error.code not in AWAY or strikes > MOST_STRIKES or time.monotonic() > end:
                     raise
             with self._lock:
                 self.repeated += 1
             time.sleep(PAUSE_S)
+
+    def _is_there(self) -> bool:
+        try:
+            return bool(self._daemon.version())
+        except VmcellError:
+            return False
 
     def version(self) -> str | None:
         return self.insist(self._daemon.version)
