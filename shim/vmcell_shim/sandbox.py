@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 # A pod's containers have two windows each, image and disk: twelve containers at once.
 POD_WINDOWS = 24
 _CGROUP_S = 1.0
+_SHARE_S = 2.0
 NEW, BOOTING, UP, CLOSED = "new", "booting", "up", "closed"
 
 
@@ -175,7 +176,9 @@ class Sandbox:
             self._cgroup.set_limits(replace(limits, memory_bytes=None))
 
     def _share_lost(self, reason: str) -> None:
-        self._journal.error(f"live directories of {self.id} are gone: {reason}")
+        # It goes with its VMM, whose end is told a moment later.
+        if not self.guest.ended.wait(_SHARE_S):
+            self._journal.error(f"live directories of {self.id} are gone: {reason}")
 
     def _shape(
         self, plan: GuestPlan, nets: tuple[NetPort, ...], images: RootImages | None

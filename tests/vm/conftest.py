@@ -12,6 +12,7 @@ import pytest
 from cri.client import CriClient
 from cri.pause_image import write_pause_image
 from dev_vm import DevVm
+from emulator_faults import run_once_or_twice
 
 from vmcell_tools.build_cache import BuildCache
 from vmcell_tools.dev_containerd import CRI_PORT, CRI_STREAM_PORT
@@ -77,6 +78,12 @@ def cri(dev_vm: DevVm) -> Iterator[CriClient]:
         f"127.0.0.1:{ports[0]}", handler=handler, stream_address=f"127.0.0.1:{ports[1]}"
     ) as client:
         yield client
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """A test that met a guest which the software CPU lost is run once more, and says so."""
+    return run_once_or_twice(item, nextitem) or None
 
 
 @pytest.hookimpl(hookwrapper=True)
