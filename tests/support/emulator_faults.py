@@ -1,8 +1,8 @@
 """Guests that the software CPU lost, and the one repetition of a test that met one.
 
 Under QEMU's software CPU a Linux in a microVM ends now and then, about once in a hundred boots,
-with a triple fault that no test asked for (docs/dev-vm.md, "What the software CPU gets wrong"). A test
-that fails while that happens is run once more, and says so; one that fails for another reason,
+with a triple fault that no test asked for (docs/dev-vm.md, "What the software CPU gets wrong"). A
+test that fails while that happens is run once more, and says so; one that fails for another reason,
 or again, has failed. On a CPU with hardware KVM nothing is repeated.
 """
 
