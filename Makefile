@@ -7,11 +7,12 @@ PYTHON ?= $(shell for p in /usr/bin/python3 python3.13 python3.12 python3.11 pyt
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-plain test-root test-kvm test-vm host venv artifacts dev-up clean help
+.PHONY: demo test test-plain test-root test-kvm test-vm test-long host venv artifacts dev-up clean help
 
 help:
 	@echo "make demo   boot a microVM and drive it with the E2B SDK"
 	@echo "make test   all tests: plain, root, kvm and vm lane"
+	@echo "make test-long   two hours' worth of Task calls in random order; 20 minutes"
 
 host:
 	@tools/install-packages
@@ -49,6 +50,10 @@ test-kvm: venv
 		$(MAKE) dev-up && $(BIN)/vmcell dev run -- $(CURDIR)/.venv/bin/python -m pytest \
 			--rootdir $(CURDIR) -p no:cacheprovider -m 'kvm and not vm' $(CURDIR)/tests; \
 	fi
+
+# Five calls a second for two hours; the fake guest is quicker than that.
+test-long: venv
+	VMCELL_CONTRACT_CALLS=36000 $(PYTEST) -o faulthandler_timeout=0 tests/shim/test_contract_machine.py
 
 dev-up: artifacts
 	@$(BIN)/vmcell dev up --store make --api-port 0 --data-port 0

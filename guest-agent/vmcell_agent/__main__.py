@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 CONTROL_PORT = 1024  # on the host
 STREAM_PORT = 1025  # on the guest
+FORWARD_PORT = 1026  # on the guest
 _BACKLOG = 64
 
 
@@ -33,19 +34,29 @@ def _from_the_host(address: object) -> bool:
     return isinstance(address, tuple) and address[0] == abi.VMADDR_CID_HOST
 
 
+def _listen(port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    listener.bind((socket.VMADDR_CID_ANY, port))
+    listener.listen(_BACKLOG)
+    return listener
+
+
 def main() -> None:
     """Never returns in a guest: the machine is reset at the end."""
     machine.prepare()
     log = KernelLog()
-    listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
-    listener.bind((socket.VMADDR_CID_ANY, STREAM_PORT))
-    listener.listen(_BACKLOG)
+    streams, forwards = _listen(STREAM_PORT), _listen(FORWARD_PORT)
     control = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
     control.connect((abi.VMADDR_CID_HOST, CONTROL_PORT))
     gc.freeze()  # what is loaded by now lives as long as the guest; forks need not copy it
     gc.enable()  # the init script turned it off for the imports
-    places = Places(machine.CGROUP_ROOT, machine.STATE_DIRECTORY, machine.DEVICE_DIRECTORY)
-    serve(Transports(control, listener, _from_the_host), places, {"envd": _load_envd}, log.write)
+    places = Places(
+        machine.CGROUP_ROOT,
+        machine.STATE_DIRECTORY,
+        machine.DEVICE_DIRECTORY,
+        machine.SYSFS_DIRECTORY,
+    )
+    serve(Transports(control, streams, forwards, _from_the_host), places, BUILTINS, log.write)
     machine.reset()
 
 

@@ -1,7 +1,8 @@
 """Numbers of the Linux ABI for x86-64 that CPython 3.11 does not name. Nothing is called here.
 
 Names are the headers': <linux/mount.h>, <linux/sched.h>, <linux/prctl.h>, <linux/capability.h>,
-<linux/magic.h>, <linux/random.h>, <asm-generic/ioctls.h>, <linux/reboot.h> of Linux 6.12.
+<linux/magic.h>, <linux/random.h>, <linux/fcntl.h>, <linux/virtio_ids.h>, <asm-generic/ioctls.h>,
+<linux/reboot.h> of Linux 6.12.
 """
 
 from __future__ import annotations
@@ -29,6 +30,14 @@ MS_RELATIME = 1 << 21
 MS_STRICTATIME = 1 << 24
 MS_LAZYTIME = 1 << 25
 MNT_DETACH = 2
+UMOUNT_NOFOLLOW = 8
+
+# the mount calls that work on descriptors: open_tree(2), move_mount(2), mount_setattr(2)
+OPEN_TREE_CLONE = 1
+MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_BENEATH = 0x4, 0x200
+MOUNT_ATTR_RDONLY = 1
+MOUNT_ATTR = Struct("=QQQQ")  # attr_set, attr_clr, propagation, userns_fd
+AT_FDCWD, AT_SYMLINK_NOFOLLOW, AT_EMPTY_PATH, AT_RECURSIVE = -100, 0x100, 0x1000, 0x8000
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWCGROUP = 0x02000000
@@ -66,6 +75,8 @@ RNDRESEEDCRNG = 0x5207
 RAND_POOL_INFO = Struct("=ii")  # entropy in bits, length in bytes; the bytes follow
 
 RB_AUTOBOOT = 0x01234567
-SYS_PIVOT_ROOT = 155
+SYS_PIVOT_ROOT, SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_MOUNT_SETATTR = 155, 428, 429, 442
+
+VIRTIO_ID_BLOCK, VIRTIO_ID_PMEM = 2, 27
 
 VMADDR_CID_HOST = 2

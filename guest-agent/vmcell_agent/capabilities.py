@@ -7,9 +7,8 @@ with less than it was promised, keeping it is impossible.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from vmcell_agent import abi, syscalls
+from vmcell_agent.record import Record
 from vmcell_protos.errors import CallerError
 
 NAMES = (
@@ -58,7 +57,7 @@ NAMES = (
 _BITS = {name: 1 << number for number, name in enumerate(NAMES)}
 
 
-class CapabilitySets(NamedTuple):
+class CapabilitySets(Record):
     """The five sets of capabilities(7), each a number of bits; all empty is the default."""
 
     bounding: int = 0

@@ -7,14 +7,17 @@ and removed with it.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 
 from vmcell_agent.attempt import attempt
-from vmcell_protos.errors import HostError
+from vmcell_protos.errors import CallerError, HostError
 
 MAX_LISTED_PIDS = 4096
 _MAX_NESTED = 1024
+_REFUSALS = frozenset((errno.EINVAL, errno.ERANGE, errno.ENOENT, errno.EOPNOTSUPP))
+_MEMORY_LIMIT = "memory.max"
 _SWAP_LIMIT = "memory.swap.max"
 _READ_BYTES = 256 << 10
 
@@ -49,7 +52,7 @@ def _read(path: str) -> str:
 def _write(path: str, value: str) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        os.write(fd, value.encode())
+        os.write(fd, value.encode() or b"\n")  # a write of nothing reaches no file of the kernel's
     finally:
         os.close(fd)
 
@@ -77,13 +80,55 @@ class Cgroup:
             os.makedirs(self.path, mode=0o755, exist_ok=False)
         try:
             for name, value in files.items():
-                if name == _SWAP_LIMIT and not os.path.exists(f"{self.path}/{name}"):
-                    continue  # a kernel without swap keeps to any limit of it
+                if self._has_no_use_for(name):
+                    continue
                 with attempt(f"set {name} to {value!r}"):
                     _write(f"{self.path}/{name}", value)
         except HostError:
             os.rmdir(self.path)
             raise
+
+    def _has_no_use_for(self, name: str) -> bool:
+        """A kernel without swap keeps to any limit of it."""
+        return name == _SWAP_LIMIT and not os.path.exists(f"{self.path}/{name}")
+
+    def update(self, files: dict[str, str]) -> None:
+        """Change limits; a value that is refused is named in the error, and what was written
+        before it is put back.
+
+        The order is that of `files`, but memory.max comes last: it alone can cost the container
+        something (the kernel reclaims, then kills), so nothing may fail after it. May block for as
+        long as the kernel reclaims.
+        """
+        names = [name for name in files if not self._has_no_use_for(name)]
+        names.sort(key=lambda name: name == _MEMORY_LIMIT)
+        old = {name: self.text(name) for name in names}
+        for index, name in enumerate(names):
+            try:
+                _write(f"{self.path}/{name}", files[name])
+            except OSError as error:
+                text = f"set {name} to {files[name]!r}: {error.strerror}"
+                if kept := self._put_back(old, names[:index]):
+                    text += f"; {', '.join(kept)} could not be set back"
+                if error.errno in _REFUSALS:
+                    raise CallerError(text) from error
+                raise HostError(text, code="internal") from error
+
+    def _put_back(self, old: dict[str, str], names: list[str]) -> list[str]:
+        """The names whose files would not take their old value."""
+        kept = []
+        for name in reversed(names):
+            try:
+                _write(f"{self.path}/{name}", old[name])
+            except OSError:
+                kept.append(name)
+        return kept
+
+    def freeze(self, frozen: bool) -> None:
+        """Ask for every process in it and below to stand still, or to go on; `cgroup.events` tells
+        when they do."""
+        with attempt(f"{'freeze' if frozen else 'thaw'} cgroup {self.path}"):
+            _write(f"{self.path}/cgroup.freeze", "1" if frozen else "0")
 
     def open_procs(self) -> int:
         """A descriptor; "0" written to it moves the writer into this cgroup."""
@@ -136,6 +181,11 @@ class Cgroup:
         """Whether a live process is in it or below."""
         return _counters(_read(f"{self.path}/cgroup.events")).get("populated", 0) != 0
 
+    @property
+    def stands_still(self) -> bool:
+        """Whether every process in it and below is frozen."""
+        return _counters(_read(f"{self.path}/cgroup.events")).get("frozen", 0) != 0
+
     def remove(self) -> bool:
         """Remove it with what is below; False while the kernel still holds it."""
         for directory in reversed(self._directories()):
@@ -157,6 +207,15 @@ class Cgroup:
 
     def memory_events(self) -> dict[str, int]:
         return _counters(_read(f"{self.path}/memory.events"))
+
+    @property
+    def oom_kills(self) -> int:
+        """Processes in it and below that an OOM killer has ended."""
+        return self.memory_events().get("oom_kill", 0)
+
+    def text(self, name: str) -> str:
+        """A file's content without white space around it; "" when its controller is off."""
+        return _read(f"{self.path}/{name}").strip()
 
     def value(self, name: str) -> int:
         """A file with one number; 0 for "max" and for a controller that is off."""

@@ -8,21 +8,21 @@ is told over the report channel and ends it.
 from __future__ import annotations
 
 import os
-import signal
 import socket
-from typing import NamedTuple
 
 from vmcell_agent import (
     abi,
     containerfs,
     copyin,
     credentials,
+    forked,
     program,
     report,
     syscalls,
     terminal,
 )
 from vmcell_agent.attempt import attempt
+from vmcell_agent.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,12 +34,10 @@ if TYPE_CHECKING:
     from vmcell_protos.agent import FileCopy
 
 CONTAINER_NAMESPACES = abi.CLONE_NEWNS | abi.CLONE_NEWUTS | abi.CLONE_NEWIPC | abi.CLONE_NEWCGROUP
-_EXIT_NOT_STARTED = 127
-_LAST_SIGNAL = 64
 _NULL_DEVICE = os.makedev(1, 3)
 
 
-class Stdio(NamedTuple):
+class Stdio(Record):
     """Descriptors that become 0, 1 and 2; with a terminal they are replaced by its slave."""
 
     stdin: int
@@ -50,7 +48,7 @@ class Stdio(NamedTuple):
     columns: int = 0
 
 
-class Launch(NamedTuple):
+class Launch(Record):
     """What every child needs."""
 
     process: ProcessSpec
@@ -59,24 +57,30 @@ class Launch(NamedTuple):
     cgroup_procs: int  # "0" written here moves the child into the container's cgroup
 
 
-class InitLaunch(NamedTuple):
+class InitLaunch(Record):
     """What a container's init needs beside that."""
 
     spec: ContainerSpec
     root: str
     root_read_only: bool
     files: list[FileCopy]
+    shared_namespaces: int  # CLONE_NEW* of those that are the pod's
+    pid_namespace: int  # pidfd of the pod's holder; -1: a new one for this container
+    shared_memory: str  # the pod's tmpfs for mounts of type vmcell-shm
+    live_share: str  # the pod's share for mounts of type virtiofs
     # Runs instead of a program when set: envd. Imported before the fork's file system changes.
     load_builtin: Callable[[], Callable[[Callable[[], None]], NoReturn]] | None
 
 
 def run_init(launch: Launch, init: InitLaunch) -> NoReturn:
     """Become the container's init. The caller has forked into a new pid namespace."""
-    with _last_words(launch.channel):
+    with report.last_words(launch.channel):
         _prepare(launch)
+        if init.shared_namespaces & abi.CLONE_NEWPID:
+            _hide()
         builtin = init.load_builtin() if init.load_builtin is not None else None
         with attempt("make the container's namespaces"):
-            syscalls.unshare(CONTAINER_NAMESPACES)
+            syscalls.unshare(CONTAINER_NAMESPACES & ~init.shared_namespaces)
         _build(init, launch)
         credentials.become(launch.process)
         if builtin is None:
@@ -85,15 +89,14 @@ def run_init(launch: Launch, init: InitLaunch) -> NoReturn:
         os.environ.clear()
         os.environ.update(_environment(launch.process))
         builtin(lambda: _ready(launch.channel))
-    os._exit(_EXIT_NOT_STARTED)
+    os._exit(report.EXIT_NOT_STARTED)
 
 
 def run_added(launch: Launch, init_pidfd: int) -> NoReturn:
     """Become a process beside the init, into whose pid namespace the caller has forked."""
-    with _last_words(launch.channel):
+    with report.last_words(launch.channel):
         _prepare(launch, init_pidfd)
-        # Until execve this process is the agent's copy: the container must not look into it.
-        syscalls.prctl(abi.PR_SET_DUMPABLE, 0)
+        _hide()
         with attempt("join the container's namespaces", code="failed_precondition"):
             syscalls.setns(init_pidfd, CONTAINER_NAMESPACES)
         os.close(init_pidfd)
@@ -103,42 +106,16 @@ def run_added(launch: Launch, init_pidfd: int) -> NoReturn:
         _own_stdio(launch)
         credentials.become(launch.process)
         program.become(launch.process.args, _environment(launch.process))
-    os._exit(_EXIT_NOT_STARTED)
-
-
-class _last_words:
-    """Whatever exception arrives here is reported, and the child ends."""
-
-    def __init__(self, channel: socket.socket) -> None:
-        self._channel = channel
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        status = _EXIT_NOT_STARTED
-        try:
-            if isinstance(error, SystemExit) and isinstance(error.code, int):
-                status = error.code
-            elif error is not None:
-                report.send_error(self._channel, error)
-        finally:
-            os._exit(status)
+    os._exit(report.EXIT_NOT_STARTED)
 
 
 def _prepare(launch: Launch, *keep: int) -> None:
     """Default signals, own session, standard streams, nothing else of the agent's left open."""
-    signal.set_wakeup_fd(-1)
-    for number in range(1, _LAST_SIGNAL + 1):
-        if number not in (signal.SIGKILL, signal.SIGSTOP, 32, 33):  # 32, 33: glibc's own
-            signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    os.umask(0o022)
-    os.setsid()
+    forked.reset()
     with attempt("set up standard streams"):
-        for target, fd in enumerate(launch.stdio[:3]):
+        for target, fd in enumerate((launch.stdio.stdin, launch.stdio.stdout, launch.stdio.stderr)):
             os.dup2(fd, target, inheritable=True)
-    _close_all_but((0, 1, 2, launch.channel.fileno(), launch.cgroup_procs, *keep))
+    forked.close_all_but(0, 1, 2, launch.channel.fileno(), launch.cgroup_procs, *keep)
     with attempt("join the container's cgroup"):
         os.write(launch.cgroup_procs, b"0")
         os.close(launch.cgroup_procs)
@@ -146,27 +123,25 @@ def _prepare(launch: Launch, *keep: int) -> None:
         credentials.set_oom_score(launch.process.oom_score_adj)
 
 
-def _close_all_but(kept: tuple[int, ...]) -> None:
-    low = 0
-    for fd in sorted(kept):
-        if low < fd:  # closerange(0, 0) would close everything
-            os.closerange(low, fd)
-        low = fd + 1
-    os.closerange(low, 1 << 20)
+def _hide() -> None:
+    """Until execve this process is the agent's copy: who is in its namespaces must not look in."""
+    syscalls.prctl(abi.PR_SET_DUMPABLE, 0)
 
 
 def _build(init: InitLaunch, launch: Launch) -> None:
     """The container's view of the system, ending in its working directory."""
     spec = init.spec
+    with attempt("open the container's mount namespace"):
+        namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    trees = containerfs.clone_trees(
+        spec.mounts, shared_memory=init.shared_memory, live_share=init.live_share
+    )
     containerfs.enter_root(init.root, spec.root_propagation)
-    read_only_mounts = containerfs.mount_all(spec.mounts)
+    read_only_mounts = containerfs.mount_all(spec.mounts, trees)
     containerfs.make_devices(spec.devices)
-    copyin.copy_in(init.files)
-    with attempt(f"set hostname {spec.hostname!r}"):
-        if spec.hostname:
-            socket.sethostname(spec.hostname)
-        if spec.domainname:
-            syscalls.setdomainname(spec.domainname)
+    _tell_copies(launch.channel, init.files, copyin.copy_in(init.files), namespace)
+    if not init.shared_namespaces & abi.CLONE_NEWUTS:
+        _name(spec)
     containerfs.write_sysctls(spec.sysctls)
     if launch.stdio.terminal:
         containerfs.bind_console(_open_terminal(launch))
@@ -175,6 +150,26 @@ def _build(init: InitLaunch, launch: Launch) -> None:
     containerfs.lock_down(spec, read_only_mounts, root_read_only=init.root_read_only)
     _enter_directory(launch.process.cwd)
     _own_stdio(launch)
+
+
+def _name(spec: ContainerSpec) -> None:
+    with attempt(f"set hostname {spec.hostname!r}"):
+        if spec.hostname:
+            socket.sethostname(spec.hostname)
+        if spec.domainname:
+            syscalls.setdomainname(spec.domainname)
+
+
+def _tell_copies(
+    channel: socket.socket, files: list[FileCopy], targets: list[str], namespace: int
+) -> None:
+    """The mount namespace outlives this process in the agent's hands, for what is read and written
+    later; where a file is not at the path that was asked for, that is told too."""
+    for index, (file, target) in enumerate(zip(files, targets, strict=True)):
+        if target != file.destination:
+            report.send_target(channel, index, target)
+    report.send_namespace(channel, namespace)
+    os.close(namespace)
 
 
 def _open_terminal(launch: Launch) -> str:

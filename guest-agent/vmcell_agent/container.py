@@ -6,10 +6,12 @@ import re
 import signal
 import time
 
-from vmcell_agent import copyin, ociprocess, ocispec
+from vmcell_agent import abi, liveshare, ociprocess, ocispec, pod
 from vmcell_agent.cgroup import Cgroup
 from vmcell_agent.child import InitLaunch
+from vmcell_agent.containerfiles import ContainerFiles
 from vmcell_agent.jsonfields import parse_object
+from vmcell_agent.mountoptions import POD_SHARED_MEMORY
 from vmcell_agent.process import DECLARED, ENDED, FAILED, RUNNING, Process
 from vmcell_agent.rootfs import RootFilesystem
 from vmcell_protos.agent import Streams
@@ -20,15 +22,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import NoReturn
 
+    from vmcell_agent.errand import Errands
     from vmcell_agent.eventloop import Loop
+    from vmcell_agent.freezer import Freezer
+    from vmcell_agent.limits import Limits
     from vmcell_agent.ociprocess import ProcessSpec
     from vmcell_agent.ocispec import ContainerSpec
+    from vmcell_agent.oom import OomWatch
+    from vmcell_agent.pod import Pod
     from vmcell_agent.reaper import Reaper
     from vmcell_agent.spawn import Child, Spawner
     from vmcell_agent.streamdoor import StreamDoor
-    from vmcell_protos.agent import AddProcessRequest, CreateContainerRequest, FileCopy
+    from vmcell_protos.agent import AddProcessRequest, CreateContainerRequest, Rootfs
 
     Builtin = Callable[[], Callable[[Callable[[], None]], NoReturn]]
+    Done = Callable[[VmcellError | None], None]
 
 MAX_PROCESSES = 64
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", re.ASCII)
@@ -45,8 +53,8 @@ def check_id(value: str, what: str) -> None:
 class Surroundings:
     """What every container of an agent shares."""
 
-    __slots__ = ("builtins", "cgroup_root", "device_directory", "door", "log", "loop", "reaper",
-                 "spawner", "state_directory")  # fmt: skip
+    __slots__ = ("builtins", "cgroup_root", "device_directory", "door", "errands", "log", "loop",
+                 "pod", "reaper", "spawner", "state_directory")  # fmt: skip
 
     def __init__(
         self,
@@ -55,6 +63,8 @@ class Surroundings:
         door: StreamDoor,
         reaper: Reaper,
         spawner: Spawner,
+        errands: Errands,
+        pod: Pod,
         cgroup_root: str,
         state_directory: str,
         device_directory: str,
@@ -66,6 +76,8 @@ class Surroundings:
         self.door = door
         self.reaper = reaper
         self.spawner = spawner
+        self.errands = errands
+        self.pod = pod
         self.cgroup_root = cgroup_root
         self.state_directory = state_directory
         self.device_directory = device_directory
@@ -81,37 +93,57 @@ class Container:
         check_id(request.container_id, "container id")
         builtin = _builtin(around, request.init)
         spec = ocispec.parse_spec(request.spec_json, needs_args=builtin is None)
-        copyin.check(request.files)
         if request.rootfs is None:
             raise CallerError("rootfs is missing; name the container's devices")
         self.id = request.container_id
+        self.name = f"container {self.id!r}"
         self.spec: ContainerSpec = spec
+        self.files = ContainerFiles(around.errands, self.name, request.files)
+        self._shared = pod.shared_flags(request.shared_namespaces)
         self._around = around
         self._builtin = builtin
-        self._files: list[FileCopy] = request.files
+        self._shared_memory = self._live_share = ""
         self._cgroup = Cgroup(f"{around.cgroup_root}/{self.id}")
+        self._oom: OomWatch | None = None
+        self._freezer: Freezer | None = None
+        self._limits: Limits | None = None
         self._root = RootFilesystem(f"{around.state_directory}/{self.id}")
         self._processes: dict[str, Process] = {}
         process = spec.process
         if builtin is not None:
             # envd switches users itself, so it starts as root; the OOM killer spares it as it does
             # PID 1, because its end is the container's, and does not spare what it starts.
-            process = process._replace(uid=0, gid=0, additional_gids=(), oom_score_adj=None)
+            process = process.replace(uid=0, gid=0, additional_gids=(), oom_score_adj=None)
         self._declare("", process, request.streams, says_ready=builtin is not None)
         try:
-            self._cgroup.create(spec.cgroup_files)
-            try:
-                self._root.mount(
-                    device_directory=around.device_directory,
-                    lower_device=request.rootfs.lower_device,
-                    upper_device=request.rootfs.upper_device,
-                )
-            except VmcellError:
-                self._cgroup.remove()
-                raise
+            self._make(request.rootfs)
         except VmcellError:
             self._processes.pop("").close()
             raise
+
+    def _make(self, rootfs: Rootfs) -> None:
+        self._cgroup.create(self.spec.cgroup_files)
+        try:
+            self._root.mount(
+                rootfs, self._around.device_directory, read_only=self.spec.root_read_only
+            )
+            self._join_pod()
+        except VmcellError:
+            self._root.close()
+            self._cgroup.remove()
+            raise
+
+    def _join_pod(self) -> None:
+        pod = self._around.pod
+        for mount in self.spec.mounts:
+            if mount.fstype == POD_SHARED_MEMORY:
+                self._shared_memory = pod.shared_memory(mount.data)
+            elif mount.fstype == liveshare.FSTYPE:
+                self._live_share = pod.live_share()
+        if self._shared & abi.CLONE_NEWUTS:
+            pod.name_once(self.spec.hostname, self.spec.domainname)
+        if self._shared & abi.CLONE_NEWPID:
+            pod.join_pid_namespace(self.id)
 
     def _declare(
         self,
@@ -122,7 +154,7 @@ class Container:
         says_ready: bool = False,
     ) -> None:
         kind = f"process {exec_id!r}" if exec_id else "init"
-        name = f"{kind} of container {self.id!r}"
+        name = f"{kind} of {self.name}"
         self._processes[exec_id] = Process(
             self._around.loop,
             self._around.door,
@@ -130,6 +162,7 @@ class Container:
             spec,
             streams or Streams(),
             says_ready=says_ready,
+            told=None if exec_id else self.files.told,
         )
 
     @property
@@ -140,9 +173,7 @@ class Container:
         """The process of that id ("": init); raises CallerError(not_found)."""
         found = self._processes.get(exec_id)
         if found is None:
-            raise CallerError(
-                f"container {self.id!r} has no process {exec_id[:160]!r}", code="not_found"
-            )
+            raise CallerError(f"{self.name} has no process {exec_id[:160]!r}", code="not_found")
         return found
 
     def add(self, request: AddProcessRequest) -> None:
@@ -150,12 +181,12 @@ class Container:
         check_id(request.exec_id, "exec id")
         if request.exec_id in self._processes:
             raise CallerError(
-                f"container {self.id!r} has a process {request.exec_id!r} already",
+                f"{self.name} has a process {request.exec_id!r} already",
                 code="already_exists",
             )
         if len(self._processes) > MAX_PROCESSES:
             raise CallerError(
-                f"container {self.id!r} has {MAX_PROCESSES} added processes; delete one first",
+                f"{self.name} has {MAX_PROCESSES} added processes; delete one first",
                 code="resource_exhausted",
             )
         self._check_running()
@@ -163,9 +194,15 @@ class Container:
         self._declare(request.exec_id, spec, request.streams)
 
     def _check_running(self) -> None:
+        """Raise CallerError unless a process can be added."""
+        if self._freezer is not None and self._freezer.frozen:
+            raise CallerError(f"{self.name} is frozen; thaw it first", code="failed_precondition")
+        self._check_init()
+
+    def _check_init(self) -> None:
         if self.init.state != RUNNING:
             raise CallerError(
-                f"container {self.id!r} is not running; its init is {self.init.state}",
+                f"{self.name} is not running; its init is {self.init.state}",
                 code="failed_precondition",
             )
 
@@ -178,23 +215,40 @@ class Container:
 
     def _spawn(self, process: Process) -> Child:
         if process is self.init:
-            place: InitLaunch | int = InitLaunch(
-                spec=self.spec,
-                root=self._root.path,
-                root_read_only=self.spec.root_read_only or not self._root.writable,
-                files=self._files,
-                load_builtin=self._builtin,
-            )
+            place: InitLaunch | int = self._init_launch()
         else:
             self._check_running()
             place = self.init.pid
         child = self._around.spawner.spawn(
             process.spec, process.streams, process.window, self._cgroup, place
         )
-        self._around.reaper.expect(child.pid, process.reaped)
         if process is self.init:
-            self._files = []  # secrets may be among them; the child has its copy
+            self._around.reaper.expect(child.pid, self._init_reaped)
+        else:
+            self._around.reaper.expect(child.pid, process.reaped)
         return child
+
+    def _init_launch(self) -> InitLaunch:
+        shares_pids = self._shared & abi.CLONE_NEWPID
+        return InitLaunch(
+            spec=self.spec,
+            root=self._root.path,
+            root_read_only=self.spec.root_read_only or not self._root.writable,
+            files=self.files.take(),
+            shared_namespaces=self._shared,
+            pid_namespace=self._around.pod.pid_namespace() if shares_pids else -1,
+            shared_memory=self._shared_memory,
+            live_share=self._live_share,
+            load_builtin=self._builtin,
+        )
+
+    def _init_reaped(self, wait_status: int) -> None:
+        if self._shared & abi.CLONE_NEWPID:  # it was not pid 1, so the kernel kills nobody with it
+            try:
+                self._cgroup.signal_all(signal.SIGKILL)
+            except HostError as error:
+                self._around.log(f"{self.name}: {error}")
+        self.init.reaped(wait_status)
 
     def signal(self, exec_id: str, number: int, *, everyone: bool) -> None:
         """Signal one process, or with `everyone` every process of the container."""
@@ -217,6 +271,43 @@ class Container:
     def cgroup(self) -> Cgroup:
         return self._cgroup
 
+    @property
+    def oom_kills(self) -> int:
+        """Processes of the container that an OOM killer has ended so far."""
+        try:
+            return self._cgroup.oom_kills
+        except HostError:  # the cgroup has just been removed, and what it counted with it
+            return 0
+
+    # What follows is imported when it is first asked for: PID 1's imports are boot time.
+
+    def wait_oom(self, seen: int, answer: Callable[[int | VmcellError], None]) -> None:
+        """Answers with the count once it is above `seen`; not_found when the container goes."""
+        if self._oom is None:
+            from vmcell_agent.oom import OomWatch
+
+            self._oom = OomWatch(self._around.loop, self._cgroup, self.name)
+        self._oom.wait(seen, answer)
+
+    def set_frozen(self, frozen: bool, answer: Done) -> None:
+        """Freeze or thaw; answers when every process stands still, or goes on again."""
+        self._check_init()
+        if self._freezer is None:
+            from vmcell_agent.freezer import Freezer
+
+            self._freezer = Freezer(self._around.loop, self._cgroup, self.name)
+        self._freezer.set(frozen, answer)
+
+    def update(self, resources_json: bytes, answer: Done) -> None:
+        """Change the limits that `linux.resources` names."""
+        if self.init.state in (ENDED, FAILED):
+            raise CallerError(f"{self.name} has ended", code="failed_precondition")
+        if self._limits is None:
+            from vmcell_agent.limits import Limits
+
+            self._limits = Limits(self._around.errands, self._cgroup, self.name)
+        self._limits.update(resources_json, answer)
+
     def forget(self, exec_id: str) -> None:
         """Forget an added process that is not running; raises CallerError."""
         process = self.process(exec_id)
@@ -238,6 +329,7 @@ class Container:
 
     def _remove_step(self, done: Callable[[VmcellError | None], None], seconds: float) -> None:
         try:
+            self._end_waiting()
             if not self._cgroup.populated() and self._cgroup.remove():
                 self.close()
                 done(None)
@@ -246,12 +338,17 @@ class Container:
             done(error)
             return
         if seconds <= 0:
-            done(HostError(f"container {self.id!r} still has processes", code="unavailable"))
+            done(HostError(f"{self.name} still has processes", code="unavailable"))
             return
         self._around.loop.call_later(
             _REMOVE_STEP_SECONDS,
             lambda: self._remove_step(done, seconds - _REMOVE_STEP_SECONDS),
         )
+
+    def _end_waiting(self) -> None:
+        for waited_for in (self._oom, self._freezer):
+            if waited_for is not None:
+                waited_for.close()
 
     def end_now(self) -> None:
         """Kill everything and unmount, blocking for a moment: the machine is about to be reset."""
@@ -264,8 +361,11 @@ class Container:
 
     def close(self) -> None:
         """Forget processes and unmount, whatever runs; raises HostError. Idempotent."""
+        self._end_waiting()
         for process in self._processes.values():
             self._close_process(process)
+        self.files.close()
+        self._around.pod.leave_pid_namespace(self.id)
         self._root.close()
 
     def _close_process(self, process: Process) -> None:

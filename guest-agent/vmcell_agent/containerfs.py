@@ -11,13 +11,15 @@ from __future__ import annotations
 import os
 import stat
 
-from vmcell_agent import abi, syscalls
+from vmcell_agent import abi, liveshare, syscalls
 from vmcell_agent.attempt import attempt
+from vmcell_agent.mountoptions import POD_SHARED_MEMORY
+from vmcell_agent.ocispec import Device
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmcell_agent.mountoptions import Mount
-    from vmcell_agent.ocispec import ContainerSpec, Device
+    from vmcell_agent.ocispec import ContainerSpec
 
 _DEFAULT_DEVICES = (
     ("/dev/null", 1, 3),
@@ -69,43 +71,81 @@ def make_directory(path: str, mode: int = 0o755) -> str:
     return real
 
 
-def mount_all(mounts: tuple[Mount, ...]) -> list[str]:
+def clone_trees(
+    mounts: tuple[Mount, ...], *, shared_memory: str, live_share: str
+) -> dict[int, int]:
+    """Copies, attached nowhere, of what lies outside the container's root: the pod's tmpfs (type
+    vmcell-shm), live directories of the host (virtiofs). The directories are where each is mounted.
+
+    Index of the mount → descriptor, for `mount_all`. Works before `enter_root` only.
+    """
+    with attempt("take the pod's shared memory"):
+        trees = {
+            index: syscalls.clone_tree(shared_memory)
+            for index, row in enumerate(mounts)
+            if row.fstype == POD_SHARED_MEMORY
+        }
+    live = [index for index, row in enumerate(mounts) if row.fstype == liveshare.FSTYPE]
+    if live:
+        with attempt("take the host's live directories"):
+            numbers = [mounts[index].source for index in live]
+            trees.update(zip(live, liveshare.clone(live_share, numbers), strict=True))
+    return trees
+
+
+def _attach(tree: int, destination: str, flags: int) -> str:
+    """Put a copied tree in its place, which is made as what it is; the place without symlinks."""
+    if stat.S_ISDIR(os.fstat(tree).st_mode):
+        target = make_directory(destination)
+    else:
+        target = settle(destination)
+        os.close(os.open(target, os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY, 0o644))
+    syscalls.attach_tree(tree, target)
+    os.close(tree)
+    syscalls.mount("", target, "", abi.MS_BIND | abi.MS_REMOUNT | flags)
+    return target
+
+
+def mount_all(mounts: tuple[Mount, ...], trees: dict[int, int]) -> list[str]:
     """Mount in order; returns the tmpfs mounts that `lock_down` has yet to make read-only."""
     later: list[str] = []
-    for row in mounts:
+    for index, row in enumerate(mounts):
         with attempt(f"mount {row.fstype} on {row.destination} in the container"):
-            target = make_directory(row.destination)
-            flags = row.flags
-            if row.fstype == "tmpfs" and flags & abi.MS_RDONLY:
-                flags &= ~abi.MS_RDONLY
-                later.append(target)
-            fstype = "cgroup2" if row.fstype == "cgroup" else row.fstype
-            syscalls.mount(fstype, target, fstype, flags, row.data)
+            if index in trees:
+                target = _attach(trees[index], row.destination, row.flags)
+            else:
+                target = make_directory(row.destination)
+                flags = row.flags
+                if row.fstype == "tmpfs" and flags & abi.MS_RDONLY:
+                    flags &= ~abi.MS_RDONLY
+                    later.append(target)
+                fstype = "cgroup2" if row.fstype == "cgroup" else row.fstype
+                syscalls.mount(fstype, target, fstype, flags, row.data)
             if row.propagation:
                 syscalls.mount("", target, "", row.propagation)
     return later
 
 
-def _make_node(path: str, mode: int, major: int, minor: int, uid: int, gid: int) -> None:
-    target = settle(path)
+def _make_node(device: Device) -> None:
+    target = settle(device.path)
     if os.path.lexists(target):
         os.unlink(target)
-    os.mknod(target, mode, os.makedev(major, minor))
-    os.chmod(target, stat.S_IMODE(mode))
-    os.chown(target, uid, gid)
+    os.mknod(target, device.mode, os.makedev(device.major, device.minor))
+    os.chmod(target, stat.S_IMODE(device.mode))
+    os.chown(target, device.uid, device.gid)
 
 
 def make_devices(devices: tuple[Device, ...]) -> None:
     """The default devices and links of config-linux.md, then those the spec names."""
     with attempt("make the container's devices"):
         for path, major, minor in _DEFAULT_DEVICES:
-            _make_node(path, stat.S_IFCHR | 0o666, major, minor, 0, 0)
+            _make_node(Device(path, stat.S_IFCHR | 0o666, major, minor, 0, 0))
         for path, target in _DEFAULT_LINKS:
             if not os.path.lexists(path):
                 os.symlink(target, path)
     for device in devices:
         with attempt(f"make device {device.path} in the container"):
-            _make_node(*device)
+            _make_node(device)
 
 
 def bind_console(terminal_path: str) -> None:

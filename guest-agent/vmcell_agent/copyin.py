@@ -40,23 +40,30 @@ def check(files: list[FileCopy]) -> None:
             raise CallerError(f"{file.destination} has mode {file.mode:o}; it must be 0 to 7777")
 
 
-def copy_in(files: list[FileCopy]) -> None:
-    """Write them in order, inside the container's root."""
+def copy_in(files: list[FileCopy]) -> list[str]:
+    """Write them in order, inside the container's root, then make read-only what is to be; returns
+    where each of them is, with no symlink on the way."""
+    targets = []
     for file in files:
         with attempt(f"copy {file.destination} into the container"):
-            target = _make_directory(file) if file.directory else _write(file)
-            if file.read_only:
-                containerfs.bind_read_only(target)
+            targets.append(_make_directory(file) if file.directory else _write(file))
+    read_only = (target for file, target in zip(files, targets, strict=True) if file.read_only)
+    for target in dict.fromkeys(read_only):
+        with attempt(f"make {target} read-only in the container"):
+            containerfs.bind_read_only(target)
+    return targets
 
 
-def _refuse_kernel_files(path: str, target: int | str) -> None:
+def refuse_kernel_files(path: str, target: int | str) -> None:
+    """Raise CallerError unless `target` (a path or a descriptor) lies on a file system that keeps
+    files; `path` is for the error."""
     if syscalls.filesystem_magic(target) not in _FILESYSTEMS:
         raise CallerError(f"{path} lies on a file system of the kernel's; nothing is copied there")
 
 
 def _make_directory(file: FileCopy) -> str:
     target = containerfs.make_directory(file.destination)
-    _refuse_kernel_files(file.destination, target)
+    refuse_kernel_files(file.destination, target)
     os.chown(target, file.uid, file.gid)
     os.chmod(target, file.mode)
     return target
@@ -64,17 +71,22 @@ def _make_directory(file: FileCopy) -> str:
 
 def _write(file: FileCopy) -> str:
     target = containerfs.settle(file.destination)
-    _refuse_kernel_files(file.destination, os.path.dirname(target))
+    refuse_kernel_files(file.destination, os.path.dirname(target))
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     fd = os.open(target, flags, 0o600)
     try:
-        _refuse_kernel_files(file.destination, fd)
+        refuse_kernel_files(file.destination, fd)
         os.ftruncate(fd, 0)
-        written = 0
-        while written < len(file.content):
-            written += os.write(fd, file.content[written:])
-        os.fchown(fd, file.uid, file.gid)
-        os.fchmod(fd, file.mode)
+        fill(fd, file)
     finally:
         os.close(fd)
     return target
+
+
+def fill(fd: int, file: FileCopy) -> None:
+    """Content, owner and mode of an empty file."""
+    written = 0
+    while written < len(file.content):
+        written += os.write(fd, file.content[written:])
+    os.fchown(fd, file.uid, file.gid)
+    os.fchmod(fd, file.mode)

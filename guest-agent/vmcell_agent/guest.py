@@ -7,12 +7,15 @@ it ends is the same.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import NamedTuple
 
 from vmcell_agent.container import Surroundings
 from vmcell_agent.control import ControlConnection
+from vmcell_agent.errand import Errands
 from vmcell_agent.eventloop import Loop
+from vmcell_agent.pod import Pod
+from vmcell_agent.portdoor import PortDoor
 from vmcell_agent.reaper import Reaper
+from vmcell_agent.record import Record
 from vmcell_agent.service import AgentService
 from vmcell_agent.spawn import Spawner
 from vmcell_agent.streamdoor import StreamDoor
@@ -25,19 +28,23 @@ if TYPE_CHECKING:
     from vmcell_agent.container import Builtin
 
 
-class Places(NamedTuple):
-    """Where the agent keeps things: a cgroup v2 directory, a state directory, device nodes."""
+class Places(Record):
+    """Where the agent keeps things: a cgroup v2 directory, a state directory, device nodes,
+    sysfs."""
 
     cgroup_root: str
     state_directory: str
     device_directory: str
+    sysfs_directory: str
 
 
-class Transports(NamedTuple):
-    """The connected control stream, the listener for streams, and who may dial it."""
+class Transports(Record):
+    """The connected control stream, the listeners for streams and for port forwards, and who may
+    dial them."""
 
     control: socket.socket
     stream_listener: socket.socket
+    port_listener: socket.socket
     accepts_peer: Callable[[object], bool]
 
 
@@ -55,20 +62,28 @@ def serve(
         stack.callback(reaper.close)
         door = StreamDoor(loop, transports.stream_listener, transports.accepts_peer)
         stack.callback(door.close)
+        ports = PortDoor(loop, transports.port_listener, transports.accepts_peer)
+        stack.callback(ports.close)
         spawner = Spawner()
         stack.callback(spawner.close)
+        errands = Errands(loop, reaper)
+        stack.callback(errands.close)
+        pod = Pod(spawner, reaper, places.state_directory)
+        stack.callback(pod.close)
         around = Surroundings(
             loop=loop,
             door=door,
             reaper=reaper,
             spawner=spawner,
+            errands=errands,
+            pod=pod,
             cgroup_root=places.cgroup_root,
             state_directory=places.state_directory,
             device_directory=places.device_directory,
             builtins=builtins,
             log=log,
         )
-        service = AgentService(around, loop.stop)
+        service = AgentService(around, places.sysfs_directory, loop.stop)
 
         def lost(reason: str) -> None:
             log(f"{reason}; shutting down")

@@ -17,6 +17,7 @@ CGROUP_MOUNT = "/sys/fs/cgroup"
 CGROUP_ROOT = "/sys/fs/cgroup/vmcell"
 STATE_DIRECTORY = "/run/vmcell"
 DEVICE_DIRECTORY = "/dev"
+SYSFS_DIRECTORY = "/sys"
 MAX_ENTROPY_BYTES = 4096
 
 _SAFE = abi.MS_NOSUID | abi.MS_NODEV | abi.MS_NOEXEC
@@ -89,6 +90,14 @@ def _write(path: str, value: str) -> None:
             os.write(fd, value.encode())
         finally:
             os.close(fd)
+
+
+def kernel_boot_ms() -> int:
+    """When this process, PID 1 of a guest, started (field 22 of proc(5)'s stat, in ticks)."""
+    with attempt("read /proc/self/stat"), open("/proc/self/stat", "rb") as file:
+        # The command's name may hold spaces; fields are counted behind its bracket.
+        started = int(file.read().rpartition(b")")[2].split()[19])
+    return started * 1000 // os.sysconf("SC_CLK_TCK")
 
 
 def set_clock(unix_time_ns: int) -> None:

@@ -6,9 +6,10 @@ only a host can honour (bind, idmap, tmpcopyup) are refused by name.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import re
 
-from vmcell_agent import abi
+from vmcell_agent import abi, liveshare
+from vmcell_agent.record import Record
 from vmcell_protos.errors import CallerError
 
 _FLAGS: dict[str, tuple[bool, int]] = {
@@ -61,14 +62,22 @@ _REFUSED = frozenset(
         "rnosuid",
     )
 )
+# Not a file system but the pod's one tmpfs, which all its containers have at /dev/shm.
+POD_SHARED_MEMORY = "vmcell-shm"
 FILESYSTEM_TYPES = frozenset(
-    ("proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"),
+    (
+        *("proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"),
+        *(POD_SHARED_MEMORY, liveshare.FSTYPE),
+    ),
 )
+# How the host shares a live directory; the first two say nothing here, the third is true of it.
+_SHARED_AS = {"bind": "defaults", "rbind": "defaults", "rro": "ro"}
 # These take data; the others' data names hierarchies or hosts and means nothing here.
-_TYPES_WITH_DATA = frozenset(("tmpfs", "devpts", "proc"))
+_TYPES_WITH_DATA = frozenset(("tmpfs", "devpts", "proc", POD_SHARED_MEMORY))
+_SHARED_MEMORY_DATA = r"size=[0-9]{1,15}[kKmMgG%]?|mode=[0-7]{1,4}"
 
 
-class Mount(NamedTuple):
+class Mount(Record):
     """One mount inside the container, in the spec's order."""
 
     destination: str
@@ -76,12 +85,18 @@ class Mount(NamedTuple):
     flags: int
     propagation: int
     data: str
+    source: str = ""  # of a live directory its number in the share
 
 
-def parse_mount(destination: str, fstype: str, options: list[str], path: str) -> Mount:
+def parse_mount(
+    destination: str, fstype: str, options: list[str], path: str, *, source: str = ""
+) -> Mount:
     """The row for mount(2); `path` names the entry in errors. Raises CallerError."""
     if not destination.startswith("/"):
         raise CallerError(f"{path}.destination is {destination!r}; it must be absolute")
+    if fstype == liveshare.FSTYPE:
+        liveshare.check_source(source, path)
+        options = [_SHARED_AS.get(word, word) for word in options]
     if fstype in ("bind", "none", "") or "bind" in options or "rbind" in options:
         raise CallerError(
             f"{path} binds a host path to {destination}; a guest sees no host path, "
@@ -99,8 +114,14 @@ def parse_mount(destination: str, fstype: str, options: list[str], path: str) ->
             flags = flags | bit if sets else flags & ~bit
         elif option in PROPAGATION:
             propagation = PROPAGATION[option]
+        elif fstype == POD_SHARED_MEMORY and not re.fullmatch(_SHARED_MEMORY_DATA, option, re.A):
+            raise CallerError(f"{path} has option {option!r}; {fstype} takes size= and mode= only")
         else:
             data.append(option)
+    if fstype == "sysfs":  # by it devices come and go, which is PID 1's alone
+        flags |= abi.MS_RDONLY
+    if fstype == liveshare.FSTYPE:
+        flags |= abi.MS_NOSUID | abi.MS_NODEV
     if fstype not in _TYPES_WITH_DATA:
         data = []
-    return Mount(destination, fstype, flags, propagation, ",".join(data))
+    return Mount(destination, fstype, flags, propagation, ",".join(data), source)

@@ -7,10 +7,10 @@ refused by name. AppArmor and SELinux labels speak of the host's kernel and are 
 from __future__ import annotations
 
 import resource
-from typing import NamedTuple
 
 from vmcell_agent import capabilities
 from vmcell_agent.capabilities import CapabilitySets
+from vmcell_agent.record import Record
 from vmcell_protos.errors import CallerError
 
 TYPE_CHECKING = False
@@ -40,7 +40,7 @@ MAX_ID = (1 << 31) - 1
 _REFUSED = ("scheduler", "ioPriority", "execCPUAffinity")
 
 
-class Rlimit(NamedTuple):
+class Rlimit(Record):
     """One limit by the kernel's number; RLIM_INFINITY is resource's -1."""
 
     name: str
@@ -49,7 +49,7 @@ class Rlimit(NamedTuple):
     hard: int
 
 
-class ProcessSpec(NamedTuple):
+class ProcessSpec(Record):
     """What a process is to be: program, credentials, limits."""
 
     args: tuple[str, ...]
@@ -112,7 +112,7 @@ def _environment(process: Object) -> dict[str, str]:
 def _capability_sets(sets: Object) -> CapabilitySets:
     values = {
         name: capabilities.bits(sets.texts(name), f"{sets.path}.{name}")
-        for name in CapabilitySets._fields
+        for name in CapabilitySets.fields
     }
     # capabilities(7): the ambient set lies within permitted and inheritable; what does not is
     # dropped with the same silence as runc's.

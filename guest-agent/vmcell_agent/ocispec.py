@@ -1,28 +1,29 @@
 """An OCI runtime spec (config.json) as one immutable description of a container.
 
-The container always gets pid, mount, uts, ipc and cgroup namespaces of its own; its network is the
-guest's own. What the spec says about the host's kernel (seccomp, AppArmor, SELinux, device cgroup,
-Intel RDT, block and network controllers) has no meaning here and is ignored: the boundary is the
-virtual machine. What would change the meaning of the container and cannot be done is refused by
-name. Unknown fields are ignored, as the OCI specification asks (config.md, "Extensibility").
+The container gets pid, mount, uts, ipc and cgroup namespaces of its own, unless the request shares
+some in its pod; its network is the guest's own. What the spec says about the host's kernel
+(seccomp, AppArmor, SELinux, device cgroup, Intel RDT, block and network controllers) has no meaning
+here and is ignored: the boundary is the virtual machine. What would change the meaning of the
+container and cannot be done is refused by name. Unknown fields are ignored, as the OCI
+specification asks (config.md, "Extensibility").
 """
 
 from __future__ import annotations
 
 import re
 import stat
-from typing import NamedTuple
 
 from vmcell_agent.jsonfields import parse_object
 from vmcell_agent.mountoptions import PROPAGATION, Mount, parse_mount
 from vmcell_agent.ociprocess import MAX_ID, ProcessSpec, parse_process
+from vmcell_agent.record import Record
+from vmcell_agent.resources import cgroup_files
 from vmcell_protos.errors import CallerError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmcell_agent.jsonfields import Object
 
-_I64 = (1 << 63) - 1
 _OWN_NAMESPACES = ("pid", "mount", "uts", "ipc", "cgroup")
 _REFUSED_LINUX = ("uidMappings", "gidMappings", "personality", "timeOffsets", "netDevices")
 _GUEST_HOOKS = ("createContainer", "startContainer")
@@ -31,15 +32,13 @@ _GUEST_HOOKS = ("createContainer", "startContainer")
 _DEVICES = {
     (1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2), (10, 200), (10, 229),
 }  # fmt: skip
-_SYSCTLS = re.compile(
+_SYSCTLS = (
     r"kernel\.(msgmax|msgmnb|msgmni|sem|shmall|shmmax|shmmni|shm_rmid_forced|domainname)"
-    r"|fs\.mqueue\.[a-z_]+|net(\.[A-Za-z0-9_/-]+)+",
-    re.ASCII,
+    r"|fs\.mqueue\.[a-z_]+|net(\.[A-Za-z0-9_/-]+)+"
 )
-_CGROUP_FILE = re.compile(r"(cpu|memory|pids|cpuset|io|hugetlb)(\.[a-z0-9_]+)+", re.ASCII)
 
 
-class Device(NamedTuple):
+class Device(Record):
     """A device node the spec asks for beside the default ones."""
 
     path: str
@@ -50,7 +49,7 @@ class Device(NamedTuple):
     gid: int
 
 
-class ContainerSpec(NamedTuple):
+class ContainerSpec(Record):
     """What a container is to be."""
 
     process: ProcessSpec
@@ -84,14 +83,20 @@ def parse_spec(data: bytes, *, needs_args: bool = True) -> ContainerSpec:
         root_read_only=spec.object("root").flag("readonly"),
         root_propagation=_root_propagation(linux),
         mounts=tuple(
-            parse_mount(row.text("destination"), row.text("type"), row.texts("options"), row.path)
+            parse_mount(
+                row.text("destination"),
+                row.text("type"),
+                row.texts("options"),
+                row.path,
+                source=row.text("source"),
+            )
             for row in spec.objects("mounts")
         ),
         devices=tuple(_device(row) for row in linux.objects("devices")),
         masked_paths=_absolute_paths(linux, "maskedPaths"),
         read_only_paths=_absolute_paths(linux, "readonlyPaths"),
-        sysctls=_sysctls(linux),
-        cgroup_files=_cgroup_files(linux.object("resources")),
+        sysctls=sysctl_files(linux.text_map("sysctl")),
+        cgroup_files=cgroup_files(linux.object("resources")),
     )
 
 
@@ -153,43 +158,14 @@ def _device(row: Object) -> Device:
     )
 
 
-def _sysctls(linux: Object) -> dict[str, str]:
-    """Dots separate, and a slash inside a name stands for a dot (sysctl.d(5))."""
+def sysctl_files(values: dict[str, str]) -> dict[str, str]:
+    """File below /proc/sys → value; raises CallerError for one that no namespace has of its own.
+
+    Dots separate, and a slash inside a name stands for a dot (sysctl.d(5)).
+    """
     files: dict[str, str] = {}
-    for name, value in linux.text_map("sysctl").items():
-        if not _SYSCTLS.fullmatch(name) or ".." in name:
-            raise CallerError(f"spec.linux.sysctl {name!r} is not one a container has of its own")
+    for name, value in values.items():
+        if not re.fullmatch(_SYSCTLS, name, re.ASCII) or ".." in name:
+            raise CallerError(f"sysctl {name!r} is not one a container has of its own")
         files[name.replace(".", "\0").replace("/", ".").replace("\0", "/")] = value
-    return files
-
-
-def _cgroup_files(resources: Object) -> dict[str, str]:
-    """cgroup v2 files from v1-shaped limits; the weights follow runc's conversion table."""
-    files: dict[str, str] = {}
-    memory, cpu = resources.object("memory"), resources.object("cpu")
-    limit = memory.number("limit", -1, _I64)
-    if limit:
-        files["memory.max"] = "max" if limit < 0 else str(limit)
-    reservation = memory.number("reservation", -1, _I64)
-    if reservation:
-        files["memory.low"] = "max" if reservation < 0 else str(reservation)
-    swap = memory.number("swap", -1, _I64)
-    if swap:  # v1 counts memory and swap together
-        files["memory.swap.max"] = "max" if swap < 0 else str(max(0, swap - max(0, limit or 0)))
-    pids = resources.object("pids").number("limit", -1, _I64)
-    if pids:
-        files["pids.max"] = "max" if pids < 0 else str(pids)
-    shares = cpu.number("shares", 0, 1 << 20)
-    if shares:
-        files["cpu.weight"] = str(1 + ((max(2, min(shares, 262144)) - 2) * 9999) // 262142)
-    quota, period = cpu.number("quota", -1, _I64), cpu.number("period", 0, 1_000_000)
-    if quota or period:
-        files["cpu.max"] = f"{quota if quota and quota > 0 else 'max'} {period or 100_000}"
-    for key in ("cpus", "mems"):
-        if cpu.text(key):
-            files[f"cpuset.{key}"] = cpu.text(key)
-    for name, value in resources.text_map("unified").items():
-        if not _CGROUP_FILE.fullmatch(name):
-            raise CallerError(f"spec.linux.resources.unified names {name!r}; no file of cgroup v2")
-        files[name] = value
     return files

@@ -13,10 +13,10 @@ from __future__ import annotations
 import os
 import signal
 import time
-from typing import NamedTuple
 
 from vmcell_agent import report
 from vmcell_agent.eventloop import READABLE
+from vmcell_agent.record import Record
 from vmcell_agent.spawn import Window
 from vmcell_agent.stdio import StandardStreams
 from vmcell_protos.errors import CallerError, HostError, VmcellError
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from vmcell_agent.eventloop import Loop, Timer
     from vmcell_agent.ociprocess import ProcessSpec
+    from vmcell_agent.report import Report
     from vmcell_agent.spawn import Child
     from vmcell_agent.streamdoor import StreamDoor
     from vmcell_protos.agent import Streams
@@ -47,7 +48,7 @@ _HARMLESS_SIGNALS = frozenset(
 )
 
 
-class Exit(NamedTuple):
+class Exit(Record):
     """How a process ended: code or 128 + signal, and when."""
 
     status: int
@@ -72,8 +73,10 @@ class Process:
         streams: Streams,
         *,
         says_ready: bool = False,
+        told: Callable[[Report], None] | None = None,
     ) -> None:
-        """`name` is for errors; `says_ready`: it runs only once it has reported "R" (envd)."""
+        """`name` is for errors; `says_ready`: it runs only once it has reported "R" (envd); `told`
+        gets the reports "T" and "N", which an init makes."""
         self.name = name
         self.spec = spec
         self.streams = streams
@@ -83,6 +86,7 @@ class Process:
         self.exit: Exit | None = None
         self._loop = loop
         self._says_ready = says_ready
+        self._told = told
         self._stdio = StandardStreams(loop, door, streams, self._changed)
         self._spawn: Callable[[], Child] | None = None
         self._started: Callable[[int | VmcellError], None] | None = None
@@ -201,7 +205,9 @@ class Process:
         except BlockingIOError:
             return False
         if packet.kind == "P":
-            self._take_terminal(packet.master)
+            self._take_terminal(packet.descriptor)
+        elif packet.kind in ("T", "N") and self._told is not None:
+            self._told(packet)
         elif packet.kind == "R":
             self._ready = True
             self._run()
@@ -224,8 +230,8 @@ class Process:
     def _run(self) -> None:
         self._close_channel()
         self.state = RUNNING
-        if any(self.window):  # it may have been resized since the fork
-            self._stdio.resize(*self.window)
+        if self.window.rows or self.window.columns:  # it may have been resized since the fork
+            self._stdio.resize(self.window.rows, self.window.columns)
         self._tell_started(self.pid)
 
     def _fail(self, error: VmcellError) -> None:

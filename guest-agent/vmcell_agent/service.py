@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 
-from vmcell_agent import machine, network
+from vmcell_agent import containerfs, machine, network, ocispec
 from vmcell_agent.container import Container
 from vmcell_agent.process import Exit
 from vmcell_protos import agent as messages
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vmcell_agent.container import Surroundings
+    from vmcell_agent.windows import Windows
     from vmcell_protos.wire import Message
 
     Answer = Callable[[Message | VmcellError], None]
@@ -36,8 +37,12 @@ _TERM_SECONDS = 1.0
 class AgentService:
     """Owns the containers. `stop` is called when the machine is to be reset."""
 
-    def __init__(self, around: Surroundings, stop: Callable[[], None]) -> None:
+    def __init__(
+        self, around: Surroundings, sysfs_directory: str, stop: Callable[[], None]
+    ) -> None:
         self._around = around
+        self._sysfs_directory = sysfs_directory
+        self._windows: Windows | None = None
         self._stop = stop
         self._containers: dict[str, Container] = {}
         self._removing: set[str] = set()
@@ -70,20 +75,46 @@ class AgentService:
     def hello(self, request: messages.HelloRequest, answer: Answer) -> None:
         answer(
             messages.HelloResponse(
-                agent_version=machine.AGENT_VERSION, kernel_release=os.uname().release
+                agent_version=machine.AGENT_VERSION,
+                kernel_release=os.uname().release,
+                kernel_boot_ms=machine.kernel_boot_ms(),
             )
         )
 
     def configure_guest(self, request: messages.ConfigureGuestRequest, answer: Answer) -> None:
+        plans = network.plan(request.interfaces)
+        sysctls = ocispec.sysctl_files(request.sysctls)
         if request.unix_time_ns:
             machine.set_clock(request.unix_time_ns)
         if request.entropy:
             machine.add_entropy(request.entropy)
         if request.hostname:
-            machine.set_hostname(request.hostname)
-        for interface in request.interfaces:
-            network.configure(interface)
+            self._around.pod.rename(request.hostname)
+        network.configure(plans)
+        containerfs.write_sysctls(sysctls)
         answer(messages.Empty())
+
+    def attach_device(self, request: messages.AttachDeviceRequest, answer: Answer) -> None:
+        def attached(result: str | VmcellError) -> None:
+            if isinstance(result, str):
+                answer(messages.AttachDeviceResponse(name=result))
+            else:
+                answer(result)
+
+        self._known_windows().attach(request.window, attached)
+
+    def detach_device(self, request: messages.DetachDeviceRequest, answer: Answer) -> None:
+        self._known_windows().detach(request.window, _empty_or_error(answer))
+
+    def _known_windows(self) -> Windows:
+        if self._windows is None:
+            from vmcell_agent.windows import Windows  # boot does not need it
+
+            around = self._around
+            self._windows = Windows(
+                around.loop, around.errands, self._sysfs_directory, around.device_directory
+            )
+        return self._windows
 
     def shutdown(self, request: messages.Empty, answer: Answer) -> None:
         answer(messages.Empty())
@@ -93,6 +124,7 @@ class AgentService:
                 if container.cgroup.populated():
                     running = True
                     container.cgroup.signal_all(signal.SIGTERM)
+                    container.cgroup.freeze(False)
             except HostError as error:  # it is killed without having been asked
                 self._around.log(f"container {container.id}: {error}")
         self._around.loop.call_later(_TERM_SECONDS if running else 0, self._stop)
@@ -141,6 +173,39 @@ class AgentService:
         ]
         answer(messages.ListProcessesResponse(processes=rows))
 
+    def update_container(self, request: messages.UpdateContainerRequest, answer: Answer) -> None:
+        container = self._container(request.container_id)
+        container.update(request.resources_json, _empty_or_error(answer))
+
+    def freeze_container(self, request: messages.ContainerRef, answer: Answer) -> None:
+        self._container(request.container_id).set_frozen(True, _empty_or_error(answer))
+
+    def thaw_container(self, request: messages.ContainerRef, answer: Answer) -> None:
+        self._container(request.container_id).set_frozen(False, _empty_or_error(answer))
+
+    def wait_oom(self, request: messages.WaitOomRequest, answer: Answer) -> None:
+        def killed(result: int | VmcellError) -> None:
+            if isinstance(result, int):
+                answer(messages.WaitOomResponse(oom_kills=result))
+            else:
+                answer(result)
+
+        self._container(request.container_id).wait_oom(request.seen, killed)
+
+    def copy_files(self, request: messages.CopyFilesRequest, answer: Answer) -> None:
+        container = self._container(request.container_id)
+        container.files.copy_again(request.files, _empty_or_error(answer))
+
+    def read_file(self, request: messages.ReadFileRequest, answer: Answer) -> None:
+        def read(result: tuple[int, bytes] | VmcellError) -> None:
+            if isinstance(result, VmcellError):
+                answer(result)
+            else:
+                answer(messages.ReadFileResponse(mode=result[0], content=result[1]))
+
+        container = self._container(request.container_id)
+        container.files.read(request.path, request.limit_bytes, read)
+
     # -- processes
 
     def add_process(self, request: messages.AddProcessRequest, answer: Answer) -> None:
@@ -157,17 +222,21 @@ class AgentService:
         self._container(request.container_id).start(request.exec_id, started)
 
     def wait_process(self, request: messages.ProcessRef, answer: Answer) -> None:
+        container = self._container(request.container_id)
+
         def ended(result: Exit | VmcellError) -> None:
             if isinstance(result, Exit):
                 answer(
                     messages.WaitProcessResponse(
-                        exit_status=result.status, exited_at_unix_ns=result.unix_ns
+                        exit_status=result.status,
+                        exited_at_unix_ns=result.unix_ns,
+                        oom_kills=container.oom_kills,
                     )
                 )
             else:
                 answer(result)
 
-        self._container(request.container_id).process(request.exec_id).wait(ended)
+        container.process(request.exec_id).wait(ended)
 
     def signal_process(self, request: messages.SignalProcessRequest, answer: Answer) -> None:
         if not 1 <= request.signal <= _MAX_SIGNAL:
@@ -208,6 +277,13 @@ class AgentService:
             raise
 
 
+def _empty_or_error(answer: Answer) -> Callable[[VmcellError | None], None]:
+    def done(error: VmcellError | None) -> None:
+        answer(messages.Empty() if error is None else error)
+
+    return done
+
+
 def _command(pid: int) -> str:
     """The command line as ps shows it, "" when the process has ended."""
     try:
@@ -225,6 +301,8 @@ def _command(pid: int) -> str:
 _METHODS: dict[str, tuple[type[Message], Callable[[AgentService, Any, Answer], None]]] = {
     "Hello": (messages.HelloRequest, AgentService.hello),
     "ConfigureGuest": (messages.ConfigureGuestRequest, AgentService.configure_guest),
+    "AttachDevice": (messages.AttachDeviceRequest, AgentService.attach_device),
+    "DetachDevice": (messages.DetachDeviceRequest, AgentService.detach_device),
     "CreateContainer": (messages.CreateContainerRequest, AgentService.create_container),
     "AddProcess": (messages.AddProcessRequest, AgentService.add_process),
     "StartProcess": (messages.ProcessRef, AgentService.start_process),
@@ -234,6 +312,12 @@ _METHODS: dict[str, tuple[type[Message], Callable[[AgentService, Any, Answer], N
     "CloseStdin": (messages.ProcessRef, AgentService.close_stdin),
     "ListProcesses": (messages.ContainerRef, AgentService.list_processes),
     "ContainerStats": (messages.ContainerRef, AgentService.container_stats),
+    "UpdateContainer": (messages.UpdateContainerRequest, AgentService.update_container),
+    "FreezeContainer": (messages.ContainerRef, AgentService.freeze_container),
+    "ThawContainer": (messages.ContainerRef, AgentService.thaw_container),
+    "WaitOom": (messages.WaitOomRequest, AgentService.wait_oom),
+    "CopyFiles": (messages.CopyFilesRequest, AgentService.copy_files),
+    "ReadFile": (messages.ReadFileRequest, AgentService.read_file),
     "DeleteProcess": (messages.ProcessRef, AgentService.delete_process),
     "Shutdown": (messages.Empty, AgentService.shutdown),
 }

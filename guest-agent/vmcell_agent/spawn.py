@@ -11,20 +11,23 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import ExitStack
-from typing import NamedTuple
 
 from vmcell_agent import abi, child, report, syscalls
 from vmcell_agent.attempt import attempt
 from vmcell_agent.child import InitLaunch, Launch, Stdio
+from vmcell_agent.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import NoReturn
+
     from vmcell_agent.cgroup import Cgroup
     from vmcell_agent.ociprocess import ProcessSpec
     from vmcell_protos.agent import Streams
 
 
-class Child(NamedTuple):
+class Child(Record):
     """A forked child and the agent's ends; the receiver owns the descriptors. -1: no such pipe."""
 
     pid: int
@@ -34,7 +37,7 @@ class Child(NamedTuple):
     stderr: int
 
 
-class Window(NamedTuple):
+class Window(Record):
     """Size of a terminal in characters; 0: not said."""
 
     rows: int
@@ -79,6 +82,18 @@ class Spawner:
             os.close(self._own_pid_namespace)
             self._own_pid_namespace = -1
 
+    def fork_into_new_pid_namespace(self, become: Callable[[], NoReturn]) -> int:
+        """The pid (in the agent's namespace) of a child that is pid 1 of a new one."""
+        with attempt("fork the first process of a pid namespace"):
+            syscalls.unshare(abi.CLONE_NEWPID)
+            try:
+                pid = os.fork()
+                if pid == 0:
+                    become()
+            finally:
+                syscalls.setns(self._own_pid_namespace, abi.CLONE_NEWPID)
+        return pid
+
     def spawn(
         self,
         process: ProcessSpec,
@@ -122,6 +137,8 @@ class Spawner:
         with attempt("fork a process into the container", code="failed_precondition"):
             if isinstance(place, int):  # ESRCH, and ENOMEM at the fork: its init is just ending
                 syscalls.setns(init_pidfd, abi.CLONE_NEWPID)
+            elif place.pid_namespace >= 0:
+                syscalls.setns(place.pid_namespace, abi.CLONE_NEWPID)
             else:
                 syscalls.unshare(abi.CLONE_NEWPID)
             try:

@@ -63,13 +63,50 @@ def umount(target: str, flags: int = 0) -> None:
     _umount2(target.encode(), flags)
 
 
+def _syscall(number: int, *arguments: int | str | bytes) -> int:
+    """A call that glibc 2.36 does not wrap."""
+    converted: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, int):
+            converted.append(ctypes.c_long(argument))
+        else:
+            data = argument.encode() if isinstance(argument, str) else argument
+            converted.append(ctypes.c_char_p(data))
+    return _check(_libc.syscall(ctypes.c_long(number), *converted), None, ())
+
+
 def pivot_root(new_root: str, put_old: str) -> None:
-    """pivot_root(2), which glibc does not wrap."""
-    number = ctypes.c_long(abi.SYS_PIVOT_ROOT)
-    result = _libc.syscall(
-        number, ctypes.c_char_p(new_root.encode()), ctypes.c_char_p(put_old.encode())
+    """pivot_root(2)."""
+    _syscall(abi.SYS_PIVOT_ROOT, new_root, put_old)
+
+
+def clone_tree(path: str, directory: int = abi.AT_FDCWD) -> int:
+    """open_tree(2): a descriptor of a copy of the mount at `path`, attached nowhere; a symlink is
+    not followed. The caller closes it."""
+    flags = abi.OPEN_TREE_CLONE | os.O_CLOEXEC | abi.AT_SYMLINK_NOFOLLOW
+    return _syscall(abi.SYS_OPEN_TREE, directory, path, flags)
+
+
+def attach_tree(
+    tree: int, path: str, directory: int = abi.AT_FDCWD, *, beneath: bool = False
+) -> None:
+    """move_mount(2): put what `clone_tree` gave on `path`, or beneath the mount that is there."""
+    flags = abi.MOVE_MOUNT_F_EMPTY_PATH | (abi.MOVE_MOUNT_BENEATH if beneath else 0)
+    _syscall(abi.SYS_MOVE_MOUNT, tree, "", directory, path, flags)
+
+
+def set_tree_read_only(tree: int) -> None:
+    """mount_setattr(2) on what `clone_tree` gave."""
+    attributes = abi.MOUNT_ATTR.pack(abi.MOUNT_ATTR_RDONLY, 0, 0, 0)
+    _syscall(abi.SYS_MOUNT_SETATTR, tree, "", abi.AT_EMPTY_PATH, attributes, len(attributes))
+
+
+def make_all_writable_and_private() -> None:
+    """mount_setattr(2) on every mount of the namespace; super blocks stay as they are."""
+    attributes = abi.MOUNT_ATTR.pack(0, abi.MOUNT_ATTR_RDONLY, abi.MS_PRIVATE, 0)
+    _syscall(
+        abi.SYS_MOUNT_SETATTR, abi.AT_FDCWD, "/", abi.AT_RECURSIVE, attributes, len(attributes)
     )
-    _check(result, None, ())
 
 
 def unshare(flags: int) -> None:

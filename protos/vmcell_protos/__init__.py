@@ -9,10 +9,15 @@ wire            protobuf's wire format for messages declared as tables
 wellknown       Any, Timestamp, Empty (generated)
 ttrpc_messages  payloads of ttrpc frames (generated)
 ttrpc           frames, server and client connections, no I/O
+rtnetlink       messages to and from the kernel's routing socket, no I/O
+rtnetlink_rows  links, addresses, routes and neighbours as dumps tell them
+rtnetlink_tc    traffic control: one interface's frames redirected to another
 agent           shim ↔ guest agent (generated)
 task            containerd's Task service (generated)
+sandbox         containerd's sandbox API (generated)
 events          containerd's task events and their envelope (generated)
 metrics         cgroup v2 metrics for Task.Stats (generated)
+zygote          what is said to the node's zygote and by it
 bootstrap       what containerd exchanges with the shim binary (generated)
 pb              gRPC stubs for noded: containerd's services, the node door (generated)
 """

@@ -22,10 +22,11 @@ class HelloRequest(Message):
 
 
 class HelloResponse(Message):
-    __slots__ = ("agent_version", "kernel_release")
+    __slots__ = ("agent_version", "kernel_boot_ms", "kernel_release")
     FIELDS = (
         Field(1, "agent_version", "string"),
         Field(2, "kernel_release", "string"),
+        Field(3, "kernel_boot_ms", "uint32"),
     )
 
     def __init__(
@@ -33,19 +34,66 @@ class HelloResponse(Message):
         *,
         agent_version: str = "",
         kernel_release: str = "",
+        kernel_boot_ms: int = 0,
     ) -> None:
         self.agent_version: str = agent_version
         self.kernel_release: str = kernel_release
+        self.kernel_boot_ms: int = kernel_boot_ms
+
+
+class Route(Message):
+    __slots__ = ("destination", "gateway", "metric", "mtu", "source")
+    FIELDS = (
+        Field(1, "destination", "string"),
+        Field(2, "gateway", "string"),
+        Field(3, "source", "string"),
+        Field(4, "metric", "uint32"),
+        Field(5, "mtu", "uint32"),
+    )
+
+    def __init__(
+        self,
+        *,
+        destination: str = "",
+        gateway: str = "",
+        source: str = "",
+        metric: int = 0,
+        mtu: int = 0,
+    ) -> None:
+        self.destination: str = destination
+        self.gateway: str = gateway
+        self.source: str = source
+        self.metric: int = metric
+        self.mtu: int = mtu
+
+
+class Neighbour(Message):
+    __slots__ = ("address", "mac")
+    FIELDS = (
+        Field(1, "address", "string"),
+        Field(2, "mac", "string"),
+    )
+
+    def __init__(
+        self,
+        *,
+        address: str = "",
+        mac: str = "",
+    ) -> None:
+        self.address: str = address
+        self.mac: str = mac
 
 
 class Interface(Message):
-    __slots__ = ("addresses", "gateway", "mac", "mtu", "name")
+    __slots__ = ("addresses", "gateway", "mac", "mtu", "name", "neighbours", "routes")
     FIELDS = (
         Field(1, "name", "string"),
         Field(2, "mac", "string"),
         Field(3, "addresses", "string", "repeated"),
         Field(4, "mtu", "uint32"),
         Field(5, "gateway", "string"),
+        Field(6, "routes", "message", "repeated", Route),
+        Field(7, "neighbours", "message", "repeated", Neighbour),
     )
 
     def __init__(
@@ -56,21 +104,26 @@ class Interface(Message):
         addresses: list[str] | None = None,
         mtu: int = 0,
         gateway: str = "",
+        routes: list[Route] | None = None,
+        neighbours: list[Neighbour] | None = None,
     ) -> None:
         self.name: str = name
         self.mac: str = mac
         self.addresses: list[str] = addresses or []
         self.mtu: int = mtu
         self.gateway: str = gateway
+        self.routes: list[Route] = routes or []
+        self.neighbours: list[Neighbour] = neighbours or []
 
 
 class ConfigureGuestRequest(Message):
-    __slots__ = ("entropy", "hostname", "interfaces", "unix_time_ns")
+    __slots__ = ("entropy", "hostname", "interfaces", "sysctls", "unix_time_ns")
     FIELDS = (
         Field(1, "unix_time_ns", "int64"),
         Field(2, "hostname", "string"),
         Field(3, "interfaces", "message", "repeated", Interface),
         Field(4, "entropy", "bytes"),
+        Field(5, "sysctls", "string", "map", None, key="string"),
     )
 
     def __init__(
@@ -80,32 +133,73 @@ class ConfigureGuestRequest(Message):
         hostname: str = "",
         interfaces: list[Interface] | None = None,
         entropy: bytes = b"",
+        sysctls: dict[str, str] | None = None,
     ) -> None:
         self.unix_time_ns: int = unix_time_ns
         self.hostname: str = hostname
         self.interfaces: list[Interface] = interfaces or []
         self.entropy: bytes = entropy
+        self.sysctls: dict[str, str] = sysctls or {}
 
 
 class Rootfs(Message):
-    __slots__ = ("lower_device", "upper_device")
+    __slots__ = ("block_device", "lower_devices", "upper_device")
     FIELDS = (
-        Field(1, "lower_device", "string"),
+        Field(1, "lower_devices", "string", "repeated"),
         Field(2, "upper_device", "string"),
+        Field(3, "block_device", "string"),
     )
 
     def __init__(
         self,
         *,
-        lower_device: str = "",
+        lower_devices: list[str] | None = None,
         upper_device: str = "",
+        block_device: str = "",
     ) -> None:
-        self.lower_device: str = lower_device
+        self.lower_devices: list[str] = lower_devices or []
         self.upper_device: str = upper_device
+        self.block_device: str = block_device
+
+
+class AttachDeviceRequest(Message):
+    __slots__ = ("window",)
+    FIELDS = (Field(1, "window", "uint32"),)
+
+    def __init__(
+        self,
+        *,
+        window: int = 0,
+    ) -> None:
+        self.window: int = window
+
+
+class AttachDeviceResponse(Message):
+    __slots__ = ("name",)
+    FIELDS = (Field(1, "name", "string"),)
+
+    def __init__(
+        self,
+        *,
+        name: str = "",
+    ) -> None:
+        self.name: str = name
+
+
+class DetachDeviceRequest(Message):
+    __slots__ = ("window",)
+    FIELDS = (Field(1, "window", "uint32"),)
+
+    def __init__(
+        self,
+        *,
+        window: int = 0,
+    ) -> None:
+        self.window: int = window
 
 
 class FileCopy(Message):
-    __slots__ = ("content", "destination", "directory", "gid", "mode", "read_only", "uid")
+    __slots__ = ("content", "destination", "directory", "gid", "mode", "read_only", "remove", "uid")
     FIELDS = (
         Field(1, "destination", "string"),
         Field(2, "mode", "uint32"),
@@ -114,6 +208,7 @@ class FileCopy(Message):
         Field(5, "content", "bytes"),
         Field(6, "directory", "bool"),
         Field(7, "read_only", "bool"),
+        Field(8, "remove", "bool"),
     )
 
     def __init__(
@@ -126,6 +221,7 @@ class FileCopy(Message):
         content: bytes = b"",
         directory: bool = False,
         read_only: bool = False,
+        remove: bool = False,
     ) -> None:
         self.destination: str = destination
         self.mode: int = mode
@@ -134,6 +230,7 @@ class FileCopy(Message):
         self.content: bytes = content
         self.directory: bool = directory
         self.read_only: bool = read_only
+        self.remove: bool = remove
 
 
 class Streams(Message):
@@ -160,7 +257,15 @@ class Streams(Message):
 
 
 class CreateContainerRequest(Message):
-    __slots__ = ("container_id", "files", "init", "rootfs", "spec_json", "streams")
+    __slots__ = (
+        "container_id",
+        "files",
+        "init",
+        "rootfs",
+        "shared_namespaces",
+        "spec_json",
+        "streams",
+    )
     FIELDS = (
         Field(1, "container_id", "string"),
         Field(2, "spec_json", "bytes"),
@@ -168,6 +273,7 @@ class CreateContainerRequest(Message):
         Field(4, "streams", "message", "one", Streams),
         Field(5, "files", "message", "repeated", FileCopy),
         Field(6, "init", "string"),
+        Field(7, "shared_namespaces", "string", "repeated"),
     )
 
     def __init__(
@@ -179,6 +285,7 @@ class CreateContainerRequest(Message):
         streams: Streams | None = None,
         files: list[FileCopy] | None = None,
         init: str = "",
+        shared_namespaces: list[str] | None = None,
     ) -> None:
         self.container_id: str = container_id
         self.spec_json: bytes = spec_json
@@ -186,6 +293,7 @@ class CreateContainerRequest(Message):
         self.streams: Streams | None = streams
         self.files: list[FileCopy] = files or []
         self.init: str = init
+        self.shared_namespaces: list[str] = shared_namespaces or []
 
 
 class AddProcessRequest(Message):
@@ -253,10 +361,11 @@ class StartProcessResponse(Message):
 
 
 class WaitProcessResponse(Message):
-    __slots__ = ("exit_status", "exited_at_unix_ns")
+    __slots__ = ("exit_status", "exited_at_unix_ns", "oom_kills")
     FIELDS = (
         Field(1, "exit_status", "uint32"),
         Field(2, "exited_at_unix_ns", "int64"),
+        Field(3, "oom_kills", "uint64"),
     )
 
     def __init__(
@@ -264,9 +373,11 @@ class WaitProcessResponse(Message):
         *,
         exit_status: int = 0,
         exited_at_unix_ns: int = 0,
+        oom_kills: int = 0,
     ) -> None:
         self.exit_status: int = exit_status
         self.exited_at_unix_ns: int = exited_at_unix_ns
+        self.oom_kills: int = oom_kills
 
 
 class SignalProcessRequest(Message):
@@ -345,6 +456,106 @@ class ListProcessesResponse(Message):
         processes: list[ListProcessesResponseProcess] | None = None,
     ) -> None:
         self.processes: list[ListProcessesResponseProcess] = processes or []
+
+
+class UpdateContainerRequest(Message):
+    __slots__ = ("container_id", "resources_json")
+    FIELDS = (
+        Field(1, "container_id", "string"),
+        Field(2, "resources_json", "bytes"),
+    )
+
+    def __init__(
+        self,
+        *,
+        container_id: str = "",
+        resources_json: bytes = b"",
+    ) -> None:
+        self.container_id: str = container_id
+        self.resources_json: bytes = resources_json
+
+
+class WaitOomRequest(Message):
+    __slots__ = ("container_id", "seen")
+    FIELDS = (
+        Field(1, "container_id", "string"),
+        Field(2, "seen", "uint64"),
+    )
+
+    def __init__(
+        self,
+        *,
+        container_id: str = "",
+        seen: int = 0,
+    ) -> None:
+        self.container_id: str = container_id
+        self.seen: int = seen
+
+
+class WaitOomResponse(Message):
+    __slots__ = ("oom_kills",)
+    FIELDS = (Field(1, "oom_kills", "uint64"),)
+
+    def __init__(
+        self,
+        *,
+        oom_kills: int = 0,
+    ) -> None:
+        self.oom_kills: int = oom_kills
+
+
+class CopyFilesRequest(Message):
+    __slots__ = ("container_id", "files")
+    FIELDS = (
+        Field(1, "container_id", "string"),
+        Field(2, "files", "message", "repeated", FileCopy),
+    )
+
+    def __init__(
+        self,
+        *,
+        container_id: str = "",
+        files: list[FileCopy] | None = None,
+    ) -> None:
+        self.container_id: str = container_id
+        self.files: list[FileCopy] = files or []
+
+
+class ReadFileRequest(Message):
+    __slots__ = ("container_id", "limit_bytes", "path")
+    FIELDS = (
+        Field(1, "container_id", "string"),
+        Field(2, "path", "string"),
+        Field(3, "limit_bytes", "uint32"),
+    )
+
+    def __init__(
+        self,
+        *,
+        container_id: str = "",
+        path: str = "",
+        limit_bytes: int = 0,
+    ) -> None:
+        self.container_id: str = container_id
+        self.path: str = path
+        self.limit_bytes: int = limit_bytes
+
+
+class ReadFileResponse(Message):
+    __slots__ = ("content", "mode")
+    FIELDS = (
+        Field(1, "content", "bytes"),
+        Field(2, "mode", "uint32"),
+    )
+
+    def __init__(
+        self,
+        *,
+        content: bytes = b"",
+        mode: int = 0,
+    ) -> None:
+        self.content: bytes = content
+        self.mode: int = mode
 
 
 class ContainerStatsResponse(Message):

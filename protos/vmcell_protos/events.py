@@ -175,6 +175,30 @@ class TaskOOM(Message):
         self.container_id: str = container_id
 
 
+class TaskPaused(Message):
+    __slots__ = ("container_id",)
+    FIELDS = (Field(1, "container_id", "string"),)
+
+    def __init__(
+        self,
+        *,
+        container_id: str = "",
+    ) -> None:
+        self.container_id: str = container_id
+
+
+class TaskResumed(Message):
+    __slots__ = ("container_id",)
+    FIELDS = (Field(1, "container_id", "string"),)
+
+    def __init__(
+        self,
+        *,
+        container_id: str = "",
+    ) -> None:
+        self.container_id: str = container_id
+
+
 class TaskExecAdded(Message):
     __slots__ = ("container_id", "exec_id")
     FIELDS = (

@@ -14,11 +14,17 @@ bus      addresses to devices, for ports and for memory-mapped windows
 loop     the device thread's event loop: descriptors, timers, calls from other threads
 boot     everything that stands in memory and registers before the first instruction
 devices  the few PC devices a Linux without ACPI and PCI wants
-virtio   virtio-mmio devices: images, disks, network, sockets, entropy
+virtio   virtio-mmio devices: images, disks, network, directories, sockets, entropy, balloon
 ending   why a machine ends: the first cause, and what the kernel said
 vcpu     one thread per vCPU: exits to the bus, kicks, what an exit means
+clock    the guest's time, which stands still while its vCPUs do
+pausing  all vCPUs stand still, and go on
+hotplug  devices that come and go at the spare windows
 machine  a microVM that exists: run it, count, close
 build    the recipe for a machine
+answers  what the shim asks of a running machine
+jail     what a VMM gives up before its guest runs
 vmm      the process around one machine
+zygote_client  a VMM process forked by the node's zygote
 handle   the host's side of that process
 """

@@ -1,27 +1,30 @@
 """The recipe for a machine: boot. The only place that knows every part.
 
-Fixed order of virtio devices: pmem, blk, net, vsock, entropy; the first stands at the first window.
+Fixed order of virtio devices: pmem, blk, net, fs, vsock, entropy, balloon, then the spare windows;
+the first stands at the first window.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vmcell_protos.errors import CallerError
 from vmcell_runtime import layout
 from vmcell_runtime.boot.entry import ENTRY_MSRS, entry_fpu, entry_regs, entry_sregs
 from vmcell_runtime.boot.linux import load_linux
 from vmcell_runtime.bus import Bus
-from vmcell_runtime.config import MachineConfig, NetConfig
+from vmcell_runtime.clock import GuestClock
+from vmcell_runtime.config import FsConfig, MachineConfig, NetConfig
 from vmcell_runtime.devices.cmos import Cmos
 from vmcell_runtime.devices.console import ConsoleLog
 from vmcell_runtime.devices.i8042 import I8042
 from vmcell_runtime.devices.serial import Serial
 from vmcell_runtime.ending import Ending
+from vmcell_runtime.hotplug import HotPlug, SparePlace
 from vmcell_runtime.irq import IrqLine
 from vmcell_runtime.kvm.cpuid import guest_cpuid, physical_address_bits
 from vmcell_runtime.kvm.system import System
@@ -30,18 +33,21 @@ from vmcell_runtime.kvm.vm import Vm
 from vmcell_runtime.loop import EventLoop
 from vmcell_runtime.machine import Machine
 from vmcell_runtime.memory import GuestMemory
+from vmcell_runtime.pausing import Pausing
 from vmcell_runtime.vcpu import VcpuThread
+from vmcell_runtime.virtio import abi
+from vmcell_runtime.virtio.balloon import Balloon
 from vmcell_runtime.virtio.blk import Blk
 from vmcell_runtime.virtio.device import VirtioDevice
+from vmcell_runtime.virtio.fs import Fs
 from vmcell_runtime.virtio.mmio import MmioTransport
 from vmcell_runtime.virtio.net import Net
 from vmcell_runtime.virtio.pmem import Pmem
 from vmcell_runtime.virtio.rng import Rng
 from vmcell_runtime.virtio.vhost_net import VhostNet
+from vmcell_runtime.virtio.vhost_user import FrontEnd
 from vmcell_runtime.virtio.vsock.device import Vsock
-
-NOTIFY_OFFSET = 0x50  # QueueNotify, virtio 1.2 § 4.2.2
-NOTIFY_BYTES = 4
+from vmcell_runtime.virtio.window import SpareWindow
 
 Report = Callable[[str], None]
 """Takes one line for the operator's log."""
@@ -78,6 +84,7 @@ class _Board:
     windows: Bus
     report: Report
     resources: ExitStack
+    irqs: dict[int, IrqLine] = field(default_factory=dict)
 
 
 def boot(
@@ -99,7 +106,14 @@ def boot(
         resources.callback(system.close)
         board = _make_board(config, descriptors, system, report, resources)
         ending, serial = _add_legacy_devices(config, descriptors, board)
-        vsock, windows = _add_virtio_devices(config, descriptors, board, listeners)
+        windows = layout.virtio_windows(config.fixed_windows, config.spare_windows)
+        spare = config.spare_window_numbers
+        fixed = windows[: spare.start]
+        vsock, balloon = _add_virtio_devices(config, descriptors, board, listeners, fixed)
+        bits = physical_address_bits(system.supported_cpuid())
+        hotplug = _add_spare_windows(
+            dict(zip(spare, windows[spare.start :], strict=True)), board, bits
+        )
         kernel_fd = descriptors.use(config.kernel_descriptor)
         entry = load_linux(board.memory, kernel_fd, config.command_line, windows, config.vcpu_count)
         vcpus = _make_vcpus(config.vcpu_count, entry, system, board, ending)
@@ -112,6 +126,9 @@ def boot(
             windows=board.windows,
             serial=serial,
             vsock=vsock,
+            balloon=balloon,
+            hotplug=hotplug,
+            pausing=Pausing(board.loop, vcpus, GuestClock(board.vm, [v.vcpu for v in vcpus])),
             resources=resources.pop_all(),
         )
 
@@ -124,7 +141,7 @@ def _make_board(
     resources: ExitStack,
 ) -> _Board:
     """Guest memory with the pmem windows in it, and a VM that has both."""
-    memory = GuestMemory(config.memory_mib << 20)
+    memory = GuestMemory(config.memory_mib << 20, shared=bool(config.fs))
     resources.callback(memory.close)
     _map_pmem(config, descriptors, system, memory)
     loop = EventLoop()
@@ -151,8 +168,8 @@ def _map_pmem(
 ) -> None:
     gpa = layout.first_pmem_gpa(memory.ram_bytes)
     for pmem in config.pmem:
-        length = memory.map_file(descriptors.use(pmem.descriptor), gpa)
-        gpa = layout.align_pmem(gpa + length)
+        slot = memory.map_file(descriptors.use(pmem.descriptor), gpa)
+        gpa = layout.align_pmem(gpa + slot.length_bytes)
     bits = physical_address_bits(system.supported_cpuid())
     if gpa > 1 << bits:
         raise CallerError(
@@ -183,10 +200,9 @@ def _add_virtio_devices(
     descriptors: Descriptors,
     board: _Board,
     listeners: Sequence[socket.socket],
-) -> tuple[Vsock | None, list[tuple[int, int]]]:
-    """Every device at its window, in the fixed order; the windows for the command line."""
-    count = len(config.pmem) + len(config.blk) + len(config.net) + bool(config.vsock) + 1
-    windows = [layout.virtio_window(number) for number in range(count)]
+    windows: Sequence[tuple[int, int]],
+) -> tuple[Vsock | None, Balloon | None]:
+    """Every device present at boot at its window, in the fixed order."""
     irqs = [_add_irq(board, gsi) for _, gsi in windows]
     images = board.memory.slots()[len(board.memory.ram_ranges) :]
     devices: list[VirtioDevice] = [
@@ -200,6 +216,8 @@ def _add_virtio_devices(
         devices.append(disk)
     for net in config.net:
         devices.append(_make_net(net, descriptors, board, irqs[len(devices)]))
+    for fs in config.fs:
+        devices.append(_make_fs(fs, descriptors, board, irqs[len(devices)]))
     vsock = None
     if config.vsock is not None:
         vsock = Vsock(board.memory, board.loop, config.vsock.guest_cid)
@@ -208,9 +226,33 @@ def _add_virtio_devices(
             vsock.listen(port, sock)
         devices.append(vsock)
     devices.append(Rng(board.memory))
+    balloon = Balloon(board.memory) if config.balloon else None
+    if balloon is not None:
+        devices.append(balloon)
     for device, (gpa, _), irq in zip(devices, windows, irqs, strict=True):
         _add_virtio_device(board, device, gpa, irq)
-    return vsock, windows
+    return vsock, balloon
+
+
+def _add_spare_windows(
+    windows: Mapping[int, tuple[int, int]], board: _Board, address_bits: int
+) -> HotPlug:
+    """Empty windows, and who fills them; `windows` is (gpa, GSI) by number."""
+    places = {}
+    for number, (gpa, gsi) in windows.items():
+        window = SpareWindow()
+        board.windows.add(gpa, layout.VIRTIO_WINDOW_BYTES, window)
+        places[number] = SparePlace(window, gpa, _add_irq(board, gsi))
+    hotplug = HotPlug(
+        vm=board.vm,
+        memory=board.memory,
+        loop=board.loop,
+        report=board.report,
+        places=places,
+        address_bits=address_bits,
+    )
+    board.resources.callback(hotplug.close)
+    return hotplug
 
 
 def _make_net(net: NetConfig, descriptors: Descriptors, board: _Board, irq: IrqLine) -> Net:
@@ -227,18 +269,43 @@ def _make_net(net: NetConfig, descriptors: Descriptors, board: _Board, irq: IrqL
     return device
 
 
+def _make_fs(fs: FsConfig, descriptors: Descriptors, board: _Board, irq: IrqLine) -> Fs:
+    sock = _unix_socket(descriptors.give(fs.descriptor))
+    board.resources.callback(sock.close)
+    front_end = FrontEnd(sock)
+    device = Fs(board.memory, board.loop, front_end, irq.fd, tag=fs.tag, report=board.report)
+    board.resources.callback(device.close)
+    return device
+
+
+def _unix_socket(fd: int) -> socket.socket:
+    try:
+        return socket.socket(fileno=fd)
+    except OSError as error:
+        os.close(fd)
+        raise CallerError(f"fs.descriptor is no socket: {error.strerror}") from error
+
+
 def _add_virtio_device(board: _Board, device: VirtioDevice, gpa: int, irq: IrqLine) -> None:
     transport = MmioTransport(device, board.memory, irq, board.loop, board.report)
     board.resources.callback(transport.close)
     board.windows.add(gpa, layout.VIRTIO_WINDOW_BYTES, transport)
     for queue, fd in enumerate(transport.notify_fds):
-        board.vm.add_ioeventfd(fd, gpa + NOTIFY_OFFSET, NOTIFY_BYTES, datamatch=queue)
+        notify_gpa = gpa + abi.MMIO_QUEUE_NOTIFY
+        board.vm.add_ioeventfd(fd, notify_gpa, abi.NOTIFY_BYTES, datamatch=queue)
 
 
 def _add_irq(board: _Board, gsi: int) -> IrqLine:
-    irq = IrqLine(gsi)
-    board.resources.callback(irq.close)
-    board.vm.add_irqfd(irq.fd, gsi)
+    """The line `gsi`; devices that share it share its eventfd.
+
+    With an eventfd each, KVM could raise the line for one while the pulse of another still holds it
+    up, and that edge would be lost (arch/x86/kvm/ioapic.c).
+    """
+    irq = board.irqs.get(gsi)
+    if irq is None:
+        irq = board.irqs[gsi] = IrqLine(gsi)
+        board.resources.callback(irq.close)
+        board.vm.add_irqfd(irq.fd, gsi)
     return irq
 
 

@@ -16,10 +16,13 @@ T = TypeVar("T")
 MAX_VCPUS = 8
 MIN_MEMORY_MIB = 64
 MAX_MEMORY_MIB = 262_144
-MAX_COMMAND_LINE_BYTES = 1536  # Linux takes 2047; the rest is for what the VMM adds
+MAX_COMMAND_LINE_BYTES = 1536  # Linux takes 2047; each window costs 36, so many leave less
 MAX_PMEM = 8
 MAX_BLK = 4
 MAX_NET = 4
+MAX_FS = 1
+MAX_TAG_BYTES = 36  # virtio 1.2 § 5.11.4
+MAX_SPARE_WINDOWS = 24
 MAX_DESCRIPTORS = 64
 MIN_GUEST_CID = 3  # 0 to 2 are reserved, virtio 1.2 § 5.10.4
 MAX_GUEST_CID = 0xFFFF_FFFE
@@ -29,7 +32,7 @@ MIN_MTU, MAX_MTU = 576, 65535  # from what IPv4 needs to what the device can say
 
 @dataclass(frozen=True, kw_only=True)
 class PmemConfig:
-    """A read-only image on virtio-pmem; a regular file padded to a multiple of 2 MiB."""
+    """A read-only image on virtio-pmem; a regular file, which the guest sees padded to 2 MiB."""
 
     descriptor: int
 
@@ -77,6 +80,25 @@ class NetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FsConfig:
+    """A directory of the host on virtio-fs, which the guest mounts by its `tag`.
+
+    The descriptor is a unix stream socket connected to a vhost-user-fs daemon. RAM is then shared
+    memory, and the daemon has all of it.
+    """
+
+    descriptor: int
+    tag: str
+
+    def __post_init__(self) -> None:
+        _check_descriptor("fs.descriptor", self.descriptor)
+        _check_type("fs.tag", self.tag, str)
+        if not self.tag.isascii() or not self.tag.isprintable():
+            raise CallerError(f"fs.tag is {self.tag!r}; give printable ASCII only")
+        _check_range("fs.tag length", len(self.tag), 1, MAX_TAG_BYTES)
+
+
+@dataclass(frozen=True, kw_only=True)
 class VsockConfig:
     """The guest's context id, and the host ports the guest finds open from its first instruction.
 
@@ -102,6 +124,8 @@ class MachineConfig:
 
     `command_line` is the caller's part; the VMM puts its own machine's arguments before it.
     `console_descriptor` takes the serial console's bytes as they come, at most 1 MiB.
+    `spare_windows` is how many devices may be plugged in later, each at one of
+    `spare_window_numbers`; with `balloon` the guest can be asked to give memory back.
     """
 
     vcpu_count: int
@@ -111,8 +135,11 @@ class MachineConfig:
     pmem: tuple[PmemConfig, ...] = ()
     blk: tuple[BlkConfig, ...] = ()
     net: tuple[NetConfig, ...] = ()
+    fs: tuple[FsConfig, ...] = ()
     vsock: VsockConfig | None = None
     console_descriptor: int | None = None
+    spare_windows: int = 0
+    balloon: bool = False
 
     def __post_init__(self) -> None:
         _check_range("vcpu_count", self.vcpu_count, 1, MAX_VCPUS)
@@ -121,15 +148,34 @@ class MachineConfig:
         if self.console_descriptor is not None:
             _check_descriptor("console_descriptor", self.console_descriptor)
         _check_command_line(self.command_line)
-        for field, limit in (("pmem", MAX_PMEM), ("blk", MAX_BLK), ("net", MAX_NET)):
+        for field, limit in (
+            ("pmem", MAX_PMEM),
+            ("blk", MAX_BLK),
+            ("net", MAX_NET),
+            ("fs", MAX_FS),
+        ):
             object.__setattr__(self, field, tuple(getattr(self, field)))
             _check_range(f"{field} count", len(getattr(self, field)), 0, limit)
+        _check_range("spare_windows", self.spare_windows, 0, MAX_SPARE_WINDOWS)
+        _check_type("balloon", self.balloon, bool)
+
+    @property
+    def fixed_windows(self) -> int:
+        """How many virtio devices the guest has at boot: one more than named here, for entropy."""
+        listed = len(self.pmem) + len(self.blk) + len(self.net) + len(self.fs)
+        return listed + (self.vsock is not None) + 1 + self.balloon
+
+    @property
+    def spare_window_numbers(self) -> range:
+        """The windows without a device at boot; to Linux window n is `virtio-mmio.n`."""
+        return range(self.fixed_windows, self.fixed_windows + self.spare_windows)
 
     def descriptor_indexes(self) -> tuple[int, ...]:
         """Every index this configuration names, in no special order."""
         found = [self.kernel_descriptor, self.console_descriptor]
         found += [pmem.descriptor for pmem in self.pmem]
         found += [blk.descriptor for blk in self.blk]
+        found += [fs.descriptor for fs in self.fs]
         for net in self.net:
             found += [net.tap_descriptor, net.vhost_descriptor]
         return tuple(index for index in found if index is not None)
@@ -144,6 +190,9 @@ class MachineConfig:
             raise CallerError(f"descriptors {indexes} are named more than once")
 
 
+_DEVICE_LISTS = (("pmem", PmemConfig), ("blk", BlkConfig), ("net", NetConfig), ("fs", FsConfig))
+
+
 def to_json(config: MachineConfig) -> dict[str, object]:
     """A tree of plain values that `from_json` turns into an equal configuration."""
     return asdict(config)
@@ -152,7 +201,7 @@ def to_json(config: MachineConfig) -> dict[str, object]:
 def from_json(tree: object) -> MachineConfig:
     """CallerError for anything that is not exactly a configuration."""
     fields = _fields("config", tree)
-    for name, kind in (("pmem", PmemConfig), ("blk", BlkConfig), ("net", NetConfig)):
+    for name, kind in _DEVICE_LISTS:
         rows = _list(name, fields.get(name, []))
         fields[name] = tuple(_make(name, kind, _fields(name, row)) for row in rows)
     vsock = fields.get("vsock")

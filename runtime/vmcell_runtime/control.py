@@ -1,15 +1,16 @@
 """Messages between the shim and its VMM; bytes in, records out, no I/O.
 
-One JSON object per datagram of a SOCK_SEQPACKET pair. Descriptors travel with Boot, ConnectVsock
-and ListenVsock, from the shim to the VMM only. Each side trusts the other's bytes as little as any:
-what does not decode to one of these records is a CallerError.
+One JSON object per datagram of a SOCK_SEQPACKET pair. Descriptors travel with Boot, ConnectVsock,
+ListenVsock, PlugPmem and PlugBlk, from the shim to the VMM only, which owns them from then on.
+A request with a `request_id` is answered by one event with the same. Each side trusts the other's
+bytes as little as any: what does not decode to one of these records is a CallerError.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar, TypeVar, get_args
 
 from vmcell_protos.errors import CODES, CallerError, GuestError, HostError, VmcellError
 from vmcell_runtime.config import MachineConfig, from_json
@@ -57,6 +58,67 @@ class ListenVsock:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlugPmem:
+    """Shim: the image that comes along as virtio-pmem at a spare window."""
+
+    kind: ClassVar[str] = "plug_pmem"
+    request_id: int
+    window: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlugBlk:
+    """Shim: the disk that comes along as virtio-blk at a spare window."""
+
+    kind: ClassVar[str] = "plug_blk"
+    request_id: int
+    window: int
+    read_only: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unplug:
+    """Shim: empty this spare window."""
+
+    kind: ClassVar[str] = "unplug"
+    request_id: int
+    window: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pause:
+    """Shim: let the vCPUs stand still; answered when they do."""
+
+    kind: ClassVar[str] = "pause"
+    request_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """Shim: let the vCPUs go on."""
+
+    kind: ClassVar[str] = "resume"
+    request_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetBalloon:
+    """Shim: ask the guest to give so much memory back."""
+
+    kind: ClassVar[str] = "set_balloon"
+    request_id: int
+    mib: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GetBalloon:
+    """Shim: how far is it? Answered by BalloonSize."""
+
+    kind: ClassVar[str] = "get_balloon"
+    request_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Running:
     """VMM: the vCPUs have started."""
 
@@ -74,14 +136,27 @@ class Failed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VsockConnected:
-    """VMM: the answer to ConnectVsock; no error if the guest accepted, else as in Failed."""
+class Answered:
+    """VMM: the request is done, or could not be: an error as in Failed.
 
-    kind: ClassVar[str] = "vsock_connected"
+    To ConnectVsock it means that the guest accepted.
+    """
+
+    kind: ClassVar[str] = "answered"
     request_id: int
     error: str = ""
     code: str = ""
     message: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalloonSize:
+    """VMM: what the guest was asked to give back, and what it says it has."""
+
+    kind: ClassVar[str] = "balloon_size"
+    request_id: int
+    wanted_mib: int
+    actual_mib: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,18 +168,28 @@ class Exited:
     detail: str
 
 
-Request = Boot | ConnectVsock | ListenVsock
-Event = Running | Failed | VsockConnected | Exited
+Plain = PlugPmem | PlugBlk | Unplug | Pause | Resume | SetBalloon | GetBalloon
+"""What the VMM does by itself, without the guest's driver having to answer."""
+Request = Boot | ConnectVsock | ListenVsock | Plain
+Answer = Answered | BalloonSize
+Event = Running | Failed | Answer | Exited
 
-_REQUESTS: dict[str, type[Request]] = {m.kind: m for m in (Boot, ConnectVsock, ListenVsock)}
-_EVENTS: dict[str, type[Event]] = {m.kind: m for m in (Running, Failed, VsockConnected, Exited)}
+_REQUESTS: dict[str, type[Request]] = {m.kind: m for m in get_args(Request)}
+_EVENTS: dict[str, type[Event]] = {m.kind: m for m in get_args(Event)}
 _ERRORS: dict[str, type[VmcellError]] = {
     "GuestError": GuestError,
     "CallerError": CallerError,
     "HostError": HostError,
 }
-_TYPES: dict[str, type] = {"int": int, "str": str}
-_FIELD_LIMITS = {"request_id": 2**63, "port": 2**32}
+_TYPES: dict[str, type] = {"int": int, "str": str, "bool": bool}
+_FIELD_LIMITS = {
+    "request_id": 2**63,
+    "port": 2**32,
+    "window": 2**16,
+    "mib": 2**32,
+    "wanted_mib": 2**32,
+    "actual_mib": 2**32,
+}
 
 
 def encode(message: Request | Event) -> bytes:
@@ -136,7 +221,7 @@ def decode_event(datagram: bytes) -> Event:
         raise CallerError(f"the VMM gave the unknown end reason {event.reason!r}")
     if isinstance(event, Failed):
         error_of(event)
-    if isinstance(event, VsockConnected) and event.error:
+    if isinstance(event, Answered) and event.error:
         error_of(event)
     return event
 
@@ -147,7 +232,15 @@ def failed(error: VmcellError) -> Failed:
     return Failed(error=name, code=error.code, message=cut(str(error)))
 
 
-def error_of(event: Failed | VsockConnected) -> VmcellError:
+def answered(request_id: int, error: VmcellError | None = None) -> Answered:
+    """The answer to a request: done, or `error`."""
+    if error is None:
+        return Answered(request_id=request_id)
+    said = failed(error)
+    return Answered(request_id=request_id, error=said.error, code=said.code, message=said.message)
+
+
+def error_of(event: Failed | Answered) -> VmcellError:
     """The error that an event carries, to be raised on this side."""
     if event.error not in _ERRORS or event.code not in CODES:
         raise CallerError(f"the VMM gave the unknown error {event.error!r} code {event.code!r}")
@@ -172,7 +265,7 @@ def _open(datagram: bytes) -> tuple[str, dict[str, object]]:
 
 
 def _make(message: type[M], fields: dict[str, object]) -> M:
-    # Annotations are strings here, and only these two types occur outside of Boot.
+    # Annotations are strings here, and only these types occur outside of Boot.
     types = {name: _TYPES[text] for name, text in message.__annotations__.items() if text in _TYPES}
     _check_fields(getattr(message, "kind", ""), fields, types)
     return message(**fields)
@@ -185,5 +278,5 @@ def _check_fields(kind: str, fields: dict[str, object], types: dict[str, type]) 
         value = fields[name]
         if type(value) is not wanted:
             raise CallerError(f"{name} of a {kind} message is not of type {wanted.__name__}")
-        if isinstance(value, int) and not 0 <= value < _FIELD_LIMITS[name]:
+        if type(value) is int and not 0 <= value < _FIELD_LIMITS[name]:
             raise CallerError(f"{name} of a {kind} message is {value}; out of range")

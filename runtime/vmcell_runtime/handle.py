@@ -23,27 +23,46 @@ from vmcell_runtime import memory
 from vmcell_runtime.config import MachineConfig
 from vmcell_runtime.control import (
     MAX_MESSAGE_BYTES,
+    Answer,
+    Answered,
+    BalloonSize,
     Boot,
     ConnectVsock,
     Event,
     Exited,
     Failed,
+    GetBalloon,
     ListenVsock,
+    Pause,
+    Plain,
+    PlugBlk,
+    PlugPmem,
     Request,
+    Resume,
     Running,
-    VsockConnected,
+    SetBalloon,
+    Unplug,
     decode_event,
     encode,
     error_of,
 )
 from vmcell_runtime.kvm.host_kind import open_kvm, require_linux_host
+from vmcell_runtime.zygote_client import fork_vmm
 
 START_TIMEOUT_S = 60.0  # also where the dev VM's software CPU runs the interpreter
 CONNECT_TIMEOUT_S = 30.0
+ANSWER_TIMEOUT_S = 30.0  # of the VMM itself: it answers in milliseconds on any real machine
 CLOSE_TIMEOUT_S = 5.0
 _SHIM_FD = 3  # in the child
 
 _BOOTSTRAP = "import sys; sys.path[:0] = {roots!r}; from vmcell_runtime.vmm import main; main({fd})"
+
+
+class BalloonState(NamedTuple):
+    """What a guest was asked to give back, and what it says it has given, in MiB."""
+
+    wanted_mib: int
+    actual_mib: int
 
 
 class VmmExit(NamedTuple):
@@ -98,6 +117,20 @@ def _open_vhost(
 
 
 def _start_process(log_fd: int) -> VmmHandle:
+    return _fork_process(log_fd) or _execute_process(log_fd)
+
+
+def _fork_process(log_fd: int) -> VmmHandle | None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        forked = fork_vmm(theirs.fileno(), log_fd)
+    if forked is None:
+        ours.close()
+        return None
+    return VmmHandle(*forked, ours)
+
+
+def _execute_process(log_fd: int) -> VmmHandle:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     roots = [_source_root(module.__file__ or "") for module in (errors, memory)]
     bootstrap = _BOOTSTRAP.format(roots=roots, fd=_SHIM_FD)
@@ -128,7 +161,8 @@ def _source_root(module_file: str) -> str:
 
 
 class VmmHandle:
-    """One VMM process. Owns the child, its pidfd and its socket; `close` is idempotent."""
+    """One VMM process, a child or the zygote's. Owns it, its pidfd and its socket; `close` is
+    idempotent."""
 
     def __init__(self, pid: int, pidfd: int, sock: socket.socket) -> None:
         self.pid = pid
@@ -136,7 +170,7 @@ class VmmHandle:
         self._sock = sock
         self._changed = threading.Condition()
         self._listening: dict[int, socket.socket] = {}
-        self._answers: dict[int, VsockConnected] = {}
+        self._answers: dict[int, Answer] = {}
         self._waiting: set[int] = set()
         self._next_request_id = 1
         self._running = False
@@ -170,15 +204,9 @@ class VmmHandle:
         """
         ours, theirs = socket.socketpair()
         try:
-            with self._changed:
-                request_id = self._next_request_id
-                self._next_request_id += 1
-                self._waiting.add(request_id)
+            request = ConnectVsock(request_id=self._new_request_id(), port=port)
             with theirs:
-                self._send(ConnectVsock(request_id=request_id, port=port), [theirs.fileno()])
-            answer = self._wait_answer(request_id, port, timeout_s)
-            if answer.error:
-                raise error_of(answer)
+                self._ask(request, [theirs.fileno()], timeout_s)
         except BaseException:
             ours.close()
             raise
@@ -202,6 +230,57 @@ class VmmHandle:
             ours.close()
             raise
         return ours
+
+    def plug_pmem(self, window: int, fd: int) -> None:
+        """Puts a read-only image into a window of `config.spare_window_numbers`.
+
+        `fd` is a regular file padded to a multiple of 2 MiB; it stays the caller's, as for all
+        descriptors here, and may be closed afterwards. The guest has the device when the agent has
+        bound `virtio-mmio.<window>`. CallerError if the window is no spare one or not empty.
+        """
+        self._ask(PlugPmem(request_id=self._new_request_id(), window=window), [fd])
+
+    def plug_blk(self, window: int, fd: int, read_only: bool = False) -> None:
+        """Puts a disk into a spare window; `fd` is open O_RDONLY if `read_only`, else O_RDWR."""
+        request_id = self._new_request_id()
+        self._ask(PlugBlk(request_id=request_id, window=window, read_only=read_only), [fd])
+
+    def unplug(self, window: int) -> None:
+        """Empties a spare window; afterwards the VMM holds nothing of what was in it.
+
+        It does not wait for the guest: one whose driver has not been unbound before finds its
+        device gone. CallerError (not_found) if the window is empty already.
+        """
+        self._ask(Unplug(request_id=self._new_request_id(), window=window))
+
+    def pause(self) -> None:
+        """Returns when every vCPU stands still; the guest's clock stands too. Idempotent.
+
+        The VMM goes on: it answers, completes the guest's requests, and can be killed.
+        """
+        self._ask(Pause(request_id=self._new_request_id()))
+
+    def resume(self) -> None:
+        """Returns when the vCPUs go on; the guest's wall clock is late until it is set. Idempotent.
+
+        Wishes of several threads are granted one after the other.
+        """
+        self._ask(Resume(request_id=self._new_request_id()))
+
+    def set_balloon(self, mib: int) -> None:
+        """Asks the guest to give `mib` of its memory back to the host, or 0 to have it all again.
+
+        Returns at once; `balloon` says how far it has come. CallerError if the machine has no
+        balloon or if less than 64 MiB would be left.
+        """
+        self._ask(SetBalloon(request_id=self._new_request_id(), mib=mib))
+
+    def balloon(self) -> BalloonState:
+        """What the guest was asked to give back, and what it says it has."""
+        answer = self._ask(GetBalloon(request_id=self._new_request_id()))
+        if not isinstance(answer, BalloonSize):
+            raise HostError(f"VMM {self.pid} gave no balloon size; is it one of this version?")
+        return BalloonState(answer.wanted_mib, answer.actual_mib)
 
     def wait_exit(self, timeout_s: float | None = None) -> VmmExit:
         """How the VMM ended, once its process is gone; TimeoutError if that takes longer."""
@@ -264,7 +343,7 @@ class VmmHandle:
                     self._failed = event
                 case Exited():
                     self._said = VmmExit(event.reason, event.detail)
-                case VsockConnected():
+                case Answered() | BalloonSize():
                     # An answer nobody waits for any more is dropped.
                     if event.request_id in self._waiting:
                         self._waiting.discard(event.request_id)
@@ -283,7 +362,8 @@ class VmmHandle:
         try:
             info = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
         except ChildProcessError:
-            return VmmExit("killed", "somebody else took the VMM's wait status")
+            # The zygote's child, or somebody else's.
+            return VmmExit("killed", "it ended without a word to the shim; vmm.log may say why")
         if info is None:
             raise AssertionError("unreachable: waitid without WNOHANG")
         if info.si_code == os.CLD_EXITED:
@@ -313,18 +393,42 @@ class VmmHandle:
             if not self._running:
                 raise self._gone("did not start")
 
-    def _wait_answer(self, request_id: int, port: int, timeout_s: float) -> VsockConnected:
+    def _new_request_id(self) -> int:
+        with self._changed:
+            self._next_request_id += 1
+            return self._next_request_id
+
+    def _ask(
+        self,
+        request: ConnectVsock | Plain,
+        fds: Sequence[int] = (),
+        timeout_s: float = ANSWER_TIMEOUT_S,
+    ) -> Answer:
+        """Sends and waits; raises the error that the answer carries, or that there is none."""
+        with self._changed:
+            self._waiting.add(request.request_id)
+        try:
+            self._send(request, fds)
+            answer = self._wait_answer(request, timeout_s)
+        finally:
+            with self._changed:
+                self._waiting.discard(request.request_id)
+        if isinstance(answer, Answered) and answer.error:
+            raise error_of(answer)
+        return answer
+
+    def _wait_answer(self, request: ConnectVsock | Plain, timeout_s: float) -> Answer:
+        wanted = request.request_id
         with self._changed:
             self._changed.wait_for(
-                lambda: request_id in self._answers or self._exit is not None, timeout_s
+                lambda: wanted in self._answers or self._exit is not None, timeout_s
             )
-            self._waiting.discard(request_id)
-            answer = self._answers.pop(request_id, None)
+            answer = self._answers.pop(wanted, None)
             if answer is None and self._exit is not None:
-                raise self._gone(f"was to connect to vsock port {port}")
+                raise self._gone(f"was asked to {_words(request)}")
         if answer is None:
             raise HostError(
-                f"VMM {self.pid} did not answer for vsock port {port} within {timeout_s} s",
+                f"VMM {self.pid} did not {_words(request)} within {timeout_s} s",
                 code="deadline_exceeded",
             )
         return answer
@@ -333,3 +437,14 @@ class VmmHandle:
         said = self._exit or self._said
         ending = f" and ended: {said.reason}: {said.detail}" if said else ""
         return HostError(f"VMM {self.pid} {what}{ending}")
+
+
+def _words(request: ConnectVsock | Plain) -> str:
+    """What a request asks for, for a sentence."""
+    where = request.kind.replace("_", " ")
+    match request:
+        case ConnectVsock(port=port):
+            return f"{where} port {port}"
+        case PlugPmem(window=window) | PlugBlk(window=window) | Unplug(window=window):
+            return f"{where} window {window}"
+    return where

@@ -1,7 +1,8 @@
 """Interrupt lines: what a device fires, and the recorder tests pass instead.
 
 A line is an eventfd bound to a GSI by KVM_IRQFD; firing it is one write, from any thread, and needs
-no KVM descriptor. All our interrupts are edge-triggered, as the MP table says.
+no KVM descriptor. Devices may share one: drivers ask their device if it was meant. All our
+interrupts are edge-triggered, as the MP table says.
 """
 
 from __future__ import annotations

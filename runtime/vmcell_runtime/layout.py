@@ -9,7 +9,7 @@
     0x000a_0000   reserved                 up to 1 MiB, as on a PC
     0x0010_0000   RAM                      the kernel's segments; up to 3 GiB
     0xc000_0000   hole                     no RAM up to 4 GiB
-    0xd000_0000     virtio windows         4 KiB each, GSI 5 and up
+    0xd000_0000     virtio windows         4 KiB each, GSI 5 to 23
     0xfec0_0000     IOAPIC                 in the kernel
     0xfee0_0000     LAPICs                 in the kernel
     0xfffb_c000     KVM's own pages        identity map 1, TSS 3 (Intel hosts)
@@ -20,6 +20,8 @@ Ports: 0x70 CMOS, 0x3f8 serial (IRQ 4), 0x60/0x64 keyboard controller (reset onl
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from vmcell_runtime.memory import HIGH_RAM_GPA, LOW_RAM_LIMIT_BYTES
 
@@ -58,12 +60,17 @@ SERIAL_GSI = 4
 PMEM_ALIGNMENT_BYTES = 1 << 30  # a multiple of Linux's memory sections (128 MiB)
 
 
-def virtio_window(number: int) -> tuple[int, int]:
-    """(gpa, GSI) of the virtio device `number`; ValueError when there is no GSI left."""
-    gsi = FIRST_VIRTIO_GSI + number
-    if gsi > LAST_GSI:
-        raise ValueError(f"virtio device {number} would need GSI {gsi}; the last is {LAST_GSI}")
-    return VIRTIO_GPA + number * VIRTIO_WINDOW_BYTES, gsi
+def virtio_windows(fixed: int, spare: int) -> list[tuple[int, int]]:
+    """(gpa, GSI) of each window: those of devices present at boot, then those without one yet.
+
+    The first 19 fixed devices have a line of their own. Spare windows take turns on the lines that
+    are left, on the last one if none is.
+    """
+    lines = range(FIRST_VIRTIO_GSI, LAST_GSI + 1)
+    left = lines[fixed:] or lines[-1:]
+    gsis = [lines[n % len(lines)] for n in range(fixed)]
+    gsis += [left[n % len(left)] for n in range(spare)]
+    return [(VIRTIO_GPA + n * VIRTIO_WINDOW_BYTES, gsi) for n, gsi in enumerate(gsis)]
 
 
 def first_pmem_gpa(ram_bytes: int) -> int:
@@ -74,3 +81,13 @@ def first_pmem_gpa(ram_bytes: int) -> int:
 def align_pmem(gpa: int) -> int:
     """The next address a pmem window may start at."""
     return -(-gpa // PMEM_ALIGNMENT_BYTES) * PMEM_ALIGNMENT_BYTES
+
+
+def free_pmem_gpa(first_gpa: int, taken: Iterable[tuple[int, int]], length_bytes: int) -> int:
+    """The lowest pmem address from `first_gpa` on with so much room between the (gpa, length)."""
+    gpa = align_pmem(first_gpa)
+    for start, taken_bytes in sorted(taken):
+        if gpa + length_bytes <= start:
+            break
+        gpa = max(gpa, align_pmem(start + taken_bytes))
+    return gpa

@@ -10,9 +10,12 @@ from vmcell_protos.errors import HostError
 from vmcell_runtime.bus import Bus
 from vmcell_runtime.devices.serial import Serial
 from vmcell_runtime.ending import End, Ending
+from vmcell_runtime.hotplug import HotPlug
 from vmcell_runtime.kvm import abi
 from vmcell_runtime.loop import EventLoop
+from vmcell_runtime.pausing import Pausing
 from vmcell_runtime.vcpu import VcpuThread
+from vmcell_runtime.virtio.balloon import Balloon
 from vmcell_runtime.virtio.vsock.device import Vsock
 
 STOP_TIMEOUT_S = 5.0
@@ -33,11 +36,17 @@ class Machine:
         windows: Bus,
         serial: Serial,
         vsock: Vsock | None,
+        balloon: Balloon | None,
+        hotplug: HotPlug,
+        pausing: Pausing,
         resources: ExitStack,
     ) -> None:
         self.loop = loop
         self.ending = ending
         self.vsock = vsock
+        self.balloon = balloon
+        self.hotplug = hotplug
+        self.pausing = pausing
         self._vcpus = vcpus
         self._ports = ports
         self._windows = windows

@@ -8,8 +8,10 @@ Rules kept here (each has a test):
 - Words shared with the guest are loaded and stored in one access of their natural width, by
   `memoryview.cast`; byte-wise packing would let the guest see half-written ring indices.
 - While KVM knows the address of a slot the mapping cannot go away: each region holds a live
-  buffer export of its mmap, and `close` refuses while `pin` is held.
+  buffer export of its mmap, and `close` and `unmap_file` refuse while they are pinned.
 - Every RAM region has inaccessible pages on both ends.
+- Shared RAM is a memfd sealed against any change of its size: a daemon that holds it too can
+  scribble in it as the guest can, but not pull pages away under a load of ours (SIGBUS).
 
 x86-64 keeps stores in order among each other and loads among each other. What it does not order is
 a store followed by a load (publish used.idx, then read used_event): a system call or a lock must
@@ -19,6 +21,7 @@ stand between the two.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 from collections.abc import Sequence
@@ -31,7 +34,9 @@ HUGE_PAGE_BYTES = 2 << 20
 LOW_RAM_LIMIT_BYTES = 3 << 30  # RAM below here starts at 0; the hole holds MMIO windows
 HIGH_RAM_GPA = 4 << 30  # the rest of RAM starts here
 MAX_SPANS = 1024  # IOV_MAX of Linux
-MAP_NORESERVE = 0x4000  # asm-generic/mman.h; the mmap module lacks it
+# asm-generic/mman.h; the mmap module lacks them
+MAP_NORESERVE = 0x4000
+MAP_FIXED = 0x10
 
 Span = tuple[int, int]
 """(gpa, length in bytes) of one piece of guest RAM."""
@@ -39,6 +44,10 @@ Span = tuple[int, int]
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.mprotect.restype = ctypes.c_int
+_libc.mmap.argtypes = (
+    *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long),
+)
+_libc.mmap.restype = ctypes.c_void_p
 
 
 class Slot(NamedTuple):
@@ -49,6 +58,15 @@ class Slot(NamedTuple):
     length_bytes: int
     host_address: int
     read_only: bool
+
+
+class SharedRegion(NamedTuple):
+    """RAM another process may map: `length_bytes` of the guest's at `gpa`, `offset` into `fd`."""
+
+    gpa: int
+    length_bytes: int
+    fd: int
+    offset: int
 
 
 class _PyBuffer(ctypes.Structure):
@@ -93,15 +111,42 @@ class _Mapping:
             self._mapped.close()
 
 
-class _Ram:
-    """One slot of anonymous RAM, aligned to 2 MiB on the host, with guards on both ends."""
+def _map_padded(fd: int, file_bytes: int, length_bytes: int) -> _Mapping:
+    """The file, read-only, and zeros behind it up to `length_bytes`. Raises OSError.
 
-    def __init__(self, gpa: int, length_bytes: int) -> None:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    The zeros are one anonymous mapping whose beginning the file then takes over.
+    """
+    if file_bytes == length_bytes:
+        return _Mapping(mmap.mmap(fd, file_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    mapping = _Mapping(mmap.mmap(-1, length_bytes, flags=flags, prot=mmap.PROT_READ))
+    flags = mmap.MAP_SHARED | MAP_FIXED
+    placed = _libc.mmap(mapping.address, file_bytes, mmap.PROT_READ, flags, fd, 0)
+    if placed != mapping.address:
+        code = ctypes.get_errno()
+        mapping.close()
+        raise OSError(code, os.strerror(code))
+    return mapping
+
+
+class _Ram:
+    """One slot of RAM, aligned to 2 MiB on the host, with guards on both ends.
+
+    Anonymous, or with `shared` a memfd in which the guards are pages that nobody maps.
+    """
+
+    def __init__(self, gpa: int, length_bytes: int, *, shared: bool) -> None:
         total = length_bytes + 2 * HUGE_PAGE_BYTES
+        self.fd = -1
         try:
-            mapped = mmap.mmap(-1, total, flags=flags)
+            if shared:
+                self.fd = _sealed_memfd(total)
+                mapped = mmap.mmap(self.fd, total, flags=mmap.MAP_SHARED | MAP_NORESERVE)
+            else:
+                flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+                mapped = mmap.mmap(-1, total, flags=flags)
         except OSError as error:
+            self._close_fd()
             raise HostError(
                 f"mapping {length_bytes >> 20} MiB of guest memory failed: {error.strerror}; "
                 "give the guest less memory or free some on the host",
@@ -113,6 +158,8 @@ class _Ram:
         lead = start - self.mapping.address
         self._forbid(self.mapping.address, lead)
         self._forbid(start + length_bytes, total - lead - length_bytes)
+        self._mapped = mapped
+        self.lead_bytes = lead
         self.gpa = gpa
         self.end_gpa = gpa + length_bytes
         self.address = start
@@ -126,29 +173,56 @@ class _Ram:
         if _libc.mprotect(address, length_bytes, 0):
             raise HostError(f"guarding guest memory failed: {os.strerror(ctypes.get_errno())}")
 
+    def discard(self, gpa: int, length: int) -> None:
+        # A hole in the file: pages of shared memory stay, whoever unmaps them.
+        advice = mmap.MADV_DONTNEED if self.fd < 0 else mmap.MADV_REMOVE
+        self._mapped.madvise(advice, self.lead_bytes + gpa - self.gpa, length)
+
     def close(self) -> None:
         for view in (self.words64, self.words32, self.words16, self.bytes):
             view.release()
         self.mapping.close()
+        self._close_fd()
+
+    def _close_fd(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _sealed_memfd(length_bytes: int) -> int:
+    fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, length_bytes)
+        fcntl.fcntl(
+            fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        )
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 class GuestMemory:
     """The guest's physical memory. Owns every mapping; `close` is idempotent.
 
     RAM of `ram_bytes` (a multiple of 4096) stands at 0 up to 3 GiB, the rest at 4 GiB. Reads and
-    writes take guest physical addresses and raise GuestError unless the whole range is RAM.
+    writes take guest physical addresses and raise GuestError unless the whole range is RAM. With
+    `shared` other processes can be given the RAM (`shared_regions`).
     """
 
-    def __init__(self, ram_bytes: int) -> None:
+    def __init__(self, ram_bytes: int, *, shared: bool = False) -> None:
         if ram_bytes <= 0 or ram_bytes % PAGE_BYTES:
             raise CallerError(f"guest memory is {ram_bytes} bytes; give a multiple of 4096")
         self.ram_bytes = ram_bytes
         low = min(ram_bytes, LOW_RAM_LIMIT_BYTES)
-        self._windows: list[tuple[int, int, _Mapping]] = []
+        self._windows: dict[int, tuple[int, int, _Mapping]] = {}  # by slot number
+        self._pinned_windows: set[int] = set()
         self._pins = 0
-        self._ram = [_Ram(0, low)]
+        self.shared = shared
+        self._ram = [_Ram(0, low, shared=shared)]
         if ram_bytes > low:
-            self._ram.append(_Ram(HIGH_RAM_GPA, ram_bytes - low))
+            self._ram.append(_Ram(HIGH_RAM_GPA, ram_bytes - low, shared=shared))
 
     @property
     def ram_ranges(self) -> tuple[Span, ...]:
@@ -225,31 +299,72 @@ class GuestMemory:
         ram = self._find(gpa, length)
         return ram.address + gpa - ram.gpa
 
-    def map_file(self, fd: int, gpa: int) -> int:
-        """Maps a whole file read-only at `gpa` (both multiples of 2 MiB); returns its length.
+    def discard(self, gpa: int, length: int) -> None:
+        """Gives the whole pages within a range of RAM back to the host; they read as zero then.
 
-        The file stays the page cache's: MAP_SHARED and PROT_READ. `fd` may be closed afterwards.
-        Devices cannot read or write this window; only the guest can read it.
+        Pieces of pages at its ends stay. GuestError unless the whole range is RAM.
         """
-        length = os.fstat(fd).st_size
-        if length <= 0 or length % HUGE_PAGE_BYTES:
-            raise CallerError(
-                f"a pmem image has {length} bytes; pad it to a multiple of {HUGE_PAGE_BYTES}"
-            )
+        ram = self._find(gpa, length)
+        start = -(-gpa // PAGE_BYTES) * PAGE_BYTES
+        end = (gpa + length) // PAGE_BYTES * PAGE_BYTES
+        if start < end:
+            ram.discard(start, end - start)
+
+    def map_file(self, fd: int, gpa: int) -> Slot:
+        """Maps a whole file read-only at `gpa`, a multiple of 2 MiB, as a window.
+
+        The length is the file's, rounded up to 2 MiB (what Linux asks of pmem); behind the file the
+        window reads as zero. The file stays the page cache's: MAP_SHARED and PROT_READ. `fd` may be
+        closed afterwards. Devices cannot read or write this window; only the guest can read it.
+        """
+        file_bytes = os.fstat(fd).st_size
+        if file_bytes <= 0:
+            raise CallerError(f"a pmem image has {file_bytes} bytes; give a regular file with some")
+        length = -(-file_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
         if gpa % HUGE_PAGE_BYTES or self._overlaps(gpa, length):
             raise CallerError(f"a pmem window of {length} bytes cannot stand at {gpa:#x}")
         try:
-            mapped = mmap.mmap(fd, length, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+            mapping = _map_padded(fd, file_bytes, length)
         except OSError as error:
             raise HostError(f"mapping a pmem image failed: {error.strerror}") from error
-        self._windows.append((gpa, length, _Mapping(mapped)))
-        return length
+        number = len(self._ram)
+        while number in self._windows:
+            number += 1
+        self._windows[number] = (gpa, length, mapping)
+        return self._window_slot(number)
+
+    def unmap_file(self, number: int) -> None:
+        """Ends the window of slot `number`, whose number is free then; BufferError while pinned."""
+        if number in self._pinned_windows:
+            raise BufferError(f"slot {number} is still a VM's; take it from the VM first")
+        _, _, mapping = self._windows.pop(number)
+        mapping.close()
 
     def slots(self) -> tuple[Slot, ...]:
         """Every KVM memory slot, RAM first. The addresses are good while the memory is pinned."""
-        ram = [(ram.gpa, ram.end_gpa - ram.gpa, ram.address, False) for ram in self._ram]
-        files = [(gpa, length, mapping.address, True) for gpa, length, mapping in self._windows]
-        return tuple(Slot(index, *row) for index, row in enumerate(ram + files))
+        ram = [
+            Slot(number, ram.gpa, ram.end_gpa - ram.gpa, ram.address, read_only=False)
+            for number, ram in enumerate(self._ram)
+        ]
+        return (*ram, *(self._window_slot(number) for number in sorted(self._windows)))
+
+    def pin_window(self, number: int) -> None:
+        """Forbids `unmap_file` of this slot until `unpin_window`."""
+        self._pinned_windows.add(number)
+
+    def unpin_window(self, number: int) -> None:
+        self._pinned_windows.remove(number)
+
+    def shared_regions(self) -> tuple[SharedRegion, ...]:
+        """What another process must map to reach all RAM; empty unless the memory is shared.
+
+        The descriptors stay this object's.
+        """
+        return tuple(
+            SharedRegion(ram.gpa, ram.end_gpa - ram.gpa, ram.fd, ram.lead_bytes)
+            for ram in self._ram
+            if ram.fd >= 0
+        )
 
     def pin(self) -> None:
         """Forbids `close` until `unpin`; whoever hands slots to the kernel holds one."""
@@ -264,10 +379,14 @@ class GuestMemory:
             raise BufferError("guest memory is still pinned by a VM; close the VM first")
         for ram in self._ram:
             ram.close()
-        for _, _, mapping in self._windows:
+        for _, _, mapping in self._windows.values():
             mapping.close()
         self._ram.clear()
         self._windows.clear()
+
+    def _window_slot(self, number: int) -> Slot:
+        gpa, length, mapping = self._windows[number]
+        return Slot(number, gpa, length, mapping.address, read_only=True)
 
     def _find(self, gpa: int, length: int) -> _Ram:
         for ram in self._ram:
@@ -290,5 +409,5 @@ class GuestMemory:
         return views
 
     def _overlaps(self, gpa: int, length: int) -> bool:
-        taken = [*self.ram_ranges, *((start, size) for start, size, _ in self._windows)]
+        taken = [*self.ram_ranges, *((start, size) for start, size, _ in self._windows.values())]
         return any(gpa < start + size and start < gpa + length for start, size in taken)

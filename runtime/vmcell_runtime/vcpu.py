@@ -2,6 +2,7 @@
 
     running --exit for port or memory--> answered by a bus --> running
     running --kick-->                    stopped
+    running --pause--> standing --resume--> running
     running --any other exit-->          the machine ends, with a reason --> stopped
 
 A vCPU thread ends only because it was told to stop or because it ended the machine itself. An
@@ -37,11 +38,13 @@ class VcpuThread:
     def __init__(
         self, number: int, vcpu: Vcpu, *, ports: Bus, windows: Bus, end_machine: EndMachine
     ) -> None:
-        self._vcpu = vcpu
+        self.vcpu = vcpu
         self._ports = ports
         self._windows = windows
         self._end_machine = end_machine
         self._stopping = False
+        self._gate = threading.Condition()
+        self._stands: Callable[[], None] | None = None
         self._thread = threading.Thread(target=self._run, name=f"vcpu{number}", daemon=True)
         self.exits: dict[int, int] = {}
 
@@ -50,10 +53,28 @@ class VcpuThread:
 
     def kick(self) -> None:
         """Asks the thread to stop, wherever it is; returns at once."""
-        self._stopping = True
-        self._vcpu.set_immediate_exit(True)
-        if self._thread.ident is not None and self._thread.is_alive():
-            signal.pthread_kill(self._thread.ident, KICK_SIGNAL)
+        with self._gate:
+            self._stopping = True
+            self._gate.notify()
+        self._leave_guest()
+
+    def pause(self, stands: Callable[[], None]) -> None:
+        """Asks the thread to stand still until `resume`; returns at once.
+
+        `stands` is called on the vCPU's thread when it does: outside KVM_RUN, with no instruction
+        half done. Registers and clock of the vCPU are then anybody's.
+        """
+        with self._gate:
+            self._stands = stands
+        self._leave_guest()
+
+    def resume(self) -> None:
+        """Lets the thread go on."""
+        with self._gate:
+            self._stands = None
+            if not self._stopping:
+                self.vcpu.set_immediate_exit(False)
+            self._gate.notify()
 
     def join(self, timeout_s: float) -> bool:
         """True once the thread has ended (or never started)."""
@@ -62,12 +83,16 @@ class VcpuThread:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        run = self._vcpu.run
+        run = self.vcpu.run
         exits = self.exits
         while not self._stopping:
             try:
                 reason = run()
-            except (InterruptedError, BlockingIOError):
+            except InterruptedError:
+                # Only here: KVM has completed the last exit's instruction before it said so.
+                self._stand()
+                continue
+            except BlockingIOError:
                 continue
             except OSError as error:
                 self._end_machine("vmm_error", _run_failure(error))
@@ -81,23 +106,37 @@ class VcpuThread:
                 self._end_machine(*self._end_of(reason))
                 return
 
+    def _stand(self) -> None:
+        with self._gate:
+            told = None
+            while self._stands is not None and not self._stopping:
+                if told is not self._stands:
+                    told = self._stands
+                    told()
+                self._gate.wait()
+
+    def _leave_guest(self) -> None:
+        self.vcpu.set_immediate_exit(True)
+        if self._thread.ident is not None and self._thread.is_alive():
+            signal.pthread_kill(self._thread.ident, KICK_SIGNAL)
+
     def _mmio(self) -> None:
-        gpa, data, length, is_write = self._vcpu.mmio_exit()
+        gpa, data, length, is_write = self.vcpu.mmio_exit()
         if is_write:
             self._windows.write(gpa, length, int.from_bytes(data[:length], "little"))
         else:
             value = self._windows.read(gpa, length)
-            self._vcpu.mmio_answer(value.to_bytes(length, "little"))
+            self.vcpu.mmio_answer(value.to_bytes(length, "little"))
 
     def _io(self) -> None:
-        direction, size, port, repeat, offset = self._vcpu.io_exit()
+        direction, size, port, repeat, offset = self.vcpu.io_exit()
         for place in range(offset, offset + size * repeat, size):
             if direction == abi.KVM_EXIT_IO_OUT:
-                data = self._vcpu.io_read(place, size)
+                data = self.vcpu.io_read(place, size)
                 self._ports.write(port, size, int.from_bytes(data, "little"))
             else:
                 value = self._ports.read(port, size)
-                self._vcpu.io_write(place, value.to_bytes(size, "little"))
+                self.vcpu.io_write(place, value.to_bytes(size, "little"))
 
     def _end_of(self, reason: int) -> tuple[str, str]:
         """(end reason, detail) of an exit after which the guest cannot go on."""
@@ -106,18 +145,18 @@ class VcpuThread:
         if reason == abi.KVM_EXIT_SYSTEM_EVENT:
             return self._system_event()
         if reason == abi.KVM_EXIT_INTERNAL_ERROR:
-            suberror, data = self._vcpu.internal_error()
+            suberror, data = self.vcpu.internal_error()
             words = " ".join(f"{word:#x}" for word in data)
             what = "emulate an instruction" if suberror == _SUBERROR_EMULATION else "go on"
-            rip = self._vcpu.get_regs().rip
+            rip = self.vcpu.get_regs().rip
             return "vmm_error", f"KVM could not {what} at {rip:#x} (suberror {suberror}: {words})"
         if reason == abi.KVM_EXIT_FAIL_ENTRY:
-            code = self._vcpu.fail_entry_reason()
+            code = self.vcpu.fail_entry_reason()
             return "vmm_error", f"the processor refused to enter the guest (code {code:#x})"
         return "vmm_error", f"KVM_RUN ended with exit {reason}, which nothing here can answer"
 
     def _system_event(self) -> tuple[str, str]:
-        event = self._vcpu.system_event_type()
+        event = self.vcpu.system_event_type()
         if event == abi.KVM_SYSTEM_EVENT_SHUTDOWN:
             return "guest_shutdown", "the guest asked KVM to shut down"
         if event == abi.KVM_SYSTEM_EVENT_RESET:

@@ -20,23 +20,22 @@ from types import TracebackType
 from typing import NoReturn
 
 from vmcell_protos.errors import VmcellError
+from vmcell_runtime import answers
 from vmcell_runtime.build import Descriptors, boot
 from vmcell_runtime.config import MAX_DESCRIPTORS, MAX_LISTEN_PORTS
 from vmcell_runtime.control import (
     MAX_MESSAGE_BYTES,
     Boot,
-    ConnectVsock,
     Event,
     Exited,
-    ListenVsock,
     Running,
-    VsockConnected,
     cut,
     decode_request,
     encode,
     failed,
 )
 from vmcell_runtime.devices.console import LOG_LIMIT_BYTES
+from vmcell_runtime.jail import leave_network
 from vmcell_runtime.loop import HANGUP, READABLE
 from vmcell_runtime.machine import Machine
 from vmcell_runtime.vcpu import prepare_kicks
@@ -53,6 +52,7 @@ def main(shim_fd: int) -> NoReturn:
     _end_process_on_surprise(shim)
     prepare_kicks()
     try:
+        leave_network()
         machine = _boot(shim)
     except VmcellError as error:
         _log(f"boot failed: {error}")
@@ -105,25 +105,9 @@ def _on_shim(shim: socket.socket, machine: Machine, _events: int) -> None:
     if not datagram:
         # Nobody is left to tell and nobody will come: the kernel takes back the rest.
         os._exit(0)
-    request = decode_request(datagram)
-    if isinstance(request, Boot) or machine.vsock is None or len(fds) != 1:
-        raise ValueError(f"the shim sent {request.kind} with {len(fds)} descriptors")
-    sock = socket.socket(fileno=fds[0])
-    if isinstance(request, ListenVsock):
-        machine.vsock.listen(request.port, sock)
-    else:
-        machine.vsock.connect(request.port, sock, partial(_tell_result, shim, request))
-
-
-def _tell_result(shim: socket.socket, request: ConnectVsock, error: VmcellError | None) -> None:
-    if error is None:
-        _send(shim, VsockConnected(request_id=request.request_id))
-        return
-    said = failed(error)
-    answer = VsockConnected(
-        request_id=request.request_id, error=said.error, code=said.code, message=said.message
-    )
-    _send(shim, answer)
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    answers.serve(machine, decode_request(datagram), fds, partial(_send, shim))
 
 
 def _send(shim: socket.socket, event: Event) -> None:

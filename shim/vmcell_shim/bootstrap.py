@@ -1,47 +1,43 @@
 """The shim binary's main: one action, one answer on stdout, one sentence on stderr when it fails.
 
-Only what every action needs is imported here; the server's modules come in its own process.
+`start` and `delete` are asked of the node's zygote first; without one, or with any doubt about it,
+they are done here. `zygote` makes this process the zygote. No import beyond what is built in
+until it is known that the zygote does not do it.
 """
 
-from __future__ import annotations
+import posix
 
-import os
-
-from vmcell_protos.errors import VmcellError
-from vmcell_shim.args import check_identity, parse_args
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from vmcell_shim.args import Invocation
+from vmcell_shim.zygote_stub import ask_zygote, read_stdin
 
 
 def main(argv: list[str]) -> int:
     """Runs `argv` (with the program's name); returns the exit status."""
-    try:
-        invocation = parse_args(argv[1:])
-        answer = _act(invocation, argv[0])
-    except VmcellError as error:
-        os.write(2, f"{error}\n".encode())
-        return 1
-    if answer:
-        os.write(1, answer)
-    return 0
+    if argv[1:2] == ["zygote"]:
+        from vmcell_shim.zygote import main as be_zygote
+
+        return be_zygote(argv)
+    action = argv[-1] if len(argv) > 1 else ""  # containerd puts it last
+    stdin = read_stdin() if action == "start" else b""
+    answer = ask_zygote(argv, stdin) if action in ("start", "delete") else None
+    if answer is None:
+        return _act_directly(argv, stdin)
+    _report(answer.output, answer.errors)
+    # Nothing is left to do, and the interpreter's own end would take a millisecond.
+    posix._exit(answer.number)
 
 
-def _act(invocation: Invocation, program: str) -> bytes:
-    if invocation.version or invocation.info:
-        from vmcell_shim.info import runtime_info, version_text
+def _act_directly(argv: list[str], stdin: bytes) -> int:
+    from vmcell_shim.actions import perform
 
-        return version_text(program) if invocation.version else runtime_info()
-    check_identity(invocation)
-    if invocation.action == "start":
-        from vmcell_shim.start import start
+    outcome = perform(argv, stdin)
+    if outcome.serve is not None and posix.fork() == 0:
+        outcome.serve()
+        return 0
+    _report(outcome.output, outcome.errors)
+    return outcome.status
 
-        return start(invocation)
-    if invocation.action == "delete":
-        from vmcell_shim.delete import delete
 
-        return delete(invocation.bundle or os.getcwd())
-    from vmcell_protos.errors import CallerError
-
-    raise CallerError("no action is given; containerd runs this binary with start or delete")
+def _report(output: bytes, errors: bytes) -> None:
+    for fd, data in ((2, errors), (1, output)):
+        while data:
+            data = data[posix.write(fd, data) :]

@@ -7,10 +7,10 @@ Source: containerd runtime/v2/shim/util.go (SocketAddress, WriteAddress), runc/m
 
 from __future__ import annotations
 
-import _socket
 import os
 
 from vmcell_protos.errors import CallerError, HostError
+from vmcell_shim.listening import remove_dead
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,16 +24,13 @@ GROUP_ANNOTATIONS = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-i
 
 
 def group_id(bundle: str, container_id: str) -> str:
-    """The id of the group (pod) this container belongs to; its own when it stands alone."""
+    """The id of the group (pod) this container belongs to; its own when it stands alone, or when
+    the bundle is a sandbox's without a container (containerd 2.x with `sandboxer = "shim"`)."""
     try:
         with open(os.path.join(bundle, "config.json"), "rb") as file:
             data = file.read(4 << 20)
-    except FileNotFoundError as error:
-        raise CallerError(
-            f'bundle {bundle} has no config.json; the sandbox API (sandboxer = "shim") is not in '
-            "this version of vmcell, use the default podsandbox",
-            code="unimplemented",
-        ) from error
+    except FileNotFoundError:
+        return container_id
     if not any(name.encode() in data for name in GROUP_ANNOTATIONS):
         return container_id
     import json
@@ -64,7 +61,8 @@ def socket_path(address: str, namespace: str, group: str, directory: str) -> str
 
 def write_address(bundle: str, address: str) -> None:
     """The file by which containerd 1.6 and 1.7 find the shim again after a restart. HostError."""
-    temporary = os.path.join(bundle, ".address")
+    # A name of its own: a start that a zygote was asked for in vain may still be under way.
+    temporary = os.path.join(bundle, f".address.{os.getpid()}")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
@@ -76,25 +74,13 @@ def write_address(bundle: str, address: str) -> None:
         raise HostError(f"cannot write the shim's address into {bundle}: {error}") from error
 
 
-def answers(path: str) -> bool:
-    """Whether a server listens on the socket at `path`."""
-    probe = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    try:
-        probe.connect(path)
-    except OSError:
-        return False
-    finally:
-        probe.close()
-    return True
-
-
 def remove_dead_socket(bundle: str) -> None:
     """Removes the socket of a shim that was killed; one that answers stays."""
     try:
         with open(os.path.join(bundle, "address"), encoding="utf-8") as file:
             path = file.read().removeprefix("unix://")
-        if path.startswith("/") and not answers(path):
-            os.unlink(path)
+        if path.startswith("/"):
+            remove_dead(path)
     except FileNotFoundError:
         # The shim never came so far, or has cleaned up behind itself.
         return

@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 from vmcell_protos.errors import HostError
 
 DEFAULT_PATH = "/etc/vmcell/config.toml"
+# Room for some dozens of images of a few hundred MB each.
+CACHE_LIMIT_MIB = 20480
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +21,14 @@ class ShimConfig:
     """Paths are absolute. `log_dir` "": logs end with their sandbox.
 
     `writable_mib` is the size of a container's sparse disk; only what is written takes space.
+    `cache_limit_mib` bounds the images in `cache_dir` that no container uses.
     """
 
     kernel: str
     base_image: str
     state_dir: str = "/run/vmcell"
     cache_dir: str = "/var/lib/vmcell"
+    cache_limit_mib: int = CACHE_LIMIT_MIB
     log_dir: str = ""
     default_vcpus: int = 1
     default_memory_mib: int = 512

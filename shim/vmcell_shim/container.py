@@ -1,4 +1,4 @@
-"""One container in one microVM: made, started, watched, ended, removed.
+"""One container in a microVM: made, started, watched, paused, ended, removed.
 
 Who ends what: each started process has a thread that waits for the guest's word of its end; when
 the VM is gone these waits fail and the process has ended with 137. A process that was never started
@@ -7,19 +7,22 @@ is ended by whoever notices that the VM is gone. So a start event always stands 
 
 from __future__ import annotations
 
-import itertools
+import json
 import os
 import threading
 import time
 
 from vmcell_protos.agent import (
     AddProcessRequest,
+    ContainerStatsResponse,
     CreateContainerRequest,
     ProcessRef,
     ResizePtyRequest,
-    Rootfs,
     SignalProcessRequest,
     StartProcessResponse,
+    UpdateContainerRequest,
+    WaitOomRequest,
+    WaitOomResponse,
     WaitProcessResponse,
 )
 from vmcell_protos.errors import CallerError, HostError, VmcellError
@@ -30,19 +33,22 @@ from vmcell_protos.events import (
     TaskExecStarted,
     TaskExit,
     TaskIO,
+    TaskOOM,
+    TaskPaused,
+    TaskResumed,
     TaskStart,
 )
 from vmcell_protos.wellknown import Empty
 from vmcell_shim.client import ConnectionLost
 from vmcell_shim.events import timestamp
-from vmcell_shim.guest import LOWER_DEVICE, UPPER_DEVICE, Guest, GuestShape
-from vmcell_shim.lifecycle import CREATED, CREATING, RUNNING
-from vmcell_shim.living import identify
-from vmcell_shim.oci_json import read_object
+from vmcell_shim.footprint import Footprint
+from vmcell_shim.lifecycle import CREATED, CREATING, PAUSED, RUNNING, STOPPED
+from vmcell_shim.oci_json import parse_object, read_object
 from vmcell_shim.process import KILLED_STATUS, SIGKILL, Process
-from vmcell_shim.rootfs import RootImages, RootSource, parse_mounts, prepare_root
-from vmcell_shim.spec import GuestPlan, plan_guest
-from vmcell_shim.stdio import Stdio
+from vmcell_shim.rootfs import parse_mounts
+from vmcell_shim.sizing import memory_of_update
+from vmcell_shim.spec import plan_guest
+from vmcell_shim.stdio import Stdio, StreamOwner
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,7 +56,10 @@ if TYPE_CHECKING:
     from vmcell_shim.config import ShimConfig
     from vmcell_shim.events import EventPublisher
     from vmcell_shim.journal import Journal
+    from vmcell_shim.oci_json import Json
+    from vmcell_shim.sandbox import Sandbox
     from vmcell_shim.sandbox_files import SandboxFiles
+    from vmcell_shim.spec import GuestPlan
 
 # What a shell answers for a program it cannot run.
 NOT_STARTED_STATUS = 127
@@ -58,6 +67,9 @@ NOT_STARTED_STATUS = 127
 _HARMLESS_SIGNALS = (0, 17, 18, 23, 28)
 _LAST_SIGNAL = 64
 _KILL_ANSWER_S = 5.0
+_FREEZE_ANSWER_S = 5.0
+_UPDATE_ANSWER_S = 10.0
+_STATS_ANSWER_S = 10.0
 _EXECS_END_S = 2.0
 
 
@@ -68,6 +80,8 @@ class Container:
         self,
         request: CreateTaskRequest,
         *,
+        sandbox: Sandbox,
+        namespace: str,
         config: ShimConfig,
         files: SandboxFiles,
         own_dir: str,
@@ -77,21 +91,33 @@ class Container:
         """Opens the request's streams; raises CallerError."""
         self.id = request.id
         self.bundle = request.bundle
+        self.sandbox = sandbox
+        self.guest = sandbox.guest
         self._request = request
         self._config = config
-        self._files = files
-        self._own_dir = own_dir
+        self._footprint = Footprint(
+            request.id,
+            sandbox=sandbox,
+            config=config,
+            files=files,
+            own_dir=own_dir,
+            journal=journal,
+        )
         self._events = events
         self._journal = journal
         self._lock = threading.Lock()
-        self._stream_ids = itertools.count(1)
         self._saves_writes = False
-        self.guest = Guest(journal, self._vm_ended)
+        self._oom_kills = 0
+        self._held_signals: list[int] = []
+        self._owner = StreamOwner(
+            namespace=namespace, container_id=request.id, warn=journal.warning
+        )
         stdio = Stdio(
             stdin=request.stdin,
             stdout=request.stdout,
             stderr=request.stderr,
             terminal=request.terminal,
+            owner=self._owner,
         )
         self.init = Process(self.id, "", stdio)
         self._processes: dict[str, Process] = {"": self.init}
@@ -99,13 +125,13 @@ class Container:
     # ---- making -------------------------------------------------------------------------------
 
     def create(self, deadline: float) -> int:
-        """Boots the VM and makes the container in it; returns the pid to report.
+        """Makes the container, and the VM where there is none yet; returns the pid to report.
 
         `deadline` in time.monotonic() seconds is the client's; the boot has one of its own, which
         begins when the images are there. After an error nothing of it is left.
         """
         try:
-            self._make(deadline)
+            self._make(read_object(os.path.join(self.bundle, "config.json")), deadline)
         except BaseException as error:
             # A bug of ours too must not leave a microVM that nobody owns.
             self._journal.error(f"{self.id} not created: {error!r}")
@@ -132,90 +158,54 @@ class Container:
         # Only now: a VM that ends from here on has a task whose exit is told after its creation.
         self.init.advance("created")
         if self.guest.ended.is_set():
-            self._vm_ended()
+            self.vm_ended()
         return self.guest.pid
 
-    def _make(self, deadline: float) -> None:
+    def _make(self, spec: Json, deadline: float) -> None:
         if self._request.checkpoint:
             raise CallerError(
                 "restoring from a checkpoint is not in this version of vmcell", code="unimplemented"
             )
-        spec = read_object(os.path.join(self.bundle, "config.json"))
-        config = self._config
-        plan = plan_guest(
-            spec,
-            default_vcpus=config.default_vcpus,
-            default_memory_mib=config.default_memory_mib,
-        )
+        plan = self._plan(spec)
         source = parse_mounts(self._request.rootfs, plan.root_path, plan.read_only_root)
-        self._files.log_dir = config.log_dir
-        self._files.owned = [self._own_dir]
-        self._files.shim = identify(os.getpid())
-        self._files.create(self.bundle)
-        self._journal.attach(self._files.shim_log)
-        self._journal.info(
-            f"creating {self.id}: {plan.size.vcpus} vCPUs, {plan.size.memory_mib} MiB"
-        )
-        images = self._images(source)
-        self._journal.info(f"root image {images.image}, disk {images.disk or 'none'}")
-        self._saves_writes = bool(images.disk and source.snapshot_dir)
-        deadline = min(deadline, time.monotonic() + config.boot_timeout_s)
+        self._footprint.open(self.bundle)
+        images = self._footprint.images(source)
+        self._journal.info(f"root images {images.lowers}, disk {images.disk or 'none'}")
+        self._saves_writes = images.keeps_writes
+        deadline = min(deadline, time.monotonic() + self._config.boot_timeout_s)
         if deadline <= time.monotonic():
             raise HostError(
                 "the client gave up while the root image was made; it is kept, so try again",
                 code="deadline_exceeded",
             )
-        hello = self.guest.boot(self._shape(plan, images), deadline, self._record_vmm)
-        self._journal.info(f"guest {hello.kernel_release} ready, agent {hello.agent_version}")
+        self.sandbox.boot(plan, spec, self.bundle, images, deadline)
         request = CreateContainerRequest(
             container_id=self.id,
-            spec_json=plan.spec_json,
-            rootfs=Rootfs(
-                lower_device=LOWER_DEVICE, upper_device=UPPER_DEVICE if images.disk else ""
-            ),
-            streams=self.init.stdio.declare(self._next_stream_id),
+            rootfs=self._footprint.attach(images, plan).rootfs,
+            spec_json=json.dumps(plan.guest_spec, separators=(",", ":")).encode(),
+            streams=self.init.stdio.declare(self.guest.next_stream_id),
             files=list(plan.files),
             init=plan.init,
+            shared_namespaces=list(plan.shared_namespaces),
         )
         self.guest.call("CreateContainer", request, Empty, deadline - time.monotonic())
 
-    def _images(self, source: RootSource) -> RootImages:
-        return prepare_root(
-            source,
-            cache_dir=self._config.cache_dir,
-            own_dir=self._own_dir,
-            writable_mib=self._config.writable_mib,
+    def _plan(self, spec: Json) -> GuestPlan:
+        return plan_guest(
+            spec,
+            default_vcpus=self._config.default_vcpus,
+            default_memory_mib=self._config.default_memory_mib,
+            in_pod=self.sandbox.is_pod,
         )
-
-    def _shape(self, plan: GuestPlan, images: RootImages) -> GuestShape:
-        return GuestShape(
-            kernel=self._config.kernel,
-            base_image=self._config.base_image,
-            root_image=images.image,
-            disk=images.disk,
-            vcpus=plan.size.vcpus,
-            memory_mib=plan.size.memory_mib,
-            network=plan.network,
-            hostname=plan.hostname,
-            console_log=self._files.console_log,
-            vmm_log=self._files.vmm_log,
-        )
-
-    def _record_vmm(self, pid: int) -> None:
-        try:
-            self._files.vmm = identify(pid)
-            self._files.save()
-        except (OSError, ProcessLookupError) as error:
-            raise HostError(f"cannot note the VMM {pid} in the state file: {error}") from error
 
     def _give_up(self) -> None:
         """Undoes a creation; what cannot be undone is logged, the first error is the user's."""
         self.init.finish(KILLED_STATUS, lambda: None)
         self.init.stdio.close()
-        for step in (self.guest.close, self._files.remove):
+        for step in (self._footprint.leave_guest, self._footprint.release):
             try:
                 step()
-            except HostError as error:
+            except VmcellError as error:
                 self._journal.error(f"after the failed creation of {self.id}: {error}")
 
     # ---- processes ----------------------------------------------------------------------------
@@ -240,6 +230,7 @@ class Container:
             stdout=request.stdout,
             stderr=request.stderr,
             terminal=request.terminal,
+            owner=self._owner,
         )
         process = Process(self.id, request.exec_id, stdio)
         with self._lock:
@@ -249,13 +240,13 @@ class Container:
         if taken:
             stdio.close()
             raise CallerError(f"exec {request.exec_id} exists already", code="already_exists")
-        message = AddProcessRequest(
-            container_id=self.id,
-            exec_id=request.exec_id,
-            process_json=request.spec.value if request.spec else b"",
-            streams=stdio.declare(self._next_stream_id),
-        )
         try:
+            message = AddProcessRequest(
+                container_id=self.id,
+                exec_id=request.exec_id,
+                process_json=request.spec.value if request.spec else b"",
+                streams=stdio.declare(self.guest.next_stream_id),
+            )
             self.guest.call("AddProcess", message, Empty, self._config.boot_timeout_s)
             process.advance("created")
         except BaseException:
@@ -269,6 +260,8 @@ class Container:
         A failed start leaves an exec created. An init has ended by it: its guest cannot start one
         again, and clients refuse to delete a task that is created.
         """
+        if process.exec_id:
+            self.init.advance("start_exec")
         process.advance("start")
         try:
             process.stdio.join(self.guest.dial)
@@ -278,12 +271,14 @@ class Container:
         except BaseException:
             process.advance("start_failed")
             if self.guest.ended.is_set():
-                self._vm_ended()
+                self.vm_ended()
             elif not process.exec_id:
                 self._finish(process, NOT_STARTED_STATUS)
             raise
         process.advance("started")
         self._journal.info(f"{process.name} started")
+        if not process.exec_id:
+            self._footprint.keep_fresh()
         pid = self.guest.pid
         if process.exec_id:
             self._events.publish(
@@ -292,6 +287,8 @@ class Container:
         else:
             self._events.publish(TaskStart(container_id=self.id, pid=pid))
         threading.Thread(target=self._watch, args=(process,), daemon=True).start()
+        if not process.exec_id:
+            threading.Thread(target=self._watch_oom, name="oom", daemon=True).start()
         if process.size is not None:
             self._send_size(process, *process.size)
         return pid
@@ -302,13 +299,87 @@ class Container:
             raise CallerError(f"signal {signal} does not exist; give 1 to {_LAST_SIGNAL}")
         process.wait_settled(self._config.boot_timeout_s)
         state = process.advance("kill")
-        if state == CREATING and not process.exec_id:
+        if state in (CREATED, RUNNING) and self.init.state == PAUSED and not self.sandbox.is_pod:
+            # An exec of a paused VM: nothing can be asked of the guest.
+            raise CallerError(
+                f"cannot kill {process.name}: task {self.id} is paused; resume it first",
+                code="failed_precondition",
+            )
+        if state == PAUSED and not self.sandbox.is_pod:
+            self._kill_paused(signal)
+        elif state == CREATING and not process.exec_id:
             if signal not in _HARMLESS_SIGNALS:
                 self.guest.kill()
-        elif state == RUNNING:
+        elif state in (RUNNING, PAUSED):
             self._signal(process, signal, everyone=everyone)
         elif signal not in _HARMLESS_SIGNALS:
             self._finish(process, 128 + signal)
+
+    def _kill_paused(self, signal: int) -> None:
+        """A VM that stands still takes a signal when it goes on; SIGKILL makes it go on."""
+        self._held_signals.append(signal)
+        if signal == SIGKILL:
+            self.resume()
+
+    def pause(self) -> None:
+        """All processes of the container stand still: alone in its VM by the vCPUs, in a pod by the
+        guest's freezer. Raises VmcellError."""
+        self.init.advance("pause")
+        try:
+            if self.sandbox.is_pod:
+                self._ask_guest("FreezeContainer")
+            else:
+                self.guest.pause()
+        except BaseException:
+            self._settle_pause("pause_failed")
+            raise
+        self.init.advance("paused")
+        self._events.publish(TaskPaused(container_id=self.id))
+
+    def resume(self) -> None:
+        """They go on. Raises VmcellError."""
+        self.init.advance("resume")
+        try:
+            if self.sandbox.is_pod:
+                self._ask_guest("ThawContainer")
+            else:
+                self.guest.resume()
+        except BaseException:
+            self._settle_pause("resume_failed")
+            raise
+        self.init.advance("resumed")
+        self._events.publish(TaskResumed(container_id=self.id))
+        held, self._held_signals = self._held_signals, []
+        for signal in held:
+            self._signal(self.init, signal, everyone=False)
+
+    def _settle_pause(self, operation: str) -> None:
+        if self.init.state != STOPPED:
+            self.init.advance(operation)
+
+    def _ask_guest(self, method: str) -> None:
+        self.guest.call(method, self._footprint.ref(), Empty, _FREEZE_ANSWER_S)
+
+    def update(self, resources: bytes) -> None:
+        """New limits (OCI linux.resources as JSON), inside what the VM was booted with."""
+        self.init.advance("update")
+        limits = parse_object(resources, "the resources")
+        needed_mib = memory_of_update(
+            limits,
+            vcpus=self.sandbox.vcpus,
+            memory_mib=self.sandbox.memory_mib,
+        )
+        request = UpdateContainerRequest(container_id=self.id, resources_json=resources)
+        self.guest.call("UpdateContainer", request, Empty, _UPDATE_ANSWER_S)
+        self.sandbox.limit(limits)
+        if needed_mib is not None and not self.sandbox.is_pod:
+            self.guest.give_back(self.sandbox.memory_mib - needed_mib)
+
+    def stats(self) -> ContainerStatsResponse:
+        """The guest's numbers of a running container. Raises VmcellError."""
+        self.init.advance("stats")
+        ref = self._footprint.ref()
+        return self.guest.call("ContainerStats", ref, ContainerStatsResponse, _STATS_ANSWER_S)
 
     def resize(self, process: Process, columns: int, rows: int) -> None:
         """Sets the terminal's size; one that is not started yet gets it when it is."""
@@ -318,7 +389,8 @@ class Container:
 
     def delete(self, process: Process) -> None:
         """Removes an ended or never started process; with the init, everything else too."""
-        if process.advance("delete") == CREATED and not process.exec_id:
+        before = process.advance("delete")
+        if before == CREATED and not process.exec_id and not self.sandbox.is_pod:
             # No end of an init has begun to end the VM.
             self._end_vm()
         if process.exec_id:
@@ -348,15 +420,16 @@ class Container:
         self._forget(process)
 
     def _delete_all(self) -> None:
-        if self._saves_writes and not self.guest.ended.is_set():
+        if self.sandbox.is_pod:
+            self._footprint.leave_guest()
+        elif self._saves_writes and not self.guest.ended.is_set():
             # The shutdown began with the init's end; it is given the time to write back.
             self.guest.ended.wait(self._shutdown_s)
-        self.guest.close()
+        self._footprint.release()
         for process in self.processes():
             # An exec whose end was still being waited for has one too.
             self._finish(process, KILLED_STATUS)
             process.stdio.close()
-        self._files.remove()
 
     def _forget(self, process: Process) -> None:
         process.stdio.close()
@@ -368,22 +441,44 @@ class Container:
     def _watch(self, process: Process) -> None:
         try:
             ref = self._ref(process)
-            status = self.guest.call("WaitProcess", ref, WaitProcessResponse, None).exit_status
+            answer = self.guest.call("WaitProcess", ref, WaitProcessResponse, None)
+            status = answer.exit_status
+            self._tell_oom(answer.oom_kills)
         except VmcellError as error:
             self._journal.warning(f"end of {process.name} not heard from the guest: {error}")
-            if not isinstance(error, ConnectionLost):
+            if not isinstance(error, ConnectionLost) and not self.sandbox.is_pod:
                 self.guest.kill()
             status = KILLED_STATUS
+        if not process.exec_id:
+            self._footprint.write_back()
         process.stdio.flush()
         # One byte is all an exit status has; a guest that says more is wrong.
         self._finish(process, status if status <= 255 else 255)
 
+    def _watch_oom(self) -> None:
+        try:
+            while True:
+                request = WaitOomRequest(container_id=self.id, seen=self._oom_kills)
+                answer = self.guest.call("WaitOom", request, WaitOomResponse, None)
+                self._tell_oom(answer.oom_kills)
+        except VmcellError as error:
+            # The container has been removed, or the VM has ended.
+            self._journal.info(f"no more OOM reports of {self.id}: {error}")
+
+    def _tell_oom(self, oom_kills: int) -> None:
+        with self._lock:
+            news, self._oom_kills = oom_kills > self._oom_kills, max(oom_kills, self._oom_kills)
+            if news:
+                # Under the lock: an exit that carries the same number stands behind it.
+                self._events.publish(TaskOOM(container_id=self.id))
+
     def _finish(self, process: Process, status: int) -> None:
+        # Before anybody is told: a client that knows of the exit reads its streams to their end.
+        process.stdio.end()
         if not process.finish(status, lambda: self._publish_exit(process)):
             return
-        process.stdio.close()
         self._journal.info(f"{process.name} ended with {status}")
-        if not process.exec_id:
+        if not process.exec_id and not self.sandbox.is_pod:
             threading.Thread(target=self._end_vm, name="end-vm", daemon=True).start()
 
     def _publish_exit(self, process: Process) -> None:
@@ -413,7 +508,8 @@ class Container:
         # A tenth of the time a boot may take: 6 s by default, more where all is slow.
         return self._config.boot_timeout_s / 10
 
-    def _vm_ended(self) -> None:
+    def vm_ended(self) -> None:
+        """The VM is gone: what was never started has ended too; the rest has its own watch."""
         for process in self.processes():
             if process.state == CREATED:
                 self._finish(process, KILLED_STATUS)
@@ -449,9 +545,6 @@ class Container:
         except VmcellError as error:
             # The process may have ended in between; a size is not worth an error.
             self._journal.info(f"terminal of {process.name} not resized: {error}")
-
-    def _next_stream_id(self) -> int:
-        return next(self._stream_ids)
 
     def _ref(self, process: Process) -> ProcessRef:
         return ProcessRef(container_id=self.id, exec_id=process.exec_id)

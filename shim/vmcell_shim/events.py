@@ -35,6 +35,9 @@ _TOPICS = {
     "TaskStart": "/tasks/start",
     "TaskExit": "/tasks/exit",
     "TaskDelete": "/tasks/delete",
+    "TaskOOM": "/tasks/oom",
+    "TaskPaused": "/tasks/paused",
+    "TaskResumed": "/tasks/resumed",
     "TaskExecAdded": "/tasks/exec-added",
     "TaskExecStarted": "/tasks/exec-started",
 }

@@ -7,24 +7,32 @@ and kill() works from any thread at any time, also in the middle of boot().
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmcell_protos.agent import (
+    AttachDeviceRequest,
+    AttachDeviceResponse,
     ConfigureGuestRequest,
+    DetachDeviceRequest,
     HelloRequest,
     HelloResponse,
-    Interface,
 )
-from vmcell_protos.errors import HostError, VmcellError
+from vmcell_protos.errors import CallerError, HostError, VmcellError
 from vmcell_protos.wellknown import Empty
 from vmcell_runtime import handle
-from vmcell_runtime.config import BlkConfig, MachineConfig, NetConfig, PmemConfig, VsockConfig
-from vmcell_shim.annotations import TapNetwork
 from vmcell_shim.client import ConnectionLost, TtrpcClient
-from vmcell_shim.tap import open_tap
+from vmcell_shim.shape import (
+    CONTROL_PORT,
+    FORWARD_PORT,
+    STREAM_PORT,
+    GuestShape,
+    machine_config,
+    open_file,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,33 +47,17 @@ if TYPE_CHECKING:
     M = TypeVar("M", bound=Message)
 
 SERVICE = "vmcell.agent.v1.Agent"
-CONTROL_PORT, STREAM_PORT = 1024, 1025
-# Every VM has a vsock of its own, so all guests may have the same number.
-GUEST_CID = 3
-LOWER_DEVICE, UPPER_DEVICE = "pmem1", "vda"
-COMMAND_LINE = (
-    "root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro init=/usr/sbin/vmcell-init "
-    "console=ttyS0 loglevel=4 panic=-1"
-)
 _CONSOLE_LINES = 5
 _ENTROPY_BYTES = 64
 _REAP_S = 5.0
+_PLUG_S = 10.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class GuestShape:
-    """What to boot: paths on the host, sizes, and what the guest is told about itself."""
+class Plugged(NamedTuple):
+    """A file that became a device of the running guest: its window, its name there ("pmem2")."""
 
-    kernel: str
-    base_image: str
-    root_image: str
-    disk: str
-    vcpus: int
-    memory_mib: int
-    network: TapNetwork | None
-    hostname: str
-    console_log: str
-    vmm_log: str
+    window: int
+    name: str
 
 
 class Guest:
@@ -80,6 +72,8 @@ class Guest:
         self._killed = False
         self._stopping = False
         self._closed = False
+        self._free_windows: list[int] = []
+        self._stream_ids = itertools.count(1)
         self.end: VmmExit | None = None
         self.ended = threading.Event()
 
@@ -117,18 +111,92 @@ class Guest:
             raise HostError(f"there is no guest to ask for {method}", code="failed_precondition")
         return agent.call(SERVICE, method, request, answer, timeout_s)
 
+    def next_stream_id(self) -> int:
+        """An id that no other stream of this guest has."""
+        return next(self._stream_ids)
+
     def dial(self, stream_id: int) -> socket.socket:
         """The vsock stream of that id; the caller owns it. Raises HostError."""
-        vmm = self._handle
-        if vmm is None or self.ended.is_set():
-            raise HostError("the microVM has ended; no stream can be opened")
-        stream = vmm.connect_vsock(STREAM_PORT)
+        stream = self._running().connect_vsock(STREAM_PORT)
         try:
             stream.sendall(stream_id.to_bytes(8, "little"))
         except OSError as error:
             stream.close()
             raise HostError(f"the guest closed stream {stream_id} at once: {error}") from error
         return stream
+
+    def dial_forward(self, port: int) -> socket.socket:
+        """A stream to a port of the guest's loopback, the caller's to close. VmcellError."""
+        stream = self._running().connect_vsock(FORWARD_PORT)
+        try:
+            stream.sendall(port.to_bytes(2, "little"))
+        except OSError as error:
+            stream.close()
+            raise HostError(f"the guest takes no forward to port {port}: {error}") from error
+        return stream
+
+    def plug(self, path: str, *, image: bool) -> Plugged:
+        """Makes the file a device of the running guest: an EROFS `image` on pmem, else a disk.
+
+        Raises VmcellError: resource_exhausted when every window is taken.
+        """
+        vmm = self._running()
+        with self._lock:
+            if not self._free_windows:
+                raise CallerError(
+                    "the pod's microVM has no window left for another device; "
+                    "use fewer containers in the pod",
+                    code="resource_exhausted",
+                )
+            window = self._free_windows.pop(0)
+        try:
+            fd = open_file(path, os.O_RDONLY if image else os.O_RDWR)
+            try:
+                if image:
+                    vmm.plug_pmem(window, fd)
+                else:
+                    vmm.plug_blk(window, fd)
+            finally:
+                os.close(fd)
+            try:
+                request = AttachDeviceRequest(window=window)
+                name = self.call("AttachDevice", request, AttachDeviceResponse, _PLUG_S).name
+            except BaseException:
+                vmm.unplug(window)
+                raise
+        except BaseException:
+            with self._lock:
+                self._free_windows.append(window)
+            raise
+        return Plugged(window, name)
+
+    def unplug(self, device: Plugged) -> None:
+        """Takes a device away from the guest and then from the VM. Raises VmcellError; a device
+        that the guest does not let go keeps its window."""
+        self.call("DetachDevice", DetachDeviceRequest(window=device.window), Empty, _PLUG_S)
+        self._running().unplug(device.window)
+        with self._lock:
+            self._free_windows.append(device.window)
+
+    def pause(self) -> None:
+        """Every vCPU stands still when this returns. Idempotent; raises VmcellError."""
+        self._running().pause()
+
+    def resume(self) -> None:
+        """The vCPUs go on, and the guest's wall clock is right again. Raises VmcellError."""
+        self._running().resume()
+        request = ConfigureGuestRequest(unix_time_ns=time.time_ns())
+        self.call("ConfigureGuest", request, Empty, _PLUG_S)
+
+    def give_back(self, memory_mib: int) -> None:
+        """Asks the guest to leave that much of its memory to the host. Raises VmcellError."""
+        self._running().set_balloon(memory_mib)
+
+    def _running(self) -> VmmHandle:
+        vmm = self._handle
+        if vmm is None or self.ended.is_set():
+            raise HostError("the microVM has ended", code="failed_precondition")
+        return vmm
 
     def kill(self) -> None:
         """Ends the VMM at once, or makes a boot that has not begun fail. Idempotent."""
@@ -170,7 +238,8 @@ class Guest:
         log = -1
         try:
             config = machine_config(shape, descriptors)
-            log = _open(shape.vmm_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, "")
+            log = open_file(shape.vmm_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            self._free_windows = list(config.spare_window_numbers)
             vmm = handle.spawn(config, descriptors, log_fd=log)
         finally:
             for fd in (*descriptors, log):
@@ -200,8 +269,9 @@ class Guest:
         request = ConfigureGuestRequest(
             unix_time_ns=time.time_ns(),
             hostname=shape.hostname,
-            interfaces=[_interface(shape.network)] if shape.network else [],
+            interfaces=[port.interface for port in shape.nets],
             entropy=os.urandom(_ENTROPY_BYTES),
+            sysctls=shape.sysctls,
         )
         self.call("ConfigureGuest", request, Empty, deadline - time.monotonic())
         return hello
@@ -213,46 +283,6 @@ class Guest:
             self.kill()
 
 
-def machine_config(shape: GuestShape, descriptors: list[int]) -> MachineConfig:
-    """The VMM's configuration; opens every file it names and appends it to `descriptors`, which
-    the caller closes, also after an error. Raises HostError."""
-
-    def opened(path: str, flags: int, hint: str = "") -> int:
-        descriptors.append(_open(path, flags, hint))
-        return len(descriptors) - 1
-
-    setup = "; run `vmcell setup`"
-    kernel = opened(shape.kernel, os.O_RDONLY, setup)
-    console = opened(shape.console_log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-    pmem = [
-        PmemConfig(descriptor=opened(shape.base_image, os.O_RDONLY, setup)),
-        PmemConfig(descriptor=opened(shape.root_image, os.O_RDONLY)),
-    ]
-    blk = [BlkConfig(descriptor=opened(shape.disk, os.O_RDWR))] if shape.disk else []
-    net = []
-    if shape.network is not None:
-        descriptors.append(open_tap(shape.network.tap))
-        net.append(NetConfig(tap_descriptor=len(descriptors) - 1, mac=shape.network.mac))
-    return MachineConfig(
-        vcpu_count=shape.vcpus,
-        memory_mib=shape.memory_mib,
-        kernel_descriptor=kernel,
-        command_line=COMMAND_LINE,
-        pmem=tuple(pmem),
-        blk=tuple(blk),
-        net=tuple(net),
-        vsock=VsockConfig(guest_cid=GUEST_CID, listen_ports=(CONTROL_PORT,)),
-        console_descriptor=console,
-    )
-
-
-def _open(path: str, flags: int, hint: str) -> int:
-    try:
-        return os.open(path, flags, 0o600)
-    except OSError as error:
-        raise HostError(f"cannot open {path}: {error.strerror}{hint}") from error
-
-
 def _boot_error(shape: GuestShape, error: VmcellError, end: VmmExit | None) -> HostError:
     text = f"cannot start the microVM: {error}"
     if end is not None:
@@ -261,12 +291,6 @@ def _boot_error(shape: GuestShape, error: VmcellError, end: VmmExit | None) -> H
     if lines:
         text += "; console: " + " | ".join(lines)
     return HostError(text, code=error.code)
-
-
-def _interface(network: TapNetwork) -> Interface:
-    return Interface(
-        name="eth0", mac=network.mac, addresses=[network.address], gateway=network.gateway
-    )
 
 
 def _last_lines(console_log: str) -> list[str]:

@@ -2,12 +2,17 @@
 
 The init of a container and every exec follow the same states. `creating` lasts as long as the VM
 takes to boot, `starting` until the guest has answered; both exist so that no lock is held across
-them. Source: containerd runtime/v2/runc (init_state.go, exec_state.go); its tests rely on it.
+them; `pausing` and `resuming` likewise. Only an init is paused, and its execs with it.
+Source: containerd runtime/v2/runc (init_state.go, exec_state.go); its tests rely on it.
 
     creating ──created──▶ created ──start──▶ starting ──started──▶ running
         │                    │ ▲                │                     │
         │                    │ └─start_failed───┤                     │
         └──exit──────────────┴─────exit─────────┴────────exit─────────┴──▶ stopped ──▶ deleted
+                                                                      │
+                        running ──pause──▶ pausing ──paused──▶ paused ┤ exit
+                           ▲ └──pause_failed──┘                │      │
+                           └──resumed── resuming ◀───resume────┘──────┘
 """
 
 from __future__ import annotations
@@ -15,12 +20,15 @@ from __future__ import annotations
 from vmcell_protos.errors import CallerError
 from vmcell_protos.task import (
     TaskStatus_CREATED,
+    TaskStatus_PAUSED,
+    TaskStatus_PAUSING,
     TaskStatus_RUNNING,
     TaskStatus_STOPPED,
 )
 
 CREATING, CREATED, STARTING = "creating", "created", "starting"
 RUNNING, STOPPED, DELETED = "running", "stopped", "deleted"
+PAUSING, PAUSED, RESUMING = "pausing", "paused", "resuming"
 
 # state → operation → next state. What is missing here is refused by REFUSALS.
 TRANSITIONS: dict[str, dict[str, str]] = {
@@ -30,6 +38,8 @@ TRANSITIONS: dict[str, dict[str, str]] = {
         "delete": DELETED,
         "kill": CREATED,
         "add_exec": CREATED,
+        "start_exec": CREATED,
+        "update": CREATED,
         "resize": CREATED,
         "exit": STOPPED,
     },
@@ -37,16 +47,23 @@ TRANSITIONS: dict[str, dict[str, str]] = {
         "started": RUNNING,
         "start_failed": CREATED,
         "add_exec": STARTING,
+        "start_exec": STARTING,
         "resize": STARTING,
         "exit": STOPPED,
     },
     RUNNING: {
         "kill": RUNNING,
         "add_exec": RUNNING,
+        "start_exec": RUNNING,
         "resize": RUNNING,
         "stats": RUNNING,
+        "update": RUNNING,
+        "pause": PAUSING,
         "exit": STOPPED,
     },
+    PAUSING: {"paused": PAUSED, "pause_failed": RUNNING, "kill": PAUSING, "exit": STOPPED},
+    PAUSED: {"resume": RESUMING, "kill": PAUSED, "resize": PAUSED, "exit": STOPPED},
+    RESUMING: {"resumed": RUNNING, "resume_failed": PAUSED, "kill": RESUMING, "exit": STOPPED},
     STOPPED: {"delete": DELETED, "resize": STOPPED},
     DELETED: {"delete_failed": STOPPED},
 }
@@ -64,6 +81,9 @@ STATUS: dict[str, int] = {
     CREATED: TaskStatus_CREATED,
     STARTING: TaskStatus_CREATED,
     RUNNING: TaskStatus_RUNNING,
+    PAUSING: TaskStatus_PAUSING,
+    PAUSED: TaskStatus_PAUSED,
+    RESUMING: TaskStatus_PAUSED,
     STOPPED: TaskStatus_STOPPED,
     DELETED: TaskStatus_STOPPED,
 }

@@ -1,8 +1,10 @@
 """The files of one sandbox on the host, and their removal by whoever is left.
 
-<state_dir>/<namespace>/<id>/ holds `state.json` (which processes live, which files elsewhere are
-the sandbox's own) and the logs of console, shim and VMM. The bundle's link `vmcell` leads there, so
-that `delete` finds everything without the host's configuration. Every removal is idempotent.
+<state_dir>/<namespace>/<id>/ holds `state.json` (which processes live: shim, VMM and helpers; which
+files elsewhere are the sandbox's own; its cgroup, and how to undo its network) and the logs of
+console, shim and VMM. A pod's member has such a directory too, without processes, and names its
+pod's (`sandbox`). The bundle's link `vmcell` leads there, so that `delete` finds everything without
+the host's configuration. Every removal is idempotent.
 """
 
 from __future__ import annotations
@@ -12,7 +14,11 @@ import os
 import shutil
 
 from vmcell_protos.errors import HostError
-from vmcell_shim.living import Living, kill_and_wait
+from vmcell_shim.living import Living, kill_all
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmcell_shim.oci_json import Json
 
 BUNDLE_LINK = "vmcell"
 _MAKE_TRIES = 100
@@ -26,8 +32,18 @@ class SandboxFiles:
         self.directory = directory
         self.shim: Living | None = None
         self.vmm: Living | None = None
+        self.helpers: list[Living] = []
         self.owned: list[str] = []
+        self.sandbox = ""
+        self.network: Json = {}
+        self.poststop: Json = {}
+        self.cgroup = ""
         self.log_dir = ""
+
+    @property
+    def namespace(self) -> str:
+        """Where the network namespace stands that was made for this sandbox alone."""
+        return os.path.join(self.directory, "netns")
 
     @property
     def console_log(self) -> str:
@@ -41,11 +57,14 @@ class SandboxFiles:
     def shim_log(self) -> str:
         return os.path.join(self.directory, "shim.log")
 
-    def create(self, bundle: str) -> None:
-        """The directory, its first state file and the bundle's link; raises HostError."""
+    def create(self, bundle: str = "") -> None:
+        """The directory, a state file, and with `bundle` the link by which `delete` finds them: it
+        is that of who takes the directory along. Raises HostError."""
         try:
             make_directory(self.directory)
             self.save()
+            if not bundle:
+                return
             link = os.path.join(bundle, BUNDLE_LINK)
             if os.path.islink(link):
                 os.unlink(link)
@@ -59,7 +78,12 @@ class SandboxFiles:
             "version": 1,
             "shim": self.shim,
             "vmm": self.vmm,
+            "helpers": self.helpers,
             "owned": self.owned,
+            "sandbox": self.sandbox,
+            "network": self.network,
+            "poststop": self.poststop,
+            "cgroup": self.cgroup,
             "log_dir": self.log_dir,
         }
         path = os.path.join(self.directory, "state.json")
@@ -117,7 +141,12 @@ def load(directory: str) -> SandboxFiles:
             state = json.load(file)
         files.shim = Living(*state["shim"]) if state["shim"] else None
         files.vmm = Living(*state["vmm"]) if state["vmm"] else None
+        files.helpers = [Living(*helper) for helper in state["helpers"]]
         files.owned = [str(path) for path in state["owned"]]
+        files.sandbox = str(state["sandbox"])
+        files.network = dict(state["network"])
+        files.poststop = dict(state["poststop"])
+        files.cgroup = str(state["cgroup"])
         files.log_dir = str(state["log_dir"])
     except FileNotFoundError:
         pass
@@ -127,10 +156,12 @@ def load(directory: str) -> SandboxFiles:
 
 
 def kill_survivors(files: SandboxFiles, timeout_s: float) -> int:
-    """SIGKILL for VMM and shim where they still live; returns the VMM's pid, 0 if never known."""
-    for process in (files.vmm, files.shim):
-        if process is not None and process.pid != os.getpid():
-            kill_and_wait(process, timeout_s)
+    """SIGKILL for VMM, shim and helpers where they still live; the VMM's pid, 0 if never known.
+
+    Mounts need no undoing: those of virtiofsd end with it.
+    """
+    processes = [files.vmm, files.shim, *files.helpers]
+    kill_all([row for row in processes if row is not None and row.pid != os.getpid()], timeout_s)
     return files.vmm.pid if files.vmm else 0
 
 

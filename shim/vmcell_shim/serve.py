@@ -12,10 +12,11 @@ import signal
 import socket
 import time
 
+from vmcell_shim.dispatch import Dispatch
 from vmcell_shim.events import EventPublisher
 from vmcell_shim.journal import Journal
+from vmcell_shim.registry import Registry
 from vmcell_shim.server import TtrpcServer
-from vmcell_shim.service import TaskService
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ _FLUSH_S = 2.0
 _ANSWER_S = 1.0
 
 
-def serve(listener_fd: int, invocation: Invocation, bundle: str) -> None:
-    """Runs until the shim has nothing to do any more; the socket's file is removed then."""
+def serve(listener_fd: int, path: str, invocation: Invocation, bundle: str) -> None:
+    """Runs until the shim has nothing to do any more; the socket's file `path` is removed then."""
     journal = Journal(os.path.join(bundle, "log"), invocation.id)
     journal.catch_bugs()
     _outlive_containerd(journal)
@@ -40,20 +41,19 @@ def serve(listener_fd: int, invocation: Invocation, bundle: str) -> None:
         journal=journal,
     )
     listener = socket.socket(fileno=listener_fd)
-    path = listener.getsockname()
     stop = _Stop()
-    service = TaskService(invocation.namespace, events, journal, stop)
-    server = TtrpcServer(listener, service.handle, journal)
+    registry = Registry(invocation.namespace, events, journal)
+    server = TtrpcServer(listener, Dispatch(registry, stop).handle, journal)
     stop.server = server
     seen = time.monotonic()
 
     def still_needed() -> bool:
         nonlocal seen
-        if service.has_containers or server.connection_count:
+        if registry.in_use or server.connection_count:
             seen = time.monotonic()
         return time.monotonic() - seen < _IDLE_S
 
-    signal.signal(signal.SIGTERM, lambda *_: None if service.has_containers else server.stop())
+    signal.signal(signal.SIGTERM, lambda *_: None if registry.in_use else server.stop())
     try:
         server.serve(_TICK_S, still_needed)
     finally:

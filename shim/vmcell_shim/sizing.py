@@ -23,6 +23,11 @@ OVERHEAD_MIB = 96
 MIN_LIMIT_MIB = 6
 # Kubernetes and Docker write "no limit" as a number close to 2**63 rounded to pages.
 _UNLIMITED_BYTES = 1 << 62
+_POD_RESOURCES = {
+    "cpu-quota": ("cpu", "quota"),
+    "cpu-period": ("cpu", "period"),
+    "memory": ("memory", "limit"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,48 @@ def machine_size(
             f"a microVM has {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB} MiB"
         )
     return MachineSize(vcpus=vcpus, memory_mib=memory)
+
+
+def memory_of_update(resources: Json, *, vcpus: int, memory_mib: int) -> int | None:
+    """How much of the VM's `memory_mib` new limits leave in use; None when they say nothing of it.
+
+    Raises CallerError for limits beyond the VM: it neither grows nor gets more vCPUs.
+    """
+    spec = {"linux": {"resources": resources}}
+    wanted = _vcpus_of_quota(spec)
+    if wanted is not None and wanted > vcpus:
+        raise CallerError(
+            f"cpu.quota asks for {wanted} vCPUs; the microVM was started with {vcpus} and gets no "
+            "more, start it with a higher limit"
+        )
+    limit = take(spec, "linux.resources.memory.limit", int, 0)
+    if limit == 0:
+        return None
+    needed_mib = _memory_of_limit(spec)
+    if needed_mib is None:
+        return memory_mib
+    if needed_mib - OVERHEAD_MIB > memory_mib:
+        raise CallerError(
+            f"memory.limit asks for {limit} bytes; the microVM was started with {memory_mib} MiB "
+            "and gets no more, start it with a higher limit"
+        )
+    return min(needed_mib, memory_mib)
+
+
+def pod_resources(spec: Json) -> Json:
+    """`linux.resources` as a pod's annotations state them for all of its containers together.
+
+    Source: containerd pkg/cri/annotations (sandbox-cpu-quota and so on). Raises CallerError.
+    """
+    found: dict[str, dict[str, int]] = {"cpu": {}, "memory": {}}
+    for name, (group, key) in _POD_RESOURCES.items():
+        text = take(spec, "annotations", dict, {}).get(f"io.kubernetes.cri.sandbox-{name}")
+        if text is None:
+            continue
+        if not (isinstance(text, str) and text.isascii() and text.isdigit() and len(text) < 20):
+            raise CallerError(f"annotation io.kubernetes.cri.sandbox-{name} is {text!r}, no number")
+        found[group][key] = int(text)
+    return dict(found)
 
 
 def _vcpus_of_quota(spec: Json) -> int | None:

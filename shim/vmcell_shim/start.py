@@ -1,4 +1,4 @@
-"""`start`: bind the socket, leave the server behind in a process of its own, answer the address.
+"""`start`: bind the socket, answer the address, and become the server in a process of its own.
 
 containerd reads stdout and stderr through one pipe until its end, so nothing but the answer is
 written and the server keeps none of the inherited descriptors. Every task create waits for this:
@@ -8,71 +8,61 @@ Source: containerd runtime/v2/shim/shim.go; reference: shim-contract 1.2 (answer
 
 from __future__ import annotations
 
-import _socket
-import errno
 import os
 
 from vmcell_protos.errors import CallerError, HostError
-from vmcell_shim.bundle import answers, group_id, socket_path, write_address
+from vmcell_shim.bundle import group_id, socket_path, write_address
+from vmcell_shim.listening import listen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import _socket
+
     from vmcell_protos.bootstrap import BootstrapParams
     from vmcell_shim.args import Invocation
 
-_STDIN_LIMIT_BYTES = 4 << 20
-_BACKLOG = 64
+STDIN_LIMIT_BYTES = 4 << 20
+# Where containerd 2.x keeps the bundles of the sandbox API; only there it wants version 3.
+SANDBOX_BUNDLES = "/io.containerd.sandbox.controller.v1.shim/"
 
 
-def start(invocation: Invocation) -> bytes:
-    """The answer for containerd; behind it a server runs. Raises CallerError, HostError.
+class Started:
+    """The answer for containerd, and the socket at `path` for the server behind it; no listener:
+    there is a server already."""
 
-    In the child process it returns only when the server has ended, with an empty answer.
+    __slots__ = ("answer", "listener", "path")
+
+    def __init__(self, answer: str, listener: _socket.socket | None, path: str) -> None:
+        self.answer = answer.encode()
+        self.listener = listener
+        self.path = path
+
+
+def start(invocation: Invocation, stdin: bytes) -> Started:
+    """Binds the group's socket, unless its server answers there already, and notes its address.
+
+    `stdin` is what containerd wrote there. Raises CallerError, HostError; nothing is left then.
     """
+    if len(stdin) > STDIN_LIMIT_BYTES:
+        raise CallerError(f"stdin holds more than {STDIN_LIMIT_BYTES} bytes of options")
     bundle = os.getcwd()
-    params = bootstrap_params(read_stdin(), invocation)
+    params = bootstrap_params(stdin, invocation)
     group = group_id(bundle, invocation.id)
-    if group != invocation.id:
-        raise CallerError(
-            f"container {invocation.id} belongs to the pod {group}; more than one container in a "
-            "microVM is not in this version of vmcell, run containers without a pod",
-            code="unimplemented",
-        )
     directory = params.socket_dir or "" if params else ""
     path = socket_path(invocation.address, invocation.namespace, group, directory)
     address = f"unix://{path}"
-    listener = bind(path)
+    listener = listen(path)
     try:
         write_address(bundle, address)
     except HostError:
         if listener is not None:
             os.unlink(path)
+            listener.close()
         raise
-    if listener is not None:
-        pid = os.fork()
-        if pid == 0:
-            _become_server(listener, invocation, bundle)
-            return b""
-        listener.close()
-    if params is None:
-        return address.encode()
-    return f'{{"version":3,"address":"{address}","protocol":"ttrpc"}}'.encode()
-
-
-def read_stdin() -> bytes:
-    """What containerd wrote: nothing, the runtime's options, or (2.3 on) BootstrapParams."""
-    try:
-        if os.isatty(0):
-            return b""
-        data = b""
-        while chunk := os.read(0, 64 << 10):
-            data += chunk
-            if len(data) > _STDIN_LIMIT_BYTES:
-                raise CallerError(f"stdin holds more than {_STDIN_LIMIT_BYTES} bytes of options")
-    except OSError:
-        # No stdin at all: as empty as /dev/null.
-        return b""
-    return data
+    if params is None and SANDBOX_BUNDLES not in bundle:
+        return Started(address, listener, path)
+    answer = f'{{"version":3,"address":"{address}","protocol":"ttrpc"}}'
+    return Started(answer, listener, path)
 
 
 def bootstrap_params(data: bytes, invocation: Invocation) -> BootstrapParams | None:
@@ -93,47 +83,23 @@ def bootstrap_params(data: bytes, invocation: Invocation) -> BootstrapParams | N
     return params if same else None
 
 
-def bind(path: str) -> _socket.socket | None:
-    """A listening socket at `path`, or None when a shim of this group answers there already."""
-    listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    try:
-        os.makedirs(os.path.dirname(path), mode=0o711, exist_ok=True)
-        try:
-            _bind_private(listener, path)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            if answers(path):
-                listener.close()
-                return None
-            os.unlink(path)
-            _bind_private(listener, path)
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise HostError(f"cannot listen on {path}: {error}") from error
-    return listener
+def become_server(started: Started, invocation: Invocation, bundle: str) -> None:
+    """The rest of this process's life: own session, none of the caller's descriptors.
 
-
-def _bind_private(listener: _socket.socket, path: str) -> None:
-    umask = os.umask(0o177)
-    try:
-        listener.bind(path)
-    finally:
-        os.umask(umask)
-
-
-def _become_server(listener: _socket.socket, invocation: Invocation, bundle: str) -> None:
-    """The rest of the child's life: own session, none of the caller's descriptors."""
-    os.setsid()
+    It returns when the server has ended. Leads a session already: a zygote's child.
+    """
+    if started.listener is None:
+        raise ValueError("there is a server already")
+    if os.getsid(0) != os.getpid():
+        os.setsid()
     # Not through /dev/null's number: nothing below 3 may be closed and given away again.
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
-    kept = os.dup2(listener.detach(), 3, inheritable=False) if listener.fileno() != 3 else 3
-    if kept == 3 and listener.fileno() == 3:
-        listener.detach()
+    listener = started.listener.detach()
+    if listener != 3:
+        os.dup2(listener, 3, inheritable=False)
     os.closerange(4, max(int(name) for name in os.listdir("/proc/self/fd")) + 1)
     from vmcell_shim.serve import serve
 
-    serve(3, invocation, bundle)
+    serve(3, started.path, invocation, bundle)

@@ -412,13 +412,13 @@ def test_mistakes_get_one_sentence_and_leave_nothing(agent: AgentUnderTest) -> N
     bad["mounts"].append({"destination": "/data", "type": "bind", "source": "/srv"})
     with pytest.raises(VmcellError, match="binds a host path to /data"):
         agent.create(bad)
-    with pytest.raises(VmcellError, match=r"lower_device is '\.\./sda'"):
+    with pytest.raises(VmcellError, match=r"lower_devices has '\.\./sda'"):
         agent.client.call(
             "CreateContainer",
             messages.CreateContainerRequest(
                 container_id="x",
                 spec_json=b'{"process":{"args":["true"]}}',
-                rootfs=messages.Rootfs(lower_device="../sda"),
+                rootfs=messages.Rootfs(lower_devices=["../sda"]),
             ),
         )
     with pytest.raises(VmcellError, match=r"mount .*pmem7 as erofs"):
@@ -427,7 +427,7 @@ def test_mistakes_get_one_sentence_and_leave_nothing(agent: AgentUnderTest) -> N
             messages.CreateContainerRequest(
                 container_id="x",
                 spec_json=b'{"process":{"args":["true"]}}',
-                rootfs=messages.Rootfs(lower_device="pmem7"),
+                rootfs=messages.Rootfs(lower_devices=["pmem7"]),
             ),
         )
     with pytest.raises(VmcellError, match="no container 'x'"):

@@ -181,6 +181,32 @@ def test_later_mount_options_win() -> None:
     assert row.propagation == abi.MS_SLAVE | abi.MS_REC
 
 
+def test_a_live_directory_is_a_number_of_the_share() -> None:
+    options = ["rbind", "rprivate", "ro", "noexec", "z"]
+    row = parse_mount("/data", "virtiofs", options, "m", source="17")
+    assert (row.source, row.data) == ("17", "")
+    flags = abi.MS_RDONLY | abi.MS_NOEXEC
+    assert row.flags == abi.MS_NOSUID | abi.MS_NODEV | flags
+    assert row.propagation == abi.MS_PRIVATE | abi.MS_REC
+    for words in (["rro"], ["suid", "dev", "ro"]):
+        row = parse_mount("/data", "virtiofs", words, "m", source="0")
+        assert row.flags == abi.MS_NOSUID | abi.MS_NODEV | abi.MS_RDONLY
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["", "00", "01", "-1", "+1", "1 ", " 1", "1\n", "1/..", "../1", "vmcell", "٣", "1" * 10],
+)
+def test_what_is_no_plain_number_is_no_live_directory(source: str) -> None:
+    with pytest.raises(CallerError, match=r"m\.source is .*; virtiofs takes a number"):
+        parse_mount("/data", "virtiofs", [], "m", source=source)
+
+
+@pytest.mark.parametrize("options", [[], ["rw"], ["ro"], ["ro", "nosuid", "rw"]])
+def test_sysfs_is_read_only_whatever_is_asked_for(options: list[str]) -> None:
+    assert parse_mount("/sys", "sysfs", options, "m").flags & abi.MS_RDONLY
+
+
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=6),
     lambda inner: (

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmcell_agent import streamdoor
+from vmcell_agent import door as doors
 from vmcell_agent.control import MAX_CALLS, ControlConnection
 from vmcell_agent.eventloop import Loop
 from vmcell_agent.process import exit_status
@@ -119,8 +119,8 @@ def test_a_peer_that_is_not_the_host_is_closed(loop: Loop) -> None:
 def test_unnamed_streams_are_bounded_in_number_and_time(
     door: Door, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streamdoor, "HEADER_SECONDS", 0.2)
-    idle = [door.dial(b"") for _ in range(streamdoor.MAX_UNNAMED + 5)]
+    monkeypatch.setattr(doors, "HEADER_SECONDS", 0.2)
+    idle = [door.dial(b"") for _ in range(doors.MAX_UNNAMED + 5)]
     run_until(door.loop, lambda: sum(map(is_closed, idle)) == 5)
     run_until(door.loop, lambda: all(map(is_closed, idle)))
     door.expect(1)

@@ -115,7 +115,7 @@ def test_golden_bytes_of_one_message() -> None:
     message = CreateContainerRequest(
         container_id="c1",
         spec_json=b"{}",
-        rootfs=Rootfs(lower_device="pmem1"),
+        rootfs=Rootfs(lower_devices=["pmem1"]),
         files=[FileCopy(destination="/a", mode=0o644)],
     )
     assert message.encode() == bytes.fromhex(
@@ -125,7 +125,8 @@ def test_golden_bytes_of_one_message() -> None:
 
 def test_unknown_fields_are_skipped() -> None:
     extra = bytes.fromhex("f80101 fa01026869 fd0100000000 f9010000000000000000")
-    assert Rootfs.decode(extra + Rootfs(lower_device="x").encode()) == Rootfs(lower_device="x")
+    rootfs = Rootfs(lower_devices=["x"])
+    assert Rootfs.decode(extra + rootfs.encode()) == rootfs
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vmcell_protos.errors import CallerError
 from vmcell_runtime import layout
@@ -14,6 +16,7 @@ from vmcell_runtime.boot.command_line import MACHINE_ARGUMENTS, command_line
 from vmcell_runtime.boot.entry import entry_regs, entry_sregs, write_tables
 from vmcell_runtime.boot.mptable import mp_table
 from vmcell_runtime.boot.params import boot_params
+from vmcell_runtime.config import MAX_BLK, MAX_NET, MAX_PMEM, MAX_SPARE_WINDOWS
 from vmcell_runtime.kvm.abi import kvm_sregs
 from vmcell_runtime.memory import GuestMemory
 
@@ -162,7 +165,7 @@ def test_nothing_in_the_layout_overlaps() -> None:
             (layout.COMMAND_LINE_GPA, layout.COMMAND_LINE_BYTES),
             (layout.MP_TABLE_GPA, layout.MP_TABLE_BYTES),
             (layout.KERNEL_RAM_GPA, 1),
-            (layout.VIRTIO_GPA, 19 * layout.VIRTIO_WINDOW_BYTES),
+            (layout.VIRTIO_GPA, 64 * layout.VIRTIO_WINDOW_BYTES),
             (layout.IOAPIC_GPA, 4096),
             (layout.LAPIC_GPA, 4096),
             (layout.IDENTITY_MAP_GPA, 4096),
@@ -175,11 +178,50 @@ def test_nothing_in_the_layout_overlaps() -> None:
     assert layout.STACK_TOP_GPA > layout.PD_GPA + 4096
 
 
-def test_windows_end_with_the_last_interrupt_line() -> None:
-    assert layout.virtio_window(0) == (0xD0000000, 5)
-    assert layout.virtio_window(18) == (0xD0012000, 23)
-    with pytest.raises(ValueError, match="GSI 24"):
-        layout.virtio_window(19)
+@given(st.integers(1, 24), st.integers(0, 24))
+def test_windows_share_interrupt_lines_only_when_they_must(fixed: int, spare: int) -> None:
+    windows = layout.virtio_windows(fixed, spare)
+    assert [gpa for gpa, _ in windows] == [0xD0000000 + 4096 * n for n in range(fixed + spare)]
+    gsis = [gsi for _, gsi in windows]
+    assert set(gsis) <= set(range(5, 24))
+    assert gsis[: min(fixed, 19)] == list(range(5, 5 + min(fixed, 19)))
+    own, shared = set(gsis[:fixed]), gsis[fixed:]
+    if fixed < 19:
+        assert own.isdisjoint(shared), "devices present at boot keep their lines"
+        users = [shared.count(gsi) for gsi in range(5 + fixed, 24)]
+        assert max(users) - min(users) <= 1, "spare windows are spread evenly"
+
+
+def test_the_largest_machine_leaves_the_caller_a_command_line() -> None:
+    fixed = MAX_PMEM + MAX_BLK + MAX_NET + 4
+    windows = layout.virtio_windows(fixed, MAX_SPARE_WINDOWS)
+    room = layout.COMMAND_LINE_BYTES - len(command_line("", windows)) - 1
+    assert room >= 256
+    assert len(command_line("x" * room, windows)) == layout.COMMAND_LINE_BYTES
+
+
+spans = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 3 * GIB)), max_size=12)
+
+
+@given(spans, st.integers(1, 5 * GIB), st.integers(0, 10 * GIB))
+def test_a_plugged_image_gets_the_lowest_free_gib(
+    wanted: list[tuple[int, int]], length: int, first: int
+) -> None:
+    taken: list[tuple[int, int]] = []
+    for number, size in wanted:
+        span = (number * GIB, size)
+        if not any(overlap(span, other) for other in taken):
+            taken.append(span)
+    gpa = layout.free_pmem_gpa(first, taken, length)
+    assert gpa % GIB == 0
+    assert gpa >= first
+    assert not any(overlap((gpa, length), span) for span in taken)
+    for lower in range(layout.align_pmem(first), gpa, GIB):
+        assert any(overlap((lower, length), span) for span in taken)
+
+
+def overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return one[0] < other[0] + other[1] and other[0] < one[0] + one[1]
 
 
 @pytest.mark.parametrize(

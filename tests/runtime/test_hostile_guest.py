@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import struct
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from payload import CODE_GPA, elf, memory_file
+from vmm_bench import assemble
 
 from vmcell_runtime.config import BlkConfig, MachineConfig, PmemConfig, VsockConfig
 from vmcell_runtime.handle import launch
@@ -33,11 +33,7 @@ PORTS, WINDOWS = 1, 2
 
 @pytest.fixture(scope="module")
 def code(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    folder = tmp_path_factory.mktemp("hostile")
-    subprocess.run(["as", "-o", folder / "guest.o", SOURCE], check=True, timeout=60)
-    copy = ["objcopy", "-O", "binary", "-j", ".text", folder / "guest.o", folder / "guest.bin"]
-    subprocess.run(copy, check=True, timeout=60)
-    return (folder / "guest.bin").read_bytes()
+    return assemble(SOURCE, tmp_path_factory.mktemp("hostile"))
 
 
 @pytest.fixture

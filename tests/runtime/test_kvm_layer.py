@@ -21,7 +21,7 @@ from vmcell_runtime.bus import Bus
 from vmcell_runtime.irq import IrqLine
 from vmcell_runtime.kvm import abi
 from vmcell_runtime.kvm.cpuid import guest_cpuid
-from vmcell_runtime.kvm.host_kind import open_kvm
+from vmcell_runtime.kvm.host_kind import host_kind, open_kvm
 from vmcell_runtime.kvm.system import System
 from vmcell_runtime.kvm.vcpu import Vcpu
 from vmcell_runtime.kvm.vm import Vm
@@ -286,6 +286,89 @@ def test_a_read_only_window_is_read_and_never_written(bench: Bench) -> None:
         assert bench.vcpu.mmio_exit().is_write
         assert run(bench.vcpu) == abi.KVM_EXIT_IO
         assert os.pread(file.fileno(), 5, 0) == b"IMAGE"
+
+
+def test_a_guest_reads_zeros_behind_an_image_of_one_page(bench: Bench) -> None:
+    gpa = 0xC000_0000
+    with tempfile.TemporaryFile() as file:
+        file.write(b"\xaa" * 4096)
+        file.flush()
+        bench.memory.map_file(file.fileno(), gpa)
+        read = load32(gpa + 4094) + b"\xe7\x80"
+        read += load32(gpa + HUGE_PAGE_BYTES - 4) + b"\xe7\x80"
+        bench.start(read + out8(0x81, 0))
+        for expected in (b"\xaa\xaa\0\0", bytes(4)):
+            assert run(bench.vcpu) == abi.KVM_EXIT_IO
+            io = bench.vcpu.io_exit()
+            assert bench.vcpu.io_read(io.data_offset, io.size) == expected
+
+
+def test_a_window_comes_and_goes_between_instructions(bench: Bench) -> None:
+    gpa = 0xC000_0000
+    look = load32(gpa) + b"\xe7\x80"  # out %eax, $0x80
+    bench.start(look * 4)
+    seen = []
+    for letters in (b"ONE.", b"TWO."):
+        with tempfile.TemporaryFile() as file:
+            file.write(letters.ljust(HUGE_PAGE_BYTES, b"\0"))
+            file.flush()
+            slot = bench.memory.map_file(file.fileno(), gpa)
+        bench.vm.add_slot(slot)
+        with pytest.raises(BufferError):
+            bench.memory.unmap_file(slot.number)
+        assert run(bench.vcpu) == abi.KVM_EXIT_IO
+        io = bench.vcpu.io_exit()
+        seen.append(bench.vcpu.io_read(io.data_offset, 4))
+        bench.vm.remove_slot(slot)
+        bench.memory.unmap_file(slot.number)
+        assert run(bench.vcpu) == abi.KVM_EXIT_MMIO, "nothing is left at that address"
+        bench.vcpu.mmio_answer(b"none")
+        assert run(bench.vcpu) == abi.KVM_EXIT_IO
+        io = bench.vcpu.io_exit()
+        seen.append(bench.vcpu.io_read(io.data_offset, 4))
+    assert seen == [b"ONE.", b"none", b"TWO.", b"none"]
+
+
+def test_a_slot_kvm_refuses_is_not_pinned(bench: Bench) -> None:
+    bench.start(HLT_FOREVER)
+    with tempfile.TemporaryFile() as file:
+        file.truncate(HUGE_PAGE_BYTES)
+        slot = bench.memory.map_file(file.fileno(), 0xC000_0000)
+    with pytest.raises(HostError, match="KVM_SET_USER_MEMORY_REGION failed"):
+        bench.vm.add_slot(slot._replace(gpa=4096))  # inside RAM
+    bench.memory.unmap_file(slot.number)
+
+
+def test_a_removed_ioeventfd_is_an_exit_again(bench: Bench) -> None:
+    line = IrqLine(0)
+    bench.vm.add_ioeventfd(line.fd, WINDOW + 0x50, 4, datamatch=0)
+    bench.start(store32(WINDOW + 0x50, 0) * 2 + out8(0x80, 0))
+    bench.vm.remove_ioeventfd(line.fd, WINDOW + 0x50, 4, datamatch=0)
+    for _ in range(2):
+        assert run(bench.vcpu) == abi.KVM_EXIT_MMIO
+    with pytest.raises(HostError, match="KVM_IOEVENTFD failed: No such file"):
+        bench.vm.remove_ioeventfd(line.fd, WINDOW + 0x50, 4, datamatch=0)
+    line.close()
+
+
+def test_kvmclock_is_set_and_goes_on(bench: Bench) -> None:
+    bench.start(HLT_FOREVER)
+    bench.vm.set_kvmclock_ns(10**15)
+    first, second = bench.vm.kvmclock_ns(), bench.vm.kvmclock_ns()
+    assert 10**15 <= first < second < 10**15 + 10**10
+    assert not bench.vcpu.tell_paused(), "this guest has no kvmclock"
+
+
+def test_the_time_stamp_counter_is_moved(resources: ExitStack) -> None:
+    bench = Bench(resources, vcpu_count=2)
+    assert bench.vcpu.has_tsc_offset(), "Linux 5.16 has it"
+    before = [vcpu.tsc() for vcpu in bench.vcpus]
+    for vcpu in bench.vcpus:
+        vcpu.move_tsc(10**13)
+    moved = [vcpu.tsc() - was for vcpu, was in zip(bench.vcpus, before, strict=True)]
+    # kvm_pvm takes an offset and ignores it.
+    wanted = 0 if host_kind().kind == "pvm" else 10**13
+    assert all(wanted <= ticks < wanted + 10**11 for ticks in moved)
 
 
 class Endings:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from vmcell_protos.errors import CallerError
 from vmcell_runtime.config import (
     BlkConfig,
+    FsConfig,
     MachineConfig,
     NetConfig,
     PmemConfig,
@@ -38,7 +39,11 @@ MAC = "02:00:00:00:00:01"
         ({"command_line": "a\nb"}, "command_line is 'a\\nb'; give printable ASCII only"),
         ({"command_line": "ä"}, "command_line is 'ä'; give printable ASCII only"),
         ({"command_line": "x" * 1537}, "command_line length is 1537; give 0 to 1536"),
+        ({"spare_windows": 25}, "spare_windows is 25; give 0 to 24"),
+        ({"spare_windows": -1}, "spare_windows is -1; give 0 to 24"),
+        ({"balloon": 1}, "balloon is 1; give a value of type bool"),
         ({"pmem": [PmemConfig(descriptor=n) for n in range(9)]}, "pmem count is 9; give 0 to 8"),
+        ({"fs": [FsConfig(descriptor=n, tag="a") for n in (1, 2)]}, "fs count is 2; give 0 to 1"),
     ],
 )
 def test_what_is_out_of_range_is_named(change: dict[str, Any], sentence: str) -> None:
@@ -59,6 +64,10 @@ def test_what_is_out_of_range_is_named(change: dict[str, Any], sentence: str) ->
         (lambda: NetConfig(tap_descriptor=1, mac=MAC, mtu=67), "net.mtu is 67; give 576 to 65535"),
         (lambda: BlkConfig(descriptor=1, read_only=1), "blk.read_only is 1"),  # type: ignore[arg-type]
         (lambda: PmemConfig(descriptor=99), "pmem.descriptor is 99; give 0 to 63"),
+        (lambda: FsConfig(descriptor=1, tag=""), "fs.tag length is 0; give 1 to 36"),
+        (lambda: FsConfig(descriptor=1, tag="x" * 37), "fs.tag length is 37; give 1 to 36"),
+        (lambda: FsConfig(descriptor=1, tag="a\0b"), "fs.tag is .*; give printable ASCII"),
+        (lambda: FsConfig(descriptor=64, tag="a"), "fs.descriptor is 64; give 0 to 63"),
     ],
 )
 def test_devices_name_their_own_fields(make: Any, sentence: str) -> None:
@@ -71,9 +80,28 @@ def test_descriptors_must_be_there_and_named_once() -> None:
     config.check_descriptors(3)
     with pytest.raises(CallerError, match="descriptor 2 is named, but only 2 came along"):
         config.check_descriptors(2)
+    shared = MachineConfig(**LEAST, fs=(FsConfig(descriptor=7, tag="a"),))
+    with pytest.raises(CallerError, match="descriptor 7 is named"):
+        shared.check_descriptors(7)
     twice = MachineConfig(**LEAST, blk=(BlkConfig(descriptor=0),))
     with pytest.raises(CallerError, match="more than once"):
         twice.check_descriptors(5)
+
+
+def test_spare_windows_stand_behind_every_other_device() -> None:
+    config = MachineConfig(**LEAST)
+    assert (config.fixed_windows, config.spare_window_numbers) == (1, range(1, 1))
+    full = MachineConfig(
+        **LEAST,
+        pmem=(PmemConfig(descriptor=1),),
+        blk=(BlkConfig(descriptor=2), BlkConfig(descriptor=3)),
+        net=(NetConfig(tap_descriptor=4, mac=MAC),),
+        vsock=VsockConfig(guest_cid=3),
+        balloon=True,
+        spare_windows=24,
+    )
+    assert full.fixed_windows == 7
+    assert full.spare_window_numbers == range(7, 31)
 
 
 indexes = st.integers(0, 63)
@@ -96,6 +124,16 @@ configs = st.builds(
         ),
         max_size=4,
     ),
+    fs=st.lists(
+        st.builds(
+            FsConfig,
+            descriptor=indexes,
+            tag=st.text(
+                st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=36
+            ),
+        ),
+        max_size=1,
+    ),
     vsock=st.none()
     | st.builds(
         VsockConfig,
@@ -103,6 +141,8 @@ configs = st.builds(
         listen_ports=st.lists(st.integers(1, 2**32 - 2), max_size=4, unique=True),
     ),
     console_descriptor=st.none() | indexes,
+    spare_windows=st.integers(0, 24),
+    balloon=st.booleans(),
 )
 
 

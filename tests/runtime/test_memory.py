@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import signal
 import tempfile
@@ -32,9 +33,9 @@ def two_slots() -> Iterator[GuestMemory]:
     memory.close()
 
 
-@pytest.fixture
-def small() -> Iterator[GuestMemory]:
-    memory = GuestMemory(SMALL)
+@pytest.fixture(params=["private", "shared"])
+def small(request: pytest.FixtureRequest) -> Iterator[GuestMemory]:
+    memory = GuestMemory(SMALL, shared=request.param == "shared")
     yield memory
     memory.close()
 
@@ -149,8 +150,8 @@ def test_one_bad_piece_stops_all_of_it(small: GuestMemory) -> None:
 def test_a_file_window_is_a_read_only_slot_devices_cannot_touch(small: GuestMemory) -> None:
     with tempfile.TemporaryFile() as file:
         file.truncate(2 * HUGE_PAGE_BYTES)
-        assert small.map_file(file.fileno(), 1 << 30) == 2 * HUGE_PAGE_BYTES
-    slot = small.slots()[-1]
+        slot = small.map_file(file.fileno(), 1 << 30)
+    assert slot == small.slots()[-1]
     assert (slot.number, slot.gpa, slot.length_bytes) == (1, 1 << 30, 2 * HUGE_PAGE_BYTES)
     assert slot.read_only
     for attempt in (lambda: small.read(1 << 30, 1), lambda: small.write(1 << 30, b"x")):
@@ -158,12 +159,32 @@ def test_a_file_window_is_a_read_only_slot_devices_cannot_touch(small: GuestMemo
             attempt()
 
 
-@pytest.mark.parametrize("length", [0, 4096, HUGE_PAGE_BYTES + 1])
-def test_a_file_of_odd_length_is_refused(small: GuestMemory, length: int) -> None:
+@pytest.mark.parametrize("length", [1, 4096, 5000, HUGE_PAGE_BYTES, HUGE_PAGE_BYTES + 1])
+def test_behind_a_file_its_window_reads_as_zero(small: GuestMemory, length: int) -> None:
     with tempfile.TemporaryFile() as file:
-        file.truncate(length)
-        with pytest.raises(CallerError, match=f"{length} bytes"):
-            small.map_file(file.fileno(), 1 << 30)
+        file.write(b"\xaa" * length)
+        file.flush()
+        window_bytes = small.map_file(file.fileno(), 1 << 30).length_bytes
+    assert window_bytes == (1 if length <= HUGE_PAGE_BYTES else 2) * HUGE_PAGE_BYTES
+    slot = small.slots()[-1]
+    assert slot.length_bytes == window_bytes
+    seen = ctypes.string_at(slot.host_address, window_bytes)
+    assert seen == b"\xaa" * length + bytes(window_bytes - length)
+
+
+def test_a_window_shows_what_is_in_the_page_cache(small: GuestMemory) -> None:
+    """One copy for all guests of a host: the window is the file, not a copy of it."""
+    with tempfile.TemporaryFile() as file:
+        file.truncate(5000)
+        small.map_file(file.fileno(), 1 << 30)
+        os.pwrite(file.fileno(), b"later", 4000)
+    address = small.slots()[-1].host_address
+    assert ctypes.string_at(address + 4000, 5) == b"later"
+
+
+def test_an_empty_file_is_refused(small: GuestMemory) -> None:
+    with tempfile.TemporaryFile() as file, pytest.raises(CallerError, match="0 bytes"):
+        small.map_file(file.fileno(), 1 << 30)
     assert len(small.slots()) == 1
 
 
@@ -175,6 +196,87 @@ def test_windows_do_not_overlap_each_other_or_ram(small: GuestMemory) -> None:
             with pytest.raises(CallerError):
                 small.map_file(file.fileno(), gpa)
     assert len(small.slots()) == 2
+
+
+def test_a_window_that_ended_leaves_its_number_and_place(small: GuestMemory) -> None:
+    with tempfile.TemporaryFile() as file:
+        file.truncate(HUGE_PAGE_BYTES)
+        first, second = [small.map_file(file.fileno(), n << 30) for n in (1, 2)]
+        assert (first.number, second.number) == (1, 2)
+        small.unmap_file(first.number)
+        assert [slot.number for slot in small.slots()] == [0, 2]
+        third = small.map_file(file.fileno(), 1 << 30)
+        assert third.number == 1
+        assert [slot.gpa for slot in small.slots()] == [0, 1 << 30, 2 << 30]
+
+
+def test_a_window_the_kernel_has_does_not_end(small: GuestMemory) -> None:
+    with tempfile.TemporaryFile() as file:
+        file.write(b"x" * HUGE_PAGE_BYTES)
+        file.flush()
+        slot = small.map_file(file.fileno(), 1 << 30)
+    small.pin_window(slot.number)
+    with pytest.raises(BufferError, match="slot 1"):
+        small.unmap_file(slot.number)
+    assert ctypes.string_at(slot.host_address, 1) == b"x"
+    small.unpin_window(slot.number)
+    small.unmap_file(slot.number)
+    with pytest.raises(KeyError):
+        small.unmap_file(slot.number)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
+def test_discarded_pages_leave_the_host_and_read_as_zero(shared: bool) -> None:
+    memory = GuestMemory(4 * SMALL, shared=shared)
+    length = 2 * SMALL
+    memory.write(SMALL - 100, b"\xff" * (length + 200))
+    before = resident_bytes()
+    memory.discard(SMALL, length)
+    assert before - resident_bytes() > length - (1 << 20)
+    for region in memory.shared_regions():
+        assert os.fstat(region.fd).st_blocks * 512 < 1 << 20, "the file has a hole there"
+    assert memory.read(SMALL, length) == bytes(length)
+    assert memory.read(SMALL - 100, 100) + memory.read(SMALL + length, 100) == b"\xff" * 200
+    memory.close()
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * PAGE_BYTES
+
+
+@given(st.integers(-10, SMALL + 10), st.integers(-10, SMALL + 10))
+def test_only_whole_pages_inside_a_range_are_discarded(start: int, length: int) -> None:
+    memory = GuestMemory(SMALL)
+    memory.write(0, b"\xff" * SMALL)
+    if start < 0 or length < 0 or start + length > SMALL:
+        with pytest.raises(GuestError):
+            memory.discard(start, length)
+        assert memory.read(0, SMALL) == b"\xff" * SMALL
+    else:
+        memory.discard(start, length)
+        kept = [
+            byte
+            for page in range(0, SMALL, PAGE_BYTES)
+            for byte in (memory.read(page, 1), memory.read(page + PAGE_BYTES - 1, 1))
+        ]
+        whole = [
+            start <= page and page + PAGE_BYTES <= start + length
+            for page in range(0, SMALL, PAGE_BYTES)
+        ]
+        assert [byte == b"\0" for byte in kept] == [gone for gone in whole for _ in range(2)]
+    memory.close()
+
+
+def test_memory_above_4_gib_is_discarded_too() -> None:
+    memory = GuestMemory((3 << 30) + HUGE_PAGE_BYTES)
+    gpa = 4 << 30
+    memory.write(gpa, b"x" * 8192)
+    memory.discard(gpa + 4096, 4096)
+    assert memory.read(gpa + 4094, 4) == b"xx\0\0"
+    with pytest.raises(GuestError):
+        memory.discard((3 << 30) - 4096, 8192)
+    memory.close()
 
 
 def test_pinned_memory_does_not_close() -> None:
@@ -212,3 +314,30 @@ def test_the_pages_beside_ram_kill_who_touches_them(small: GuestMemory, step: st
 def test_sizes_that_are_no_pages_are_refused(size: int) -> None:
     with pytest.raises(CallerError, match=str(size)):
         GuestMemory(size)
+
+
+def test_shared_ram_is_the_same_bytes_in_the_file(two_slots: GuestMemory) -> None:
+    memory = GuestMemory(TWO_SLOTS, shared=True)
+    low, high = memory.shared_regions()
+    assert (low.gpa, low.length_bytes) == (0, LOW_RAM_LIMIT_BYTES)
+    assert (high.gpa, high.length_bytes) == (HIGH_RAM_GPA, 64 << 20)
+    for region in (low, high):
+        memory.write(region.gpa + 0x2345, b"ours")
+        assert os.pread(region.fd, 4, region.offset + 0x2345) == b"ours"
+        os.pwrite(region.fd, b"theirs", region.offset + region.length_bytes - 6)
+        assert memory.read(region.gpa + region.length_bytes - 6, 6) == b"theirs"
+        assert os.fstat(region.fd).st_blocks * 512 < 1 << 20, "only what was written takes space"
+    memory.close()
+    assert memory.shared_regions() == ()
+    assert two_slots.shared_regions() == ()
+
+
+def test_nobody_can_take_pages_of_shared_ram_away() -> None:
+    memory = GuestMemory(SMALL, shared=True)
+    (region,) = memory.shared_regions()
+    for length in (0, SMALL << 1):
+        with pytest.raises(PermissionError):
+            os.ftruncate(region.fd, length)
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(region.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    memory.close()

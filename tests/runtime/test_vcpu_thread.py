@@ -35,7 +35,7 @@ class ScriptedVcpu:
         return reason
 
     def set_immediate_exit(self, wanted: bool) -> None:
-        assert wanted
+        assert wanted, "a script is never paused"
 
     def io_exit(self) -> IoExit:
         return cast(IoExit, self._data)

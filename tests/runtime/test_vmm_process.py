@@ -11,7 +11,6 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -21,80 +20,27 @@ from payload import (
     RESET,
     SPIN,
     TRIPLE_FAULT,
-    elf,
     in8,
     load32,
-    memory_file,
     out8,
     say,
     store32,
 )
+from vmm_bench import DEADLINE_S, Bench, processor_ticks, vmm_bench
 
 from vmcell_protos.errors import CallerError, HostError
 from vmcell_runtime import handle as handle_module
 from vmcell_runtime.config import BlkConfig, MachineConfig, PmemConfig, VsockConfig
-from vmcell_runtime.handle import VmmHandle, launch, spawn
+from vmcell_runtime.handle import launch, spawn
 from vmcell_runtime.kvm.host_kind import require_linux_host
 
 pytestmark = pytest.mark.kvm
 
-DEADLINE_S = 30
-
-
-class Bench:
-    """Launches payloads and remembers their console and log."""
-
-    def __init__(self, resources: ExitStack, folder: Path) -> None:
-        self._resources = resources
-        self._console = folder / "console.log"
-        self._log = folder / "vmm.log"
-        self.console_fd = self._own(os.open(self._console, os.O_CREAT | os.O_WRONLY))
-        self.log_fd = self._own(os.open(self._log, os.O_CREAT | os.O_WRONLY | os.O_APPEND))
-
-    def launch(self, code: bytes, *more_fds: int, **fields: object) -> VmmHandle:
-        """A running VMM; descriptor 0 is the kernel, 1 the console, `more_fds` follow."""
-        config = MachineConfig(
-            **{
-                "vcpu_count": 1,
-                "memory_mib": 64,
-                "kernel_descriptor": 0,
-                "console_descriptor": 1,
-                **fields,  # type: ignore[arg-type]
-            }
-        )
-        kernel_fd = memory_file(elf(code))
-        try:
-            started = launch(config, [kernel_fd, self.console_fd, *more_fds], log_fd=self.log_fd)
-        finally:
-            os.close(kernel_fd)
-        self._resources.callback(started.close)
-        return started
-
-    @property
-    def console(self) -> bytes:
-        return self._console.read_bytes()
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text()
-
-    def _own(self, fd: int) -> int:
-        self._resources.callback(os.close, fd)
-        return fd
-
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
-    before = descriptors()
-    with ExitStack() as resources:
-        yield Bench(resources, tmp_path)
-    assert descriptors() == before, "every descriptor was given back"
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
-
-
-def descriptors() -> set[str]:
-    return set(os.listdir("/proc/self/fd"))
+    with vmm_bench(tmp_path) as bench:
+        yield bench
 
 
 @pytest.mark.parametrize(
@@ -284,11 +230,6 @@ def test_a_halted_guest_costs_no_processor_time(bench: Bench) -> None:
     assert processor_ticks(running.pid) - before <= os.sysconf("SC_CLK_TCK") // 20
 
 
-def processor_ticks(pid: int) -> int:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return int(fields[11]) + int(fields[12])
-
-
 def launch_kernel(bench: Bench, fd: int) -> None:
     config = MachineConfig(vcpu_count=1, memory_mib=64, kernel_descriptor=0)
     launch(config, [fd], log_fd=bench.log_fd)
@@ -299,9 +240,8 @@ def bad_kernel(bench: Bench) -> None:
         launch_kernel(bench, file.fileno())
 
 
-def odd_image(bench: Bench) -> None:
+def empty_image(bench: Bench) -> None:
     with tempfile.TemporaryFile() as file:
-        file.truncate(4096)
         bench.launch(SPIN, file.fileno(), pmem=(PmemConfig(descriptor=2),))
 
 
@@ -323,7 +263,7 @@ def unknown_descriptor(bench: Bench) -> None:
     ("attempt", "sentence"),
     [
         (bad_kernel, "not a 64-bit ELF file"),
-        (odd_image, "4096 bytes; pad it to a multiple of 2097152"),
+        (empty_image, "a pmem image has 0 bytes"),
         (writable_disk_opened_read_only, "not opened O_RDWR"),
         (unknown_descriptor, "descriptor 7 is named, but only 2 came along"),
     ],

@@ -21,7 +21,9 @@ from vmcell_shim.lifecycle import (
     next_state,
 )
 from vmcell_shim.process import Process
-from vmcell_shim.stdio import Stdio
+from vmcell_shim.stdio import Stdio, StreamOwner
+
+OWNER = StreamOwner(namespace="test", container_id="c1", warn=print)
 
 OPERATIONS = sorted({operation for row in TRANSITIONS.values() for operation in row})
 ASKED_BY_CONTAINERD = ("start", "kill", "delete", "add_exec", "stats")
@@ -89,7 +91,7 @@ def test_a_deleted_created_process_has_its_status_when_waiters_wake() -> None:
             seen.append(process.exit_status)
             super().notify_all()
 
-    process = Process("c1", "", Stdio(stdin="", stdout="", stderr="", terminal=False))
+    process = Process("c1", "", Stdio(stdin="", stdout="", stderr="", terminal=False, owner=OWNER))
     process.advance("created")
     process._condition = Spy()
     process.advance("delete")

@@ -50,14 +50,14 @@ def plan(**changes: Any) -> GuestPlan:
 
 
 def limits(**resources: Any) -> dict[str, Any]:
-    return {"namespaces": [], "resources": resources}
+    return {"namespaces": [{"type": "network"}], "resources": resources}
 
 
 def test_plain_spec() -> None:
     made = plan()
     assert (made.size.vcpus, made.size.memory_mib) == (1, 512)
-    assert (made.hostname, made.init, made.network) == ("box", "", None)
-    guest = json.loads(made.spec_json)
+    assert (made.hostname, made.init, made.network.namespace) == ("box", "", "")
+    guest = made.guest_spec
     assert guest["process"] == {"args": ["sh"], "cwd": "/"}
     assert "annotations" not in guest
     kinds = [row["type"] for row in guest["linux"]["namespaces"]]
@@ -104,10 +104,11 @@ REFUSED = {
     "10.88.0.3/33": {"annotations": {**NETWORK, "io.vmcell.net.address": "10.88.0.3/33"}},
     "10.88.0.3/²": {"annotations": {**NETWORK, "io.vmcell.net.address": "10.88.0.3/²"}},
     "unicast MAC": {"annotations": {**NETWORK, "io.vmcell.net.mac": "01:00:00:00:00:03"}},
-    "hooks.prestart": {"hooks": {"prestart": [{"path": "/bin/true"}]}},
+    "hooks.createContainer": {"hooks": {"createContainer": [{"path": "/bin/true"}]}},
+    "no network namespace": {"linux": {"namespaces": [{"type": "pid"}]}},
     "/proc/1/ns/net": {"linux": {"namespaces": [{"type": "network", "path": "/proc/1/ns/net"}]}},
     "pid namespace /proc/1/ns/pid": {
-        "linux": {"namespaces": [{"type": "pid", "path": "/proc/1/ns/pid"}]}
+        "linux": {"namespaces": [{"type": "network"}, {"type": "pid", "path": "/proc/1/ns/pid"}]}
     },
     "type 'nfs'": {"mounts": [{"destination": "/x", "type": "nfs", "source": "host:/"}]},
     "plain path": {"mounts": [{"destination": "/x/../..", "type": "tmpfs"}]},
@@ -132,8 +133,8 @@ def test_refusals_name_what_is_wrong(sentence: str) -> None:
 def test_network_annotations() -> None:
     linux = {"namespaces": [{"type": "network", "path": "/var/run/netns/x"}]}
     made = plan(annotations=NETWORK, linux=linux)
-    assert made.network is not None
-    assert (made.network.tap, made.network.address) == ("vc3", "10.88.0.3/31")
+    assert made.network.tap is not None
+    assert (made.network.tap.tap, made.network.tap.address) == ("vc3", "10.88.0.3/31")
     resolv = made.files[-1]
     assert resolv.destination == "/etc/resolv.conf"
     assert resolv.content == b"nameserver 10.88.0.2\nnameserver 1.1.1.1\n"
@@ -156,7 +157,7 @@ def test_small_files_are_copied(tmp_path: Path) -> None:
     (copy,) = made.files
     assert (copy.destination, copy.content) == ("/etc/hosts", b"127.0.0.1 localhost\n")
     assert (copy.mode, copy.uid, copy.read_only) == (0o640, os.getuid(), True)
-    assert json.loads(made.spec_json)["mounts"] == []
+    assert made.guest_spec["mounts"] == []
 
 
 def test_secret_trees_are_copied_parents_first(tmp_path: Path) -> None:
@@ -178,23 +179,40 @@ def test_secret_trees_are_copied_parents_first(tmp_path: Path) -> None:
         seen.add(copy.destination)
 
 
-def test_binds_that_need_a_share_are_refused(tmp_path: Path) -> None:
+def test_what_is_written_or_large_is_shared(tmp_path: Path) -> None:
     big = tmp_path / "big"
     big.write_bytes(bytes((1 << 20) + 1))
-    with pytest.raises(CallerError, match="big"):
-        plan(mounts=[bind(big, "/big")])
-    with pytest.raises(CallerError, match="live share"):
-        plan(mounts=[bind(tmp_path, "/data", "rw")])
-    with pytest.raises(CallerError, match="big"):
-        plan(mounts=[bind(tmp_path, "/data", "ro")])
-
-
-def test_links_out_of_a_tree_and_sockets_are_refused(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     tree.mkdir()
     (tree / "out").symlink_to("/etc/passwd")
-    with pytest.raises(CallerError, match="leads out"):
-        plan(mounts=[bind(tree, "/data", "ro")])
+    mounts = [
+        bind(big, "/big"),
+        bind(tmp_path, "/data", "rw"),
+        bind(tmp_path, "/large", "ro"),
+        bind(tree, "/tree", "ro"),
+    ]
+    made = plan(mounts=mounts)
+    assert made.copies == made.files == ()
+    shared = [(live.share.source, live.share.read_only) for live in made.shares]
+    assert shared == [
+        (str(big), False),
+        (str(tmp_path), False),
+        (str(tmp_path), True),
+        (str(tree), True),
+    ]
+    assert [row["type"] for row in made.guest_spec["mounts"]] == ["virtiofs"] * 4
+    assert made.shares[1].mount is made.guest_spec["mounts"][1]
+
+
+def test_copies_have_a_limit_together(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / name).write_bytes(bytes(1 << 20))
+    made = plan(mounts=[bind(tmp_path / name, f"/{name}", "ro") for name in "abc"])
+    assert [copy.destination for copy in made.copies] == ["/a", "/b"]
+    assert [live.share.destination for live in made.shares] == ["/c"]
+
+
+def test_sockets_are_refused(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(tmp_path / "sock"))
         with pytest.raises(CallerError, match="neither a file nor a directory"):
@@ -238,4 +256,4 @@ KEYS = ("process", "root", "hostname", "mounts", "linux", "annotations", "hooks"
 def test_any_document_gives_a_plan_or_a_sentence(changes: dict[str, Any]) -> None:
     """Whatever stands where a field of the spec is expected: a plan or a CallerError."""
     with suppress(CallerError):
-        assert json.loads(plan(**changes).spec_json)
+        assert plan(**changes).guest_spec

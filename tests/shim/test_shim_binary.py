@@ -188,7 +188,7 @@ def test_environment_and_directory_do_not_matter(
 
 
 def test_bundle_that_takes_no_file_leaves_no_server(bundle: Path, sockets: str) -> None:
-    (bundle / ".address").mkdir()
+    (bundle / "address").mkdir()
     done = run(bundle, *start_words(bundle), stdin=bootstrap(sockets))
     assert (done.returncode, done.stdout) == (1, b"")
     assert done.stderr.startswith(b"cannot write the shim's address into ")
@@ -196,21 +196,27 @@ def test_bundle_that_takes_no_file_leaves_no_server(bundle: Path, sockets: str) 
     assert os.listdir(sockets) == []
 
 
-def test_pod_member_is_refused(bundle: Path) -> None:
+def test_a_pods_members_have_one_shim(bundle: Path, sockets: str) -> None:
     spec = {"annotations": {"io.kubernetes.cri.sandbox-id": "pod1"}}
     (bundle / "config.json").write_text(json.dumps(spec))
-    done = run(bundle, *start_words(bundle))
-    assert done.returncode == 1
-    assert done.stdout == b""
-    assert b"belongs to the pod pod1" in done.stderr
-    assert not (bundle / "address").exists()
+    answers = [
+        run(bundle, *start_words(bundle, name), stdin=bootstrap(sockets, name)).stdout
+        for name in ("pod1", "c1", "c2")
+    ]
+    assert answers[0] == answers[1] == answers[2]
+    shut_down(json.loads(answers[0])["address"])
 
 
-def test_sandbox_api_is_refused(bundle: Path) -> None:
-    (bundle / "config.json").unlink()
-    done = run(bundle, *start_words(bundle))
-    assert (done.returncode, done.stdout) == (1, b"")
-    assert b"podsandbox" in done.stderr
+@pytest.mark.root
+def test_sandbox_bundle_without_a_container(bundle: Path) -> None:
+    """containerd 2.x with `sandboxer = "shim"`: no config.json, and an answer of version 3."""
+    place = bundle.parent / "io.containerd.sandbox.controller.v1.shim" / "test" / "p1"
+    place.mkdir(parents=True)
+    done = run(place, *start_words(place))
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert (answer["version"], answer["protocol"]) == (3, "ttrpc")
+    shut_down(answer["address"])
 
 
 @pytest.mark.parametrize("words", [("start",), ("-id", "../x", "start"), ("-nonsense",), ()])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import select
 import threading
 import time
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fifo_client import Reader, feed
 from shim_harness import DEADLINE_S, Shim, running_shim, wait_until
 
 from vmcell_protos import task
@@ -24,47 +26,6 @@ from vmcell_shim.fifo import OutputFifo, StdinFifo, check_stdin, open_output, op
 def shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shim]:
     with running_shim(tmp_path, monkeypatch) as running:
         yield running
-
-
-class Reader:
-    """A client's end of an output FIFO: reads to the end in a thread of its own."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self.data = bytearray()
-        self._arrived = threading.Condition()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        with open(self._path, "rb", buffering=0) as file:
-            while chunk := file.read(1 << 16):
-                with self._arrived:
-                    self.data += chunk
-                    self._arrived.notify_all()
-
-    def wait_for(self, text: bytes) -> None:
-        with self._arrived:
-            assert self._arrived.wait_for(lambda: text in self.data, DEADLINE_S), bytes(self.data)
-
-    def to_end(self) -> bytes:
-        self._thread.join(DEADLINE_S)
-        assert not self._thread.is_alive(), "the stream has not ended"
-        return bytes(self.data)
-
-
-def feed(path: str, data: bytes) -> threading.Thread:
-    """A client's end of stdin, in a thread: the whole of `data`, then its end."""
-
-    def run() -> None:
-        with open(path, "wb", buffering=0) as file:
-            view = memoryview(data)
-            while view:
-                view = view[file.write(view) :]
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return thread
 
 
 def close_io(shim: Shim, exec_id: str = "") -> None:
@@ -135,7 +96,66 @@ def test_close_io_without_stdin(shim: Shim) -> None:
     shim.create("/bin/cat")
     close_io(shim)
     shim.start()
+    close_io(shim)
     assert shim.wait() == 0
+    close_io(shim)
+
+
+def test_close_io_after_the_exit(shim: Shim) -> None:
+    """Also while nobody has ever written, and twice; the streams' paths can be used anew."""
+    for _ in range(2):
+        shim.create("/bin/true", stdin=shim.fifo("in"))
+        shim.start()
+        assert shim.wait() == 0
+        close_io(shim)
+        close_io(shim)
+        shim.delete()
+
+
+def test_close_io_does_not_disturb_the_output(shim: Shim) -> None:
+    """Half-closed: everything comes after the end of the input (kata #13643)."""
+    out = Reader(shim.fifo("out"))
+    script = "cat >/dev/null; head -c 1000000 /dev/zero; echo end"
+    shim.create("/bin/sh", "-c", script, stdin=shim.fifo("in"), stdout=shim.fifo("out"))
+    shim.start()
+    feed(shim.fifo("in"), b"some").join(DEADLINE_S)
+    close_io(shim)
+    assert shim.wait() == 0
+    assert out.to_end() == bytes(1_000_000) + b"end\n"
+
+
+def test_process_that_closes_its_input_goes_on(shim: Shim) -> None:
+    """The writer gets EPIPE, the output flows, and CloseIO still is no error."""
+    out = Reader(shim.fifo("out"))
+    script = "exec 0</dev/null; echo closed; exec sleep 600"
+    shim.create("/bin/sh", "-c", script, stdin=shim.fifo("in"), stdout=shim.fifo("out"))
+    shim.start()
+    out.wait_for(b"closed\n")
+    with open(shim.fifo("in"), "wb", buffering=0) as file, pytest.raises(BrokenPipeError):
+        # More than all buffers take.
+        file.writelines([bytes(4096)] * 10_000)
+    close_io(shim)
+    shim.kill(9)
+    assert shim.wait() == 137
+
+
+def test_input_larger_than_all_buffers_waits_for_the_process(shim: Shim) -> None:
+    """CloseIO while most of the input is still on its way to a process that does not read yet."""
+    data = random.Random(11).randbytes(3_000_000)
+    out = Reader(shim.fifo("out"))
+    script = "echo ready; read go <" + shim.fifo("go") + "; cat"
+    shim.create("/bin/sh", "-c", script, stdin=shim.fifo("in"), stdout=shim.fifo("out"))
+    shim.start()
+    out.wait_for(b"ready\n")
+    # Open before CloseIO, which would else be the end of an input that nobody writes.
+    held = os.open(shim.fifo("in"), os.O_WRONLY)
+    writer = feed(shim.fifo("in"), data)
+    close_io(shim)
+    feed(shim.fifo("go"), b"go\n").join(DEADLINE_S)
+    writer.join(DEADLINE_S)
+    os.close(held)
+    assert shim.wait() == 0
+    assert out.to_end() == b"ready\n" + data
 
 
 def test_no_stdin_is_an_immediate_end(shim: Shim) -> None:
@@ -205,30 +225,105 @@ def test_dead_client_does_not_hold_the_exit(shim: Shim) -> None:
     assert time.monotonic() - began < 5
 
 
-def test_client_that_opens_late_gets_everything(shim: Shim) -> None:
-    """A process may be over before its client has opened the FIFO."""
-    shim.create("/bin/echo", "short", stdout=shim.fifo("out"))
+def test_output_of_an_ended_process_waits_for_its_reader(shim: Shim) -> None:
+    """containerd is away: the exit is told at once, nothing that was written is lost."""
+    data = random.Random(5).randbytes(60_000)
+    (shim.directory / "data").write_bytes(data)
+    shim.create("/bin/cat", str(shim.directory / "data"), stdout=shim.fifo("out"))
     shim.start()
-    readable = os.open(shim.fifo("out"), os.O_RDONLY | os.O_NONBLOCK)
-    poll = select.poll()
-    poll.register(readable, select.POLLIN)
-    assert poll.poll(DEADLINE_S * 1000)
-    assert os.read(readable, 100) == b"short\n"
-    os.close(readable)
+    began = time.monotonic()
+    assert shim.wait() == 0
+    assert time.monotonic() - began < 1.0
+    assert Reader(shim.fifo("out")).to_end() == data
+
+
+def test_more_than_a_full_pipe_waits_for_its_reader(shim: Shim) -> None:
+    data = random.Random(6).randbytes(150_000)
+    (shim.directory / "data").write_bytes(data)
+    shim.create("/bin/cat", str(shim.directory / "data"), stdout=shim.fifo("out"))
+    shim.start()
+    began = time.monotonic()
+    assert shim.wait() == 0
+    assert time.monotonic() - began < 5
+    assert Reader(shim.fifo("out")).to_end() == data
+
+
+def test_absent_reader_stops_its_stream_only(shim: Shim) -> None:
+    """From the beginning; buffers are bounded, so the writer stands still until somebody reads."""
+    err = Reader(shim.fifo("err"))
+    script = "head -c 3000000 /dev/zero & echo started >&2; wait; echo written >&2"
+    shim.create("/bin/sh", "-c", script, stdout=shim.fifo("out"), stderr=shim.fifo("err"))
+    shim.start()
+    err.wait_for(b"started\n")
+    assert b"written" not in err.data
+    out = Reader(shim.fifo("out"))
+    assert shim.wait() == 0
+    assert (len(out.to_end()), err.to_end()) == (3_000_000, b"started\nwritten\n")
+
+
+def test_slow_reader_of_one_stream(shim: Shim) -> None:
+    """A client that has opened stdout and does not read holds up neither stderr nor an exec."""
+    reader = os.open(shim.fifo("out"), os.O_RDONLY | os.O_NONBLOCK)
+    err = Reader(shim.fifo("err"))
+    script = "head -c 3000000 /dev/zero & head -c 5000000 /dev/zero >&2; echo all >&2; wait"
+    shim.create("/bin/sh", "-c", script, stdout=shim.fifo("out"), stderr=shim.fifo("err"))
+    shim.start()
+    err.wait_for(b"all\n")
+    exec_out = Reader(shim.fifo("exec-out"))
+    shim.add_exec("e1", "/bin/echo", "of the exec", stdout=shim.fifo("exec-out"))
+    shim.start("e1")
+    assert shim.wait("e1") == 0
+    assert exec_out.to_end() == b"of the exec\n"
+    os.set_blocking(reader, True)
+    with open(reader, "rb") as file:
+        assert len(file.read()) == 3_000_000
     assert shim.wait() == 0
 
 
-def test_output_nobody_reads_is_kept_for_a_moment(tmp_path: Path) -> None:
+def test_delete_ends_what_waits_for_a_reader(shim: Shim) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for script in ("echo short", "head -c 150000 /dev/zero"):
+        shim.create("/bin/sh", "-c", script, stdout=shim.fifo("out"))
+        shim.start()
+        assert shim.wait() == 0
+        began = time.monotonic()
+        shim.delete()
+        assert time.monotonic() - began < 1.0
+    assert "stdout" not in {thread.name for thread in threading.enumerate()}
+    # The publisher's connection may have been opened meanwhile, and shim.log stays until the end.
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 3, "the end of descriptors")
+
+
+def test_output_fifo_is_held_for_a_reader(tmp_path: Path) -> None:
     path = str(tmp_path / "fifo")
     os.mkfifo(path)
     output = OutputFifo(path)
     os.write(output.fd, b"late")
-    began = time.monotonic()
-    reader = Reader(path)
-    output.wait_reader(DEADLINE_S)
-    assert time.monotonic() - began < DEADLINE_S / 2
-    output.close()
-    assert reader.to_end() == b"late"
+    assert not output.let_go()
+    holding = threading.Thread(target=output.linger)
+    holding.start()
+    assert Reader(path).to_end() == b"late"
+    holding.join(DEADLINE_S)
+    assert output.fd == -1
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_output_fifo_can_be_given_up(tmp_path: Path, early: bool) -> None:
+    path = str(tmp_path / "fifo")
+    os.mkfifo(path)
+    output = OutputFifo(path)
+    os.write(output.fd, b"lost")
+    assert not output.let_go()
+    os.unlink(path)
+    if early:
+        output.give_up()
+    holding = threading.Thread(target=output.linger)
+    holding.start()
+    if not early:
+        output.give_up()
+    holding.join(DEADLINE_S)
+    assert not holding.is_alive()
+    assert output.fd == -1
 
 
 def test_terminal(shim: Shim) -> None:
@@ -259,6 +354,31 @@ def test_exec_has_streams_of_its_own(shim: Shim) -> None:
     assert out.to_end() == b"for the exec"
 
 
+def test_exec_whose_input_ends_before_its_start(shim: Shim) -> None:
+    """CloseIO right after Exec (nerdctl #5042); the init's input stays as it is."""
+    init_out = Reader(shim.fifo("out"))
+    shim.create("/bin/cat", stdin=shim.fifo("in"), stdout=shim.fifo("out"))
+    shim.start()
+    out = Reader(shim.fifo("exec-out"))
+    shim.add_exec("e1", "/bin/cat", stdin=shim.fifo("exec-in"), stdout=shim.fifo("exec-out"))
+    close_io(shim, "e1")
+    shim.start("e1")
+    assert shim.wait("e1") == 0
+    assert out.to_end() == b""
+    feed(shim.fifo("in"), b"still open").join(DEADLINE_S)
+    init_out.wait_for(b"still open")
+
+
+def test_output_of_an_ended_exec_waits_for_its_reader(shim: Shim) -> None:
+    shim.create("/bin/sleep", "600")
+    shim.start()
+    shim.add_exec("e1", "/bin/sh", "-c", "echo kept; exit 4", stdout=shim.fifo("exec-out"))
+    shim.start("e1")
+    assert shim.wait("e1") == 4
+    assert Reader(shim.fifo("exec-out")).to_end() == b"kept\n"
+    shim.delete("e1")
+
+
 def test_log_file_takes_both_streams(shim: Shim) -> None:
     log = shim.directory / "logs" / "c1.log"
     shim.create(
@@ -269,10 +389,31 @@ def test_log_file_takes_both_streams(shim: Shim) -> None:
     assert sorted(log.read_text().split()) == ["err", "out"]
 
 
-def test_logging_binary_is_refused_by_name(shim: Shim) -> None:
-    with pytest.raises(VmcellError, match="binary://"):
-        shim.create("/bin/true", stdout="binary:///usr/bin/logger")
-    assert not shim.service.has_containers
+def test_log_file_of_a_full_disk_does_not_stop_the_process(shim: Shim) -> None:
+    shim.create("/bin/sh", "-c", "head -c 3000000 /dev/zero; exit 3", stdout="file:///dev/full")
+    shim.start()
+    assert shim.wait() == 3
+
+
+def test_log_file_with_a_path_to_decode(tmp_path: Path) -> None:
+    output = open_output("stdout", f"file://{tmp_path}/a%20b/c?ignored=1")
+    assert output is not None
+    os.write(output.fd, b"line")
+    output.close()
+    assert (tmp_path / "a b/c").read_bytes() == b"line"
+
+
+@pytest.mark.parametrize("uri", ["ttrpc+unix:///run/x?streaming_id=1", "journald://x", "://x"])
+def test_unknown_scheme_is_refused_by_name(shim: Shim, uri: str) -> None:
+    with pytest.raises(VmcellError, match=re.escape(uri.partition(":")[0] + "://")):
+        shim.create("/bin/true", stdout=uri)
+    assert not shim.registry.in_use
+
+
+@pytest.mark.parametrize("uri", ["file://relative/path", "file://", "file:///a%00b"])
+def test_uri_without_an_absolute_path_is_refused(uri: str) -> None:
+    with pytest.raises(CallerError, match=re.escape(uri)):
+        open_output("stdout", uri)
 
 
 def test_nothing_stays_open(shim: Shim) -> None:
@@ -319,7 +460,5 @@ def test_fifo_ends(tmp_path: Path) -> None:
     stdin.close()
     output = OutputFifo(path)
     assert os.write(output.fd, b"kept") == 4
-    output.forget_reader()
-    with pytest.raises(BrokenPipeError):
-        os.write(output.fd, b"gone")
+    output.close()
     output.close()

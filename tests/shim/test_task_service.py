@@ -21,7 +21,9 @@ from vmcell_protos.events import TaskExit, TaskStart
 from vmcell_protos.metrics import Metrics
 from vmcell_protos.wellknown import Empty
 from vmcell_shim.process import Process
-from vmcell_shim.stdio import Stdio
+from vmcell_shim.stdio import Stdio, StreamOwner
+
+OWNER = StreamOwner(namespace="test", container_id="c1", warn=print)
 
 
 @pytest.fixture
@@ -173,7 +175,7 @@ def test_exec_with_a_client_that_does_not_read_has_an_exit_before_the_delete(shi
 
 def test_exit_is_published_before_anybody_is_told() -> None:
     order: list[str] = []
-    process = Process("c1", "", Stdio(stdin="", stdout="", stderr="", terminal=False))
+    process = Process("c1", "", Stdio(stdin="", stdout="", stderr="", terminal=False, owner=OWNER))
 
     def wait() -> None:
         process.wait_ended(20)
@@ -214,7 +216,7 @@ def test_stats(shim: Shim) -> None:
     assert metrics.cpu.usage_usec == 5000
 
 
-@pytest.mark.parametrize("method", ["Pause", "Resume", "Checkpoint", "Update", "Nonsense"])
+@pytest.mark.parametrize("method", ["Checkpoint", "Nonsense"])
 def test_absent_methods_are_unimplemented(shim: Shim, method: str) -> None:
     with refused("unimplemented"):
         shim.call(method, task.PauseRequest(id="c1"), Empty)
@@ -241,7 +243,7 @@ def test_second_container_is_refused(shim: Shim) -> None:
     shim.create("/bin/true")
     with refused("already_exists"):
         shim.create("/bin/true")
-    with refused("unimplemented"):
+    with refused("failed_precondition"):
         shim.create("/bin/true", container_id="c2")
     assert shim.state().status == task.TaskStatus_CREATED
 
@@ -282,7 +284,7 @@ def test_state_answers_while_the_guest_boots(shim: Shim, monkeypatch: pytest.Mon
 
 
 def _booting(shim: Shim) -> bool:
-    containers = list(shim.service._containers.values())
+    containers = list(shim.registry._containers.values())
     return bool(containers and containers[0].guest.pid)
 
 
@@ -302,7 +304,7 @@ def test_failed_boot_leaves_nothing(shim: Shim, monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(VmcellError, match=word):
         shim.create("/bin/true")
     assert shim.left_behind() == []
-    assert not shim.service.has_containers
+    assert not shim.registry.in_use
     assert shim.containerd.topics() == []
 
 
@@ -318,7 +320,7 @@ def test_surprise_in_create_leaves_nothing(shim: Shim, monkeypatch: pytest.Monke
     with refused("internal"):
         shim.create("/bin/true")
     assert shim.left_behind() == []
-    assert not shim.service.has_containers
+    assert not shim.registry.in_use
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
     wait_until(lambda: logged == [RuntimeError], "the traceback")
@@ -343,14 +345,14 @@ def test_file_system_that_fails_is_one_sentence(shim: Shim) -> None:
     with pytest.raises(VmcellError, match=r"cannot create c1: .*Not a directory"):
         shim.create("/bin/true")
     assert shim.left_behind() == []
-    assert not shim.service.has_containers
+    assert not shim.registry.in_use
 
 
 def test_boot_deadline_is_the_clients(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_BEHAVIOUR", json.dumps({"silent": ["Hello"], "console": "early\n"}))
     with pytest.raises(VmcellError):
         shim.create("/bin/true", timeout_s=1.0)
-    wait_until(lambda: not shim.service.has_containers, "the roll-back")
+    wait_until(lambda: not shim.registry.in_use, "the roll-back")
     assert shim.left_behind() == []
 
 
@@ -377,7 +379,7 @@ def test_guest_that_refuses_the_kill_is_killed(shim: Shim, monkeypatch: pytest.M
 
 def test_created_task_with_a_disk_is_deleted_at_once(shim: Shim) -> None:
     shim.create("/bin/true")
-    shim.service._containers["c1"]._saves_writes = True
+    shim.registry._containers["c1"]._saves_writes = True
     began = time.monotonic()
     shim.delete()
     assert time.monotonic() - began < 1.0
@@ -397,7 +399,7 @@ BAD_SPECS = {
     "99": {"annotations": {"io.vmcell.vcpus": "99"}},
     "0 vCPUs": {"annotations": {"io.vmcell.vcpus": "0"}},
     "1 MiB": {"annotations": {"io.vmcell.memory-mib": "1"}},
-    "hooks.createRuntime": {"hooks": {"createRuntime": [{"path": "/bin/true"}]}},
+    "hooks.createContainer": {"hooks": {"createContainer": [{"path": "/bin/true"}]}},
     "/var/run/netns/x": {
         "linux": {"namespaces": [{"type": "network", "path": "/var/run/netns/x"}]}
     },
@@ -409,7 +411,7 @@ def test_bad_spec_is_one_sentence(shim: Shim, word: str) -> None:
     with pytest.raises(VmcellError, match=word):
         shim.create("/bin/true", **BAD_SPECS[word])
     assert shim.left_behind() == []
-    assert not shim.service.has_containers
+    assert not shim.registry.in_use
 
 
 def test_malformed_spec(shim: Shim) -> None:
@@ -418,7 +420,7 @@ def test_malformed_spec(shim: Shim) -> None:
     request = task.CreateTaskRequest(id="c1", bundle=str(bundle))
     with pytest.raises(VmcellError, match="not valid JSON"):
         shim.call("Create", request, task.CreateTaskResponse)
-    assert not shim.service.has_containers
+    assert not shim.registry.in_use
 
 
 def test_missing_configuration(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:

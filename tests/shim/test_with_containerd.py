@@ -12,21 +12,33 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from private_containerd import IMAGE, RUNTIME, PrivateContainerd
+from private_containerd import IMAGE, RUNTIME, PrivateContainerd, image_archive
 from shim_harness import wait_until
+from zygote_harness import children
+
+from vmcell_shim.cache_collector import collect, list_images
 
 pytestmark = pytest.mark.root
 
 
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateContainerd]:
-    containerd = PrivateContainerd(tmp_path_factory.mktemp("ctd"), fake_guest=True)
+@pytest.fixture(scope="module", params=["direct", "zygote"])
+def daemon(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[PrivateContainerd]:
+    """Everything has to come out the same with a zygote and without."""
+    containerd = PrivateContainerd(
+        tmp_path_factory.mktemp("ctd"), fake_guest=True, zygote=request.param == "zygote"
+    )
+    if containerd.zygote is not None:
+        containerd.zygote.start()
     containerd.start()
     try:
         containerd.import_image()
         yield containerd
     finally:
         containerd.kill()
+        if containerd.zygote is not None:
+            containerd.zygote.kill()
 
 
 @pytest.fixture
@@ -85,9 +97,36 @@ def test_detached_task_exec_and_metrics(containerd: PrivateContainerd) -> None:
     assert (done.returncode, done.stdout) == (5, b"in")
     assert b"memory.usage " in containerd.ctr("task", "metrics", "c1").stdout
     assert str(containerd.pid("c1")).encode() in containerd.ctr("task", "ps", "c1").stdout
-    refused = containerd.ctr("task", "pause", "c1")
+    assert containerd.ctr("task", "pause", "c1").returncode == 0
+    assert b"PAUSED" in containerd.ctr("task", "ls").stdout
+    assert containerd.ctr("task", "resume", "c1").returncode == 0
+    refused = containerd.ctr("task", "checkpoint", "c1")
     assert b"not in this version" in refused.stderr
     assert containerd.ctr("task", "delete", "c1").returncode != 0
+
+
+def test_log_uris(containerd: PrivateContainerd) -> None:
+    """A detached task whose streams go to a file, then one whose streams go to a program."""
+    directory = containerd.directory / "logs"
+    command = ("sh", "-c", "echo out; echo err >&2")
+    flags = ("-d", "--log-uri", f"file://{directory}/file")
+    assert containerd.run("c1", *command, flags=flags).returncode == 0
+    wait_until(lambda: containerd.status("c1") == "STOPPED", "the exit")
+    assert sorted((directory / "file").read_text().split()) == ["err", "out"]
+    remove(containerd, "c1")
+    program = containerd.directory / "logger"
+    program.write_text(
+        f"#!/bin/sh\nexec 5>&-\ncat <&3 >{directory}/$2-$CONTAINER_NAMESPACE-$CONTAINER_ID-out &\n"
+        f"cat <&4 >{directory}/err\nwait\n"
+    )
+    program.chmod(0o755)
+    flags = ("-d", "--log-uri", f"binary://{program}?name=log")
+    done = containerd.run("c1", *command, flags=flags)
+    assert done.returncode == 0, done.stderr
+    wait_until(lambda: containerd.status("c1") == "STOPPED", "the exit")
+    remove(containerd, "c1")
+    logged = [(directory / name).read_text() for name in ("log-default-c1-out", "err")]
+    assert logged == ["out\n", "err\n"]
 
 
 def test_killed_vmm(containerd: PrivateContainerd) -> None:
@@ -106,19 +145,35 @@ def test_killed_shim(containerd: PrivateContainerd) -> None:
     (shim,) = [
         int(entry.name)
         for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and _is_shim(entry, containerd)
+        if entry.name.isdigit() and containerd.is_shim(command_line(entry))
     ]
     os.kill(shim, signal.SIGKILL)
     wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the VMM's end", 6)
     wait_until(lambda: containerd.status("c1") in ("", "STOPPED"), "the exit", 6)
 
 
-def _is_shim(entry: Path, containerd: PrivateContainerd) -> bool:
+def command_line(entry: Path) -> bytes:
     try:
-        line = (entry / "cmdline").read_bytes()
+        return (entry / "cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
-        return False
-    return f"{containerd.directory}/bin/containerd-shim".encode() in line
+        return b""
+
+
+def test_killed_zygote(containerd: PrivateContainerd) -> None:
+    """What runs goes on, the next start works, and then there is a zygote again."""
+    if containerd.zygote is None:
+        assert containerd.run("c1", "true", flags=("--rm",)).returncode == 0
+        return
+    containerd.run("c1", "sleep", "600", flags=("-d",))
+    containerd.zygote.kill()
+    done = containerd.ctr("task", "exec", "--exec-id", "e1", "c1", "echo", "still here")
+    assert done.stdout == b"still here\n", done.stderr
+    remove(containerd, "c1")
+    assert containerd.run("c1", "echo", "direct", flags=("--rm",)).stdout == b"direct\n"
+    containerd.zygote.start()
+    containerd.run("c1", "sleep", "600", flags=("-d",))
+    (shim,) = children(containerd.zygote.pid)
+    assert containerd.is_shim(command_line(Path(f"/proc/{shim}")))
 
 
 def test_restart_of_containerd(containerd: PrivateContainerd) -> None:
@@ -143,12 +198,43 @@ def test_started_again_after_its_end(containerd: PrivateContainerd) -> None:
     assert done.returncode == 4, done.stderr
 
 
+def test_native_snapshotter(containerd: PrivateContainerd) -> None:
+    """A bind mount of a whole copy: an image of its own, gone with the container."""
+    flags = ("--rm", "--snapshotter", "native")
+    done = containerd.run("c1", "echo", "hello", flags=flags)
+    assert (done.returncode, done.stdout) == (0, b"hello\n"), done.stderr
+
+
+def test_an_image_goes_with_containerds(containerd: PrivateContainerd) -> None:
+    """The cache follows the snapshotter, which follows the image store."""
+    name = "docker.io/vmcell-test/passing:latest"
+    archive = containerd.directory / "passing.tar"
+    archive.write_bytes(image_archive(name, [{"etc": None, "etc/passing": b"by"}]))
+    assert containerd.ctr("image", "import", str(archive)).returncode == 0
+    cache = str(containerd.directory / "cache")
+    before = {row.path for row in list_images(cache)}
+    done = containerd.ctr("run", "-d", "--runtime", RUNTIME, name, "c1", "sleep", "600")
+    assert done.returncode == 0, done.stderr
+    (row,) = [row for row in list_images(cache) if row.path not in before]
+    assert row.state == "in use"
+    assert row.layers[0].startswith(str(containerd.directory / "root"))
+    remove(containerd, "c1")
+    wait_until(lambda: {row.path: row.state for row in list_images(cache)}[row.path] == "idle", "")
+    assert row.path not in [gone.path for gone in collect(cache, limit_mib=1024)]
+    assert containerd.ctr("image", "remove", "--sync", name).returncode == 0
+    wait_until(lambda: not os.path.exists(row.layers[0]), "containerd's removal of the layer")
+    assert row.path in [gone.path for gone in collect(cache, limit_mib=1024)]
+    assert not os.path.exists(row.path)
+
+
 BAD = {
     "io.vmcell.vcpus asks for 99 vCPUs": ("--annotation", "io.vmcell.vcpus=99"),
     "io.vmcell.vcpus asks for 0 vCPUs": ("--annotation", "io.vmcell.vcpus=0"),
     "1048576 bytes of memory": ("--memory-limit", "1048576"),
-    "belongs to the pod p1": ("--annotation", "io.kubernetes.cri.sandbox-id=p1"),
-    "live share": ("--mount", "type=bind,src=/usr,dst=/usr,options=rbind:rw"),
+    "neither a file nor a directory": (
+        "--mount",
+        "type=bind,src=/dev/null,dst=/null,options=rbind:rw",
+    ),
 }
 
 

@@ -41,15 +41,17 @@ sys.path[:0] = {path!r}
 import os, socket
 from vmcell_agent.guest import Places, Transports, serve
 from vmcell_agent.__main__ import BUILTINS
-from vmcell_agent import network, process
+from vmcell_agent import abi, liveshare, network, process, syscalls
+liveshare.mount = lambda place: syscalls.mount({share!r}, place, "", abi.MS_BIND | abi.MS_REC)
 network.loopback_up()
 with open("/proc/self/oom_score_adj", "w") as file:
     file.write("{oom_score}")
 process.DIAL_SECONDS = 2.0
 control = socket.socket(fileno={control})
-listener = socket.socket(fileno={listener})
-places = Places({cgroup!r}, {state!r}, {devices!r})
-serve(Transports(control, listener, lambda address: True), places, BUILTINS,
+streams = socket.socket(fileno={streams})
+ports = socket.socket(fileno={ports})
+places = Places({cgroup!r}, {state!r}, {devices!r}, {sysfs!r})
+serve(Transports(control, streams, ports, lambda address: True), places, BUILTINS,
       lambda line: print(line, file=sys.stderr, flush=True))
 """
 
@@ -286,18 +288,21 @@ def create_container(
     upper: str = "vda",
     files: list[messages.FileCopy] | None = None,
     init: str = "",
+    rootfs: messages.Rootfs | None = None,
+    shared: list[str] | None = None,
 ) -> Running:
-    """Create a container on pmem1; not started yet."""
+    """Create a container on pmem1 or `rootfs`, sharing namespaces; not started yet."""
     streams = _streams(client, terminal=terminal, stdin=stdin)
     client.call(
         "CreateContainer",
         messages.CreateContainerRequest(
             container_id=container_id,
             spec_json=json.dumps(spec).encode(),
-            rootfs=messages.Rootfs(lower_device="pmem1", upper_device=upper),
+            rootfs=rootfs or messages.Rootfs(lower_devices=["pmem1"], upper_device=upper),
             streams=streams,
             files=files,
             init=init,
+            shared_namespaces=shared,
         ),
     )
     return Running(client, container_id, "", streams)
@@ -338,22 +343,33 @@ class AgentUnderTest:
         self._stack = stack
         self._containers = 0
 
+    @property
+    def agent_pid(self) -> int:
+        """The agent's own process, as this machine numbers it."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return int(children.split()[0])
+
     def open_files(self) -> list[str]:
         """What the agent's descriptors are, by kind; numbers are left out."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        descriptors = Path(f"/proc/{children.split()[0]}/fd")
+        descriptors = Path(f"/proc/{self.agent_pid}/fd")
         return sorted(os.readlink(path).partition(":")[0] for path in descriptors.iterdir())
+
+    def forward(self, port: int) -> socket.socket:
+        """A port forward to `port` of the agent's loopback; the caller closes it."""
+        connection = _dial(self.directory / "ports.sock")
+        connection.sendall(struct.pack("<H", port))
+        return connection
 
     def attach_lower(self, image: Path, name: str = "pmem1") -> None:
         """Let the agent see `image` as /dev/`name`."""
         self._attach(image, name, "--read-only")
 
-    def attach_upper(self, name: str = "vda") -> None:
-        """A fresh ext4 disk."""
+    def attach_upper(self, name: str = "vda", tree: Path | None = None) -> None:
+        """A fresh ext4 disk, with what is in `tree`."""
         image = self.directory / f"{name}.ext4"
         with image.open("wb") as file:
             file.truncate(UPPER_BYTES)
-        run("mkfs.ext4", "-q", "-F", str(image))
+        run("mkfs.ext4", "-q", "-F", *(("-d", str(tree)) if tree else ()), str(image))
         self._attach(image, name)
 
     def _attach(self, image: Path, name: str, *options: str) -> None:
@@ -389,39 +405,50 @@ def running_agent() -> Iterator[AgentUnderTest]:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmcell-agent-")))
         (directory / "devices").mkdir()
         (directory / "state").mkdir()
+        (directory / "share").mkdir()  # stands in for the virtio-fs share
         cgroup = f"{cgroup2_mount()}/vmcell-test-{os.getpid()}-{time.monotonic_ns()}"
         os.mkdir(cgroup)
         stack.callback(_remove_cgroup, Path(cgroup))
         ours, theirs = socket.socketpair()
         stack.callback(ours.close)
-        listener = socket.socket(socket.AF_UNIX)
-        address = str(directory / "streams.sock")
-        listener.bind(address)
-        listener.listen(64)
+        streams, ports = (_listen(directory / name) for name in ("streams.sock", "ports.sock"))
         code = _DRIVER.format(
             oom_score=AGENT_OOM_SCORE,
             path=[str(ROOT / "guest-agent"), str(ROOT / "protos"), _folder_of("h11")],
             control=theirs.fileno(),
-            listener=listener.fileno(),
+            streams=streams.fileno(),
+            ports=ports.fileno(),
             cgroup=cgroup,
             state=str(directory / "state"),
             devices=str(directory / "devices"),
+            sysfs=str(directory / "sys"),
+            share=str(directory / "share"),
         )
         process = subprocess.Popen(
             ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--propagation", "private",
-             "--net", "--mount-proc", sys.executable, "-I", "-S", "-B", "-c", code],
-            pass_fds=(theirs.fileno(), listener.fileno()),
+             "--net", "--uts", "--ipc", "--mount-proc",
+             sys.executable, "-I", "-S", "-B", "-c", code],
+            pass_fds=(theirs.fileno(), streams.fileno(), ports.fileno()),
         )  # fmt: skip
-        theirs.close()
-        listener.close()
+        for end in (theirs, streams, ports):
+            end.close()
         stack.callback(_stop, process, ours)
+        client = AgentClient(ours, lambda: _dial(directory / "streams.sock"))
+        yield AgentUnderTest(client, stack, process, directory, cgroup)
 
-        def connect() -> socket.socket:
-            connection = socket.socket(socket.AF_UNIX)
-            connection.connect(address)
-            return connection
 
-        yield AgentUnderTest(AgentClient(ours, connect), stack, process, directory, cgroup)
+def _listen(address: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(address))
+    listener.listen(64)
+    return listener
+
+
+def _dial(address: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(DEADLINE_SECONDS)
+    connection.connect(str(address))
+    return connection
 
 
 def _stop(process: subprocess.Popen[bytes], control: socket.socket) -> None:

@@ -36,6 +36,7 @@ class Result:
 class DevVm:
     """A dev VM that is up; `out` is the folder the VM writes its logs to (/mnt/out inside)."""
 
+    name: str
     out: Path
     api_url: str
     sandbox_url: str

@@ -7,10 +7,12 @@ handed to the processes as they are. `behaviour` (JSON) makes it misbehave:
   "deny": methods that are answered with an error
   "hang_up": method at which it closes the control connection and lives on
   "exit_status": what WaitProcess says instead of the truth
+  "oom": every exit was the OOM killer's
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -41,6 +43,7 @@ class Process:
         self.description = description
         self.streams = streams
         self.popen: subprocess.Popen[bytes] | None = None
+        self.failed = False
         self.terminal = -1
         self.copies: list[threading.Thread] = []
 
@@ -56,7 +59,10 @@ class FakeAgent:
         self.sending = threading.Lock()
         self.streams: dict[int, socket.socket] = {}
         self.dialled = threading.Condition()
-        self.processes: dict[str, Process] = {}
+        self.processes: dict[tuple[str, str], Process] = {}
+        self.attached: set[int] = set()
+        self.oom_kills = 0
+        self.oom = threading.Condition()
         self.spawning: queue.Queue[Any] = queue.Queue()
         self.listener = listener
         threading.Thread(target=self.accept_streams, daemon=True).start()
@@ -116,6 +122,12 @@ class FakeAgent:
             "SignalProcess": self.signal,
             "ResizePty": self.resize,
             "ContainerStats": self.stats,
+            "AttachDevice": self.attach,
+            "DetachDevice": self.detach,
+            "UpdateContainer": self.update,
+            "FreezeContainer": lambda payload: self.freeze(payload, frozen=True),
+            "ThawContainer": lambda payload: self.freeze(payload, frozen=False),
+            "WaitOom": self.wait_oom,
             "DeleteProcess": self.delete,
             "Shutdown": lambda _: Empty(),
         }
@@ -124,23 +136,68 @@ class FakeAgent:
     def create(self, payload: bytes) -> Message:
         request = agent.CreateContainerRequest.decode(payload)
         spec = json.loads(request.spec_json)
+        assert request.rootfs is not None
+        record = {
+            "spec": spec,
+            "files": [copy.destination for copy in request.files],
+            "init": request.init,
+            "lower_devices": request.rootfs.lower_devices,
+            "upper_device": request.rootfs.upper_device,
+            "shared_namespaces": request.shared_namespaces,
+        }
         with open(os.environ["FAKE_RECORD"], "w") as file:
-            files = [copy.destination for copy in request.files]
-            json.dump({"spec": spec, "files": files, "init": request.init}, file)
+            json.dump(record, file)
         assert request.streams is not None
-        self.processes[""] = Process(spec.get("process", {}), request.streams)
+        key = (request.container_id, "")
+        self.processes[key] = Process(spec.get("process", {}), request.streams)
         return Empty()
+
+    def attach(self, payload: bytes) -> Message:
+        window = agent.AttachDeviceRequest.decode(payload).window
+        self.attached.add(window)
+        return agent.AttachDeviceResponse(name=f"dev{window}")
+
+    def detach(self, payload: bytes) -> Message:
+        self.attached.remove(agent.DetachDeviceRequest.decode(payload).window)
+        return Empty()
+
+    def update(self, payload: bytes) -> Message:
+        request = agent.UpdateContainerRequest.decode(payload)
+        self.find(request.container_id, "")
+        json.loads(request.resources_json)
+        return Empty()
+
+    def freeze(self, payload: bytes, *, frozen: bool) -> Message:
+        container_id = agent.ContainerRef.decode(payload).container_id
+        popen = self.find(container_id, "").popen
+        assert popen is not None
+        popen.send_signal(signal.SIGSTOP if frozen else signal.SIGCONT)
+        return Empty()
+
+    def wait_oom(self, payload: bytes) -> Message:
+        request = agent.WaitOomRequest.decode(payload)
+        with self.oom:
+            gone = (request.container_id, "")
+            self.oom.wait_for(lambda: self.oom_kills > request.seen or gone not in self.processes)
+            if gone not in self.processes:
+                raise CallerError("the container is gone", code="not_found")
+            return agent.WaitOomResponse(oom_kills=self.oom_kills)
 
     def add(self, payload: bytes) -> Message:
         request = agent.AddProcessRequest.decode(payload)
         assert request.streams is not None
-        self.processes[request.exec_id] = Process(json.loads(request.process_json), request.streams)
+        key = (request.container_id, request.exec_id)
+        self.processes[key] = Process(json.loads(request.process_json), request.streams)
         return Empty()
 
-    def find(self, exec_id: str) -> Process:
-        if exec_id not in self.processes:
+    def find(self, container_id: str, exec_id: str) -> Process:
+        if (container_id, exec_id) not in self.processes:
             raise CallerError(f"process {exec_id!r} is not known", code="not_found")
-        return self.processes[exec_id]
+        return self.processes[container_id, exec_id]
+
+    def referred(self, payload: bytes) -> Process:
+        ref = agent.ProcessRef.decode(payload)
+        return self.find(ref.container_id, ref.exec_id)
 
     def stream(self, stream_id: int) -> socket.socket:
         with self.dialled:
@@ -149,7 +206,9 @@ class FakeAgent:
             return self.streams.pop(stream_id)
 
     def start(self, payload: bytes) -> Message:
-        process = self.find(agent.ProcessRef.decode(payload).exec_id)
+        process = self.referred(payload)
+        if process.failed:
+            raise CallerError("it can be started once", code="failed_precondition")
         streams = process.streams
         args = process.description["args"]
         assert isinstance(args, list)
@@ -162,6 +221,7 @@ class FakeAgent:
                 args, *(sockets.get(name, subprocess.DEVNULL) for name in ids)
             )
         except OSError as error:
+            process.failed = True
             raise CallerError(f"cannot run {args[0]}: {error.strerror}") from error
         finally:
             for stream in sockets.values():
@@ -223,25 +283,40 @@ class FakeAgent:
             os.write(terminal, data)
 
     def wait(self, payload: bytes) -> Message:
-        process = self.find(agent.ProcessRef.decode(payload).exec_id)
+        ref = agent.ProcessRef.decode(payload)
+        exec_id = ref.exec_id
+        process = self.find(ref.container_id, exec_id)
         assert process.popen is not None
         code = process.popen.wait()
+        if not exec_id:
+            # The end of a pid namespace's init is the end of all in it.
+            self.signal_all(ref.container_id, signal.SIGKILL)
         for thread in process.copies:
             thread.join()
         status = self.behaviour.get("exit_status", code if code >= 0 else 128 - code)
         assert isinstance(status, int)
-        return agent.WaitProcessResponse(exit_status=status, exited_at_unix_ns=1)
+        if self.behaviour.get("oom"):
+            self.oom_kills += 1
+        return agent.WaitProcessResponse(
+            exit_status=status, exited_at_unix_ns=1, oom_kills=self.oom_kills
+        )
 
     def signal(self, payload: bytes) -> Message:
         request = agent.SignalProcessRequest.decode(payload)
-        process = self.find(request.exec_id)
+        process = self.find(request.container_id, request.exec_id)
         if process.popen is None or process.popen.poll() is not None:
             raise CallerError("the process has ended", code="not_found")
         if request.all:
-            os.killpg(process.popen.pid, request.signal)
+            self.signal_all(request.container_id, request.signal)
         else:
             process.popen.send_signal(request.signal)
         return Empty()
+
+    def signal_all(self, container_id: str, number: int) -> None:
+        for (owner, _), process in list(self.processes.items()):
+            if owner == container_id and process.popen is not None and process.popen.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.popen.pid, number)
 
     def resize(self, payload: bytes) -> Message:
         request = agent.ResizePtyRequest.decode(payload)
@@ -249,7 +324,10 @@ class FakeAgent:
         import fcntl
         import termios
 
-        fcntl.ioctl(self.find(request.exec_id).terminal, termios.TIOCSWINSZ, size)
+        process = self.find(request.container_id, request.exec_id)
+        if process.terminal < 0:
+            raise CallerError("it has no terminal to resize", code="failed_precondition")
+        fcntl.ioctl(process.terminal, termios.TIOCSWINSZ, size)
         return Empty()
 
     def stats(self, payload: bytes) -> Message:
@@ -261,7 +339,11 @@ class FakeAgent:
         )
 
     def delete(self, payload: bytes) -> Message:
-        del self.processes[agent.ProcessRef.decode(payload).exec_id]
+        ref = agent.ProcessRef.decode(payload)
+        self.find(ref.container_id, ref.exec_id)
+        with self.oom:
+            del self.processes[ref.container_id, ref.exec_id]
+            self.oom.notify_all()
         return Empty()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -30,6 +31,8 @@ class FakeVmm:
         assert config.console_descriptor is not None
         os.write(descriptors[config.console_descriptor], behaviour.get("console", "").encode())
         self.config = config
+        self.plugged: dict[int, str] = {}
+        self.balloon_mib = 0
         self._control, theirs = socket.socketpair()
         listener = socket.socket(socket.AF_UNIX)
         self._directory = tempfile.TemporaryDirectory()
@@ -50,6 +53,29 @@ class FakeVmm:
     def accept_vsock(self, port: int) -> socket.socket:
         assert port in (self.config.vsock.listen_ports if self.config.vsock else ())
         return self._control
+
+    def plug_pmem(self, window: int, fd: int) -> None:
+        self._plug(window, fd)
+
+    def plug_blk(self, window: int, fd: int, read_only: bool = False) -> None:
+        self._plug(window, fd)
+
+    def _plug(self, window: int, fd: int) -> None:
+        assert window in self.config.spare_window_numbers
+        assert window not in self.plugged
+        self.plugged[window] = os.readlink(f"/proc/self/fd/{fd}")
+
+    def unplug(self, window: int) -> None:
+        del self.plugged[window]
+
+    def pause(self) -> None:
+        self._popen.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._popen.send_signal(signal.SIGCONT)
+
+    def set_balloon(self, mib: int) -> None:
+        self.balloon_mib = mib
 
     def connect_vsock(self, port: int) -> socket.socket:
         assert port == 1025

@@ -197,10 +197,10 @@ class GuestDriver:
             queue = GuestQueue(
                 self.memory,
                 min(size, self.get(0x34)),
-                RINGS_GPA + 0x4000 * index,
+                RINGS_GPA + 0x8000 * index,
                 BUFFERS_GPA + 0x40_0000 * index,
             )
-            self.memory.write(queue.gpa, bytes(0x4000))
+            self.memory.write(queue.gpa, bytes(0x8000))
             self.queues.append(queue)
             self.place_queue(queue.layout)
         self.set(0x70, 15)

@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import guest_pod
 from agent_harness import (
     AgentClient,
     container_spec,
@@ -35,7 +36,7 @@ from vmcell_protos import agent as messages
 from vmcell_protos.errors import VmcellError
 from vmcell_runtime.config import BlkConfig, MachineConfig, PmemConfig, VsockConfig
 from vmcell_runtime.handle import VmmHandle, spawn
-from vmcell_shim.guest import COMMAND_LINE, CONTROL_PORT, GUEST_CID, STREAM_PORT
+from vmcell_shim.shape import COMMAND_LINE, CONTROL_PORT, GUEST_CID, STREAM_PORT
 
 PMEM_STEP_BYTES = 2 << 20
 STDIN_BYTES = 4 << 20
@@ -151,6 +152,13 @@ def session(client: AgentClient, found: dict[str, Any]) -> None:
     limits(client, found)
 
 
+def pod(client: AgentClient, vmm: VmmHandle, found: dict[str, Any]) -> None:
+    guest_pod.shared_things(client, lambda: vmm.connect_vsock(guest_pod.FORWARD_PORT), found)
+    guest_pod.out_of_memory(client, found)
+    guest_pod.new_limits(client, found)
+    guest_pod.devices(client, found)
+
+
 def main(kernel: str, base_image: str) -> None:
     """Boot, drive, shut down, print."""
     found: dict[str, Any] = {}
@@ -164,6 +172,7 @@ def main(kernel: str, base_image: str) -> None:
                     CALL_SECONDS,
                 )
                 session(client, found)
+                pod(client, vmm, found)
                 client.call("Shutdown", messages.Empty())
                 found["ended"] = list(vmm.wait_exit(CALL_SECONDS))
                 client.close()

@@ -17,6 +17,9 @@ import tarfile
 from pathlib import Path
 
 from shim_harness import wait_until
+from zygote_harness import Zygote
+
+from vmcell_tools import dev_containerd
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE_ROOTS = [str(ROOT / name) for name in ("protos", "runtime", "shim")]
@@ -27,11 +30,25 @@ _CONFIG = """
 version = 2
 root = "{directory}/root"
 state = "{directory}/state"
-disabled_plugins = ["io.containerd.grpc.v1.cri"]
+disabled_plugins = [{disabled}]
 [grpc]
   address = "{directory}/containerd.sock"
 [plugins."io.containerd.internal.v1.opt"]
   path = "{directory}/opt"
+"""
+_CRI = """
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{image}"
+  stream_server_address = "127.0.0.1"
+  stream_server_port = "0"
+  tolerate_missing_hugetlb_controller = true
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/usr/lib/cni"
+    conf_dir = "{directory}/cni"
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    default_runtime_name = "vmcell"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.vmcell]
+      runtime_type = "{runtime}"
 """
 
 _STUB = """#!{python} -ISB
@@ -45,10 +62,17 @@ _PATCH = "import fake_vmm; from vmcell_runtime import handle; handle.spawn = fak
 
 
 class PrivateContainerd:
-    """One daemon below `directory`; start() again after kill() for a restart."""
+    """One daemon below `directory`; start() again after kill() for a restart.
 
-    def __init__(self, directory: Path, *, fake_guest: bool) -> None:
+    `cri`: with pods; the daemon then has a network namespace of its own, where their veth pairs
+    end. With `zygote`, shims are forked by one of its own, which has the fake guest too.
+    """
+
+    def __init__(
+        self, directory: Path, *, fake_guest: bool, cri: bool = False, zygote: bool = False
+    ) -> None:
         self.directory = directory
+        self.command = ["containerd", "--config", str(directory / "containerd.toml")]
         self.socket = directory / "containerd.sock"
         self.log = directory / "containerd.log"
         self._popen: subprocess.Popen[bytes] | None = None
@@ -58,7 +82,17 @@ class PrivateContainerd:
         patch = _PATCH if fake_guest else ""
         shim.write_text(_STUB.format(python=sys.executable, roots=roots, patch=patch))
         shim.chmod(0o755)
-        (directory / "containerd.toml").write_text(_CONFIG.format(directory=directory))
+        self.zygote = Zygote(f"{directory}/z", shim) if zygote else None
+        disabled = "" if cri else '"io.containerd.grpc.v1.cri"'
+        config = _CONFIG.format(directory=directory, disabled=disabled)
+        if cri:
+            self.command = ["unshare", "--net", *self.command]
+            config += _CRI.format(directory=directory, image=IMAGE, runtime=RUNTIME)
+            (directory / "cni").mkdir()
+            for path, content in dev_containerd.files().items():
+                if path.endswith(".conflist"):
+                    (directory / "cni" / Path(path).name).write_bytes(content)
+        (directory / "containerd.toml").write_text(config)
         for name in ("kernel", "base.erofs"):
             (directory / name).touch()
         (directory / "vmcell.toml").write_text(
@@ -67,17 +101,23 @@ class PrivateContainerd:
             "writable_mib = 64\nboot_timeout_s = 20\n"
         )
 
-    def start(self) -> None:
-        environment = {
-            **os.environ,
+    def environment(self) -> dict[str, str]:
+        """What the daemon has beside what this process has."""
+        return {
             "PATH": f"{self.directory}/bin:{os.environ['PATH']}",
             "VMCELL_CONFIG": str(self.directory / "vmcell.toml"),
             "FAKE_RECORD": str(self.directory / "record.json"),
+            "VMCELL_ZYGOTE": self.zygote.path if self.zygote else "",
         }
+
+    def start(self) -> None:
+        if self._popen is not None:
+            # Whoever has killed it.
+            self._popen.wait(10)
         with self.log.open("ab") as log:
             self._popen = subprocess.Popen(
-                ["containerd", "--config", str(self.directory / "containerd.toml")],
-                env=environment,
+                self.command,
+                env={**os.environ, **self.environment()},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -104,11 +144,11 @@ class PrivateContainerd:
         """`ctr run` of a program of the host (the fake guest runs it here)."""
         return self.ctr("run", *flags, "--runtime", RUNTIME, IMAGE, name, *words, stdin=stdin)
 
-    def import_image(self) -> None:
+    def import_image(self, namespace: str = "default") -> None:
         """An image of two layers, the upper of which deletes and replaces."""
         path = self.directory / "image.tar"
         path.write_bytes(image_archive(IMAGE, [LOWER_LAYER, UPPER_LAYER]))
-        done = self.ctr("image", "import", str(path))
+        done = self.ctr("-n", namespace, "image", "import", str(path))
         assert done.returncode == 0, done.stderr
 
     def status(self, name: str) -> str:
@@ -127,7 +167,7 @@ class PrivateContainerd:
         raise LookupError(name)
 
     def leftovers(self) -> list[str]:
-        """Bundles, state, sandbox files and processes that are still there."""
+        """Bundles, state, sandbox files and processes that are still there, the zygote not."""
         found = [str(path) for path in self.directory.glob("run/*/*")]
         found += [str(path) for path in self.directory.glob("cache/sandboxes/*/*")]
         found += [str(path) for path in self.directory.glob("state/*.task/*/*")]
@@ -137,9 +177,16 @@ class PrivateContainerd:
                     line = (entry / "cmdline").read_bytes()
                 except (FileNotFoundError, ProcessLookupError):
                     continue
-                if f"{self.directory}/bin/containerd-shim".encode() in line:
+                if self.is_shim(line):
                     found.append(line.replace(b"\0", b" ").decode())
         return found
+
+    def is_shim(self, command_line: bytes) -> bool:
+        """Whether a process is a shim of this containerd, by /proc/PID/cmdline."""
+        words = command_line.split(b"\0")
+        return f"{self.directory}/bin/containerd-shim-vmcell-v2".encode() in words and (
+            b"zygote" not in words
+        )
 
 
 Layer = dict[str, bytes | str | None]

@@ -17,18 +17,20 @@ from typing import Any, TypeVar
 
 import fake_vmm
 import pytest
+from fake_share import FakeShare
 
 from vmcell_protos import task
 from vmcell_protos.events import ForwardRequest
 from vmcell_protos.wellknown import Any as AnyMessage
 from vmcell_protos.wellknown import Empty
 from vmcell_protos.wire import Message
-from vmcell_shim import guest
+from vmcell_shim import guest, sandbox
 from vmcell_shim.client import TtrpcClient
+from vmcell_shim.dispatch import Dispatch
 from vmcell_shim.events import EventPublisher
 from vmcell_shim.journal import Journal
+from vmcell_shim.registry import Registry
 from vmcell_shim.server import TtrpcServer
-from vmcell_shim.service import TaskService
 
 M = TypeVar("M", bound=Message)
 DEADLINE_S = 20.0
@@ -105,7 +107,8 @@ class Shim:
             publish_binary="",
             journal=self.journal,
         )
-        self.service = TaskService("test", self.events, self.journal, self.idle.set)
+        self.registry = Registry("test", self.events, self.journal)
+        self.service = Dispatch(self.registry, self.idle.set)
         path = str(directory / "shim.sock")
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(path)
@@ -129,9 +132,9 @@ class Shim:
             f"containerd.task.v{version}.Task", method, request, answer, timeout_s
         )
 
-    def bundle(self, args: list[str], **changes: Any) -> Path:
+    def bundle(self, args: list[str], container_id: str = "c1", **changes: Any) -> Path:
         """A bundle with a spec that runs `args`; `changes` replace top-level keys."""
-        bundle = self.directory / "bundle"
+        bundle = self.directory / f"bundle-{container_id}"
         bundle.mkdir(exist_ok=True)
         root = self.directory / "root"
         (root / "etc").mkdir(parents=True, exist_ok=True)
@@ -166,7 +169,7 @@ class Shim:
     ) -> int:
         request = task.CreateTaskRequest(
             id=container_id,
-            bundle=str(self.bundle(list(args), **changes)),
+            bundle=str(self.bundle(list(args), container_id, **changes)),
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
@@ -174,23 +177,31 @@ class Shim:
         )
         return self.call("Create", request, task.CreateTaskResponse, timeout_s).pid
 
-    def start(self, exec_id: str = "") -> int:
-        request = task.StartRequest(id="c1", exec_id=exec_id)
+    def start(self, exec_id: str = "", *, container_id: str = "c1") -> int:
+        request = task.StartRequest(id=container_id, exec_id=exec_id)
         return self.call("Start", request, task.StartResponse).pid
 
-    def wait(self, exec_id: str = "") -> int:
-        request = task.WaitRequest(id="c1", exec_id=exec_id)
+    def wait(self, exec_id: str = "", *, container_id: str = "c1") -> int:
+        request = task.WaitRequest(id=container_id, exec_id=exec_id)
         return self.call("Wait", request, task.WaitResponse).exit_status
 
-    def state(self, exec_id: str = "") -> task.StateResponse:
-        return self.call("State", task.StateRequest(id="c1", exec_id=exec_id), task.StateResponse)
+    def state(self, exec_id: str = "", *, container_id: str = "c1") -> task.StateResponse:
+        request = task.StateRequest(id=container_id, exec_id=exec_id)
+        return self.call("State", request, task.StateResponse)
 
-    def kill(self, signal: int = 9, exec_id: str = "", *, everyone: bool = False) -> None:
-        request = task.KillRequest(id="c1", exec_id=exec_id, signal=signal, all=everyone)
+    def kill(
+        self,
+        signal: int = 9,
+        exec_id: str = "",
+        *,
+        everyone: bool = False,
+        container_id: str = "c1",
+    ) -> None:
+        request = task.KillRequest(id=container_id, exec_id=exec_id, signal=signal, all=everyone)
         self.call("Kill", request, Empty)
 
-    def delete(self, exec_id: str = "") -> task.DeleteResponse:
-        request = task.DeleteRequest(id="c1", exec_id=exec_id)
+    def delete(self, exec_id: str = "", *, container_id: str = "c1") -> task.DeleteResponse:
+        request = task.DeleteRequest(id=container_id, exec_id=exec_id)
         return self.call("Delete", request, task.DeleteResponse)
 
     def add_exec(self, exec_id: str, *args: str, stdin: str = "", stdout: str = "") -> None:
@@ -216,8 +227,8 @@ class Shim:
         return found
 
     def close(self) -> None:
-        for container in list(self.service._containers.values()):
-            container.guest.close()
+        for container in self.registry.containers():
+            container.sandbox.close()
             for process in container.processes():
                 process.stdio.close()
         self.client.close()
@@ -241,6 +252,7 @@ def running_shim(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
     monkeypatch.setenv("VMCELL_CONFIG", str(directory / "config.toml"))
     monkeypatch.setenv("FAKE_RECORD", str(directory / "record.json"))
     monkeypatch.setattr(guest.handle, "spawn", fake_vmm.spawn)
+    monkeypatch.setattr(sandbox, "Share", FakeShare)
     containerd = FakeContainerd(str(directory / "events.sock"))
     try:
         shim = Shim(directory, containerd)

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from vmcell_tools import dev_run, dev_ssh
+from vmcell_shim.config import ShimConfig, render_config
+from vmcell_tools import dev_run, dev_ssh, setup_host
 from vmcell_tools.cli import main
 
 HEAVY = ("rich", "grpc", "subprocess", "vmcell_tools.dev_vm", "vmcell_tools.oci_image")
@@ -43,8 +44,33 @@ def test_help_names_every_command_and_imports_none_of_their_work() -> None:
     shown = subprocess.check_output([sys.executable, "-c", script], text=True)
     *help_lines, imported = shown.splitlines()
     assert imported == "[]"
-    for word in ("dev", "setup", "doctor", "kernel", "image", "demo", "serve"):
+    words = (
+        "dev",
+        "setup",
+        "doctor",
+        "kernel",
+        "image",
+        "cache",
+        "bench",
+        "demo",
+        "serve",
+        "zygote",
+    )
+    for word in words:
         assert any(line.split()[:1] == [word] for line in help_lines), word
+
+
+def test_zygote_becomes_the_installed_shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executed: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(setup_host, "SHIM_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(os, "execv", lambda path, words: executed.append((path, words)))
+    code, _, error = vmcell("zygote")
+    assert (code, executed) == (1, [])
+    assert error.endswith("is missing; run: vmcell setup\n")
+    shim = tmp_path / setup_host.SHIM_NAME
+    shim.touch(0o755)
+    assert vmcell("zygote")[0] == 0
+    assert executed == [(str(shim), [str(shim), "zygote"])]
 
 
 def test_python_m_is_the_same_command() -> None:
@@ -103,6 +129,39 @@ def test_doctor_prints_all_rows_as_json() -> None:
     assert code == any(row["status"] == "fail" for row in rows)
     _, table, _ = vmcell("doctor")
     assert all(row["what"] in table for row in rows)
+
+
+@pytest.fixture
+def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with one file in it, which is no image."""
+    config = ShimConfig(kernel="/k", base_image="/b", cache_dir=str(tmp_path / "cache"))
+    (tmp_path / "config.toml").write_text(render_config(config))
+    monkeypatch.setenv("VMCELL_CONFIG", str(tmp_path / "config.toml"))
+    path = tmp_path / "cache/erofs/0123456789abcdef.erofs"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(bytes(8192))
+    return path
+
+
+def test_the_cache_is_listed_and_pruned(image: Path) -> None:
+    code, out, _ = vmcell("cache", "list", "--json")
+    (row,) = json.loads(out)
+    assert (code, row["path"], row["state"]) == (0, str(image), "damaged")
+    assert row["size_bytes"] == 8192
+    _, table, _ = vmcell("cache", "list")
+    assert "0123456789ab" in table
+    assert "damaged" in table
+    assert vmcell("cache", "prune")[1].endswith("removed 1 images, 0 MiB\n")
+    assert not image.exists()
+    assert json.loads(vmcell("cache", "prune", "--json")[1]) == []
+
+
+def test_a_cache_without_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VMCELL_CONFIG", str(tmp_path / "absent.toml"))
+    code, out, error = vmcell("cache", "list")
+    assert (code, out) == (1, "")
+    assert "run `vmcell setup`" in error
+    assert vmcell("cache", "prune", "--limit-mib", "-1")[0] == 2
 
 
 def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

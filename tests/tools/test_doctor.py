@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
+from zygote_harness import Zygote
 
+from vmcell_protos.zygote import ALIVE, MAX_DATAGRAM_BYTES, REFUSED, Answer, encode_answer
 from vmcell_shim.config import ShimConfig, render_config
 from vmcell_tools import doctor
+from vmcell_tools.containerd_config import SNIPPETS, merged
 from vmcell_tools.doctor import Host, examine
 from vmcell_tools.setup_host import shim_executable
 
@@ -34,9 +39,10 @@ def program(host: Host, name: str, script: str) -> None:
 def test_an_empty_host_fails_with_advice_for_all_that_is_needed(host: Host) -> None:
     rows = {row.what: row for row in examine(host)}
     needed = ("KVM", "containerd", "containerd socket", "shim", "config.toml", "kernel")
-    for what in (*needed, "base image", "cgroup v2", "nftables", "TAP", "image tools"):
+    for what in (*needed, "base image", "cgroups", "nftables", "TAP", "image tools"):
         assert rows[what].status == "fail", what
-    assert rows["vhost-net"].status == rows["nginx"].status == "warn"
+    for what in ("vhost-net", "nginx", "CRI runtime", "image cache", "zygote"):
+        assert rows[what].status == "warn", what
     assert all(row.advice for row in rows.values() if row.status != "ok")
 
 
@@ -93,6 +99,56 @@ def test_a_shim_of_another_checkout_is_a_warning(host: Host) -> None:
     assert doctor.shim(host).status == "warn"
 
 
+def zygote_row(path: str) -> doctor.Row:
+    """The row for a zygote at `path`, from a directory that makes it short enough."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(os.path.dirname(path))
+        patch.setattr(doctor, "SOCKET_PATH", os.path.basename(path))
+        return doctor.zygote(Host(root=Path()))
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (encode_answer(Answer(ALIVE, number=7, output=b"/other/shim")), "7 is of another checkout"),
+        (encode_answer(Answer(REFUSED)), "another checkout"),
+        (b"nonsense", "does not answer"),
+        (b"", "does not answer"),
+    ],
+)
+def test_a_zygote_of_no_use_is_a_warning(tmp_path: Path, answer: bytes, words: str) -> None:
+    path = str(tmp_path / "z")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen()
+
+        def reply() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(MAX_DATAGRAM_BYTES)
+                if answer:
+                    connection.send(answer)
+
+        thread = threading.Thread(target=reply)
+        thread.start()
+        row = zygote_row(path)
+        thread.join(20)
+    assert row.status == "warn"
+    assert words in row.found
+    assert row.advice.startswith("restart it; ")
+
+
+def test_a_zygote_that_answers(tmp_path: Path) -> None:
+    running = Zygote(str(tmp_path / "z"))
+    running.start()
+    try:
+        assert zygote_row(running.path).status == "ok"
+        assert str(running.pid) in zygote_row(running.path).found
+    finally:
+        running.kill()
+    assert zygote_row(running.path).found == "not running"
+
+
 def test_configuration_and_what_it_names(host: Host) -> None:
     config = ShimConfig(kernel="/k/vmlinux", base_image="/b/base.erofs")
     put(host, "etc/vmcell/config.toml", render_config(config))
@@ -108,11 +164,52 @@ def test_configuration_and_what_it_names(host: Host) -> None:
 
 
 @pytest.mark.parametrize(
-    ("controllers", "status"), [("cpu io memory pids", "ok"), ("cpu io", "fail"), ("", "fail")]
+    ("v1", "v2", "status", "found"),
+    [
+        ("", "cpu io memory pids", "ok", "v2: cpu, memory, pids"),
+        ("cpu,cpuacct memory pids", None, "ok", "v1: "),
+        ("memory pids", "cpu", "ok", "v1 and v2: "),
+        ("", "cpu io", "fail", "without memory, pids"),
+        ("cpu", "", "fail", "without memory, pids"),
+        ("", None, "fail", "no cgroup hierarchy"),
+    ],
 )
-def test_cgroup_controllers(host: Host, controllers: str, status: str) -> None:
-    put(host, "sys/fs/cgroup/cgroup.controllers", f"{controllers}\n")
-    assert doctor.cgroup(host).status == status
+def test_cgroups(host: Host, v1: str, v2: str | None, status: str, found: str) -> None:
+    lines = [
+        f"32 31 0:29 / /sys/fs/cgroup/{names} rw - cgroup cgroup rw,{names}\n"
+        for names in v1.split()
+    ]
+    if v2 is not None:
+        place = host.at("unified")
+        lines.append(f"41 31 0:38 / {place} rw - cgroup2 cgroup2 rw\n")
+        put(host, "unified/cgroup.controllers", f"{v2}\n")
+    put(host, "proc/self/mountinfo", "".join(lines))
+    row = doctor.cgroup(host)
+    assert row.status == status
+    assert found in row.found
+
+
+def test_the_runtime_in_containerds_configuration(host: Host) -> None:
+    put(host, "etc/containerd/config.toml", merged("version = 2\n", SNIPPETS[0]))
+    assert doctor.kubernetes(host).status == "ok"
+    put(host, "etc/containerd/config.toml", "version = 2\n")
+    assert "vmcell setup --containerd" in doctor.kubernetes(host).advice
+    put(host, "etc/containerd/config.toml", "version = ")
+    assert "not TOML" in doctor.kubernetes(host).found
+
+
+def test_the_image_cache(host: Host) -> None:
+    config = ShimConfig(kernel="/k", base_image="/b", cache_dir="/cache", cache_limit_mib=1)
+    put(host, "etc/vmcell/config.toml", render_config(config))
+    row = doctor.image_cache(host)
+    assert (row.status, row.found) == ("ok", "0 images, 0 of 1 MiB")
+    put(host, "cache/erofs/KEY.erofs", "no image at all")
+    row = doctor.image_cache(host)
+    assert (row.status, row.advice) == ("warn", "vmcell cache prune")
+    put(host, "cache2", "a file")
+    config = ShimConfig(kernel="/k", base_image="/b", cache_dir="/cache2")
+    put(host, "etc/vmcell/config.toml", render_config(config))
+    assert doctor.image_cache(host).status == "warn"
 
 
 @pytest.mark.parametrize(("code", "status"), [(0, "ok"), (1, "fail")])
@@ -130,6 +227,9 @@ def test_a_program_that_hangs_is_a_failure(host: Host, monkeypatch: pytest.Monke
 def test_devices_and_tools(host: Host) -> None:
     put(host, "dev/net/tun")
     put(host, "dev/vhost-net")
+    assert doctor.live_directories(host).status == "warn"
+    put(host, "usr/libexec/virtiofsd")
+    assert doctor.live_directories(host).status == "ok"
     for name in ("mkfs.erofs", "mkfs.ext4", "nginx"):
         program(host, name, "true")
     for check in (doctor.tun, doctor.vhost_net, doctor.image_tools, doctor.nginx):

@@ -11,10 +11,12 @@ import pytest
 from vmcell_protos.errors import CallerError, HostError
 from vmcell_shim.config import parse_config
 from vmcell_tools import setup_host
+from vmcell_tools.containerd_config import SNIPPETS, merged
 from vmcell_tools.setup_host import Artifacts, install, render_shim, uninstall
 
 ARTIFACTS = Artifacts(kernel="/cache/vmlinux", base_image="/cache/base.erofs")
 CONFIG = "etc/vmcell/config.toml"
+UNIT = "etc/systemd/system/vmcell-zygote.service"
 SHIM = "usr/local/bin/containerd-shim-vmcell-v2"
 TEMPLATE = "#!/usr/bin/python3 -ISB\nSOURCE_ROOTS = ()\nprint(SOURCE_ROOTS)\n"
 
@@ -26,7 +28,27 @@ def test_setup_writes_what_the_shim_reads(tmp_path: Path) -> None:
     assert (config.default_vcpus, config.default_memory_mib) == (3, 256)
     assert (tmp_path / SHIM).stat().st_mode & 0o777 == 0o755
     assert (tmp_path / "run/vmcell").stat().st_mode & 0o777 == 0o700
-    assert len(done) == 4
+    assert len(done) == 8
+    for row in SNIPPETS:
+        assert (tmp_path / "etc/vmcell/containerd" / row.file).read_text() == row.text
+    assert not (tmp_path / "etc/containerd").exists()
+
+
+def test_the_zygotes_unit_is_one_for_systemd(tmp_path: Path) -> None:
+    """systemd's own check, of the unit as it stands but for the shim, which is not installed."""
+    install(tmp_path, ARTIFACTS)
+    text = (tmp_path / UNIT).read_text()
+    assert "ExecStart=/usr/local/bin/containerd-shim-vmcell-v2 zygote\n" in text
+    unit = tmp_path / "vmcell-zygote.service"
+    unit.write_text(text.replace("/usr/local/bin/containerd-shim-vmcell-v2", "/bin/true"))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", unit],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 def test_a_second_setup_changes_nothing(tmp_path: Path) -> None:
@@ -59,8 +81,27 @@ def test_uninstall_takes_away_what_setup_wrote(tmp_path: Path) -> None:
     done = uninstall(tmp_path)
     assert not (tmp_path / "etc/vmcell").exists()
     assert not (tmp_path / SHIM).exists()
+    assert not (tmp_path / UNIT).exists()
     assert any("/var/lib/vmcell" in line for line in done)
     assert uninstall(tmp_path) == []
+
+
+def test_uninstall_takes_the_runtime_out_of_containerds_configuration(tmp_path: Path) -> None:
+    install(tmp_path, ARTIFACTS)
+    path = tmp_path / "etc/containerd/config.toml"
+    path.parent.mkdir()
+    path.write_text(merged("version = 2\nroot = '/x'\n", SNIPPETS[0]))
+    done = uninstall(tmp_path)
+    assert path.read_text() == "version = 2\nroot = '/x'\n"
+    assert any("restart containerd" in line for line in done)
+
+
+def test_uninstall_keeps_what_an_operator_put_beside(tmp_path: Path) -> None:
+    install(tmp_path, ARTIFACTS)
+    mine = tmp_path / "etc/vmcell/containerd/mine.toml"
+    mine.write_text("version = 2\n")
+    uninstall(tmp_path)
+    assert [path.name for path in mine.parent.iterdir()] == ["mine.toml"]
 
 
 def test_uninstall_refuses_while_a_sandbox_lives(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ EXPECTED: dict[str, int] = {
     "IFF_TAP": host_abi.IFF_TAP,
     "IFF_NO_PI": host_abi.IFF_NO_PI,
     "IFF_VNET_HDR": host_abi.IFF_VNET_HDR,
+    "IFF_TUN_EXCL": host_abi.IFF_TUN_EXCL,
     "TUN_F_CSUM": host_abi.TUN_F_CSUM,
     "TUN_F_TSO4": host_abi.TUN_F_TSO4,
     "TUN_F_TSO6": host_abi.TUN_F_TSO6,

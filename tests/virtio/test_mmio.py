@@ -19,6 +19,7 @@ from vmcell_runtime.virtio import status
 from vmcell_runtime.virtio.device import Activation
 from vmcell_runtime.virtio.queue import RingLayout
 from vmcell_runtime.virtio.rng import Rng
+from vmcell_runtime.virtio.window import SpareWindow
 
 DEVICE_FEATURE = 1 << 5
 RING_REGISTERS = (0x38, 0x44, 0x80, 0x84, 0x90, 0x94, 0xA0, 0xA4)
@@ -142,7 +143,7 @@ def test_queues_are_frozen_at_driver_ok(driver: GuestDriver, device: Recorder) -
     before = [queue.layout for queue in device.activation.queues]
     driver.set(0x30, 0)
     for register in RING_REGISTERS:
-        driver.set(register, 0xFFFF_F000)
+        driver.set(register, 0xFFFF_F001)
     assert [queue.layout for queue in device.activation.queues] == before
     assert driver.get(0x44) == 1
 
@@ -172,6 +173,26 @@ def test_unusable_queue_needs_reset(
     assert driver.get(0x60) == 2
     driver.start()
     assert driver.get(0x70) == 15
+
+
+def test_a_queue_taken_away_stops_the_device(driver: GuestDriver, device: Recorder) -> None:
+    driver.start()
+    driver.loop.settle()
+    assert device.activation is not None
+    link = device.activation.link
+    driver.set(0x30, 1)
+    driver.set(0x44, 0)
+    assert driver.get(0x44) == 0
+    assert (driver.get(0x70), device.activation) == (15, None)
+    assert not link.run(lambda: None)
+    events = list(device.events)
+    driver.kick(0)
+    driver.set(0x44, 1)
+    driver.set(0x44, 0)
+    assert driver.get(0x44) == 0
+    assert device.events == events == [*events[:-1], "reset"]
+    driver.start()
+    assert device.activation is not None
 
 
 def test_queue_not_ready_needs_reset(driver: GuestDriver) -> None:
@@ -302,11 +323,82 @@ def test_close_is_idempotent_and_closes_what_it_owns(device: Recorder, driver: G
             os.fstat(fd)
 
 
+EMPTY = [0x74726976, 2, 0, 0x6C6C6563]
+
+
+def test_an_empty_window_says_what_it_is_and_nothing_else(
+    driver: GuestDriver, device: Recorder
+) -> None:
+    window = SpareWindow()
+    assert [window.read(4 * n, 4) for n in range(4)] == EMPTY
+    for offset in range(0x10, 0x200, 4):
+        window.write(offset, 4, 0xFFFF_FFFF)
+        assert window.read(offset, 4) == 0
+    assert window.read(0, 1) == window.read(0, 8) == 0
+    window.transport = driver.transport
+    assert window.read(8, 4) == 42
+    window.write(0x70, 4, 1)
+    assert driver.get(0x70) == 1
+    window.transport = None
+    assert [window.read(4 * n, 4) for n in range(4)] == EMPTY
+
+
+def test_a_closed_transport_is_an_empty_window(driver: GuestDriver, device: Recorder) -> None:
+    driver.start()
+    driver.loop.settle()
+    driver.transport.interrupt(1)
+    driver.transport.close()
+    events = list(device.events)
+    assert [driver.get(4 * n) for n in range(4)] == EMPTY
+    for offset in (0x50, 0x60, 0x64, 0x70, 0x100):
+        driver.set(offset, 1)
+        assert driver.get(offset) == 0
+    assert driver.transport.read(0x100, 1) == 0
+    driver.loop.settle()
+    assert device.events == events == [*events[:-1], "close"]
+
+
+def test_a_driver_at_work_does_not_delay_the_close(driver: GuestDriver, device: Recorder) -> None:
+    """A vCPU that walks the registers all the time, and the loop that takes the device away."""
+    stop = threading.Event()
+
+    def walk() -> None:
+        while not stop.is_set():
+            driver.start()
+            driver.set(0x50, 0)
+
+    device.reset = lambda: setattr(device, "activation", None)  # type: ignore[method-assign]  # quiet
+    vcpu = threading.Thread(target=walk)
+    vcpu.start()
+    try:
+        for _ in range(50):
+            driver.loop.turn()
+        driver.transport.close()
+        assert device.events[-1] == "close"
+        assert device.activation is None or driver.get(0x70) == 0
+    finally:
+        stop.set()
+        vcpu.join(10)
+    assert device.events[-1] == "close", "nothing reaches the device any more"
+
+
+def test_a_new_configuration_is_a_new_generation(driver: GuestDriver, device: Recorder) -> None:
+    driver.start()
+    assert driver.get(0xFC) == 0
+    assert device.activation is not None
+    link = device.activation.link
+    link.config_changed()
+    assert (driver.get(0xFC), driver.get(0x60), driver.irq.count) == (1, 2, 1)
+    driver.set(0x70, 0)
+    link.config_changed()
+    assert (driver.get(0xFC), driver.get(0x60), driver.irq.count) == (1, 0, 1)
+
+
 class RegisterWalk(RuleBasedStateMachine):
     """Any write of any size at any offset: the status stays one of a driver's, nothing breaks.
 
     What must hold: a device is active exactly in DRIVER_OK without NEEDS_RESET or FAILED, with
-    queues that were valid when it began.
+    queues that were valid when it began and have not been taken away.
     """
 
     @initialize()
@@ -365,7 +457,8 @@ class RegisterWalk(RuleBasedStateMachine):
         if hasattr(self, "driver"):
             active = self.driver.device._activation is not None
             assert not active or self.driver.get(0x70) & ~128 == 15
-            assert active or self.driver.get(0x70) != 15
+            [queue] = self.driver.transport._queue_registers
+            assert active or self.driver.get(0x70) != 15 or not queue.ready
 
     def teardown(self) -> None:
         if hasattr(self, "driver"):

@@ -26,17 +26,20 @@ DRIVERS = {
 }
 
 
-def _run(dev_vm: DevVm, path: str) -> dict[str, Any]:
+def _run(dev_vm: DevVm, path: str, place: str) -> dict[str, Any]:
     config = tomllib.loads(dev_vm.check("cat", "/etc/vmcell/config.toml"))
-    words = [config["kernel"], config["base_image"], path, str(TRANSFER_BYTES)]
+    words = [config["kernel"], config["base_image"], path, place, str(TRANSFER_BYTES)]
     output = dev_vm.check(sys.executable, os.fspath(PROGRAM), *words, timeout_s=540)
     found: dict[str, Any] = json.loads(output)
     return found
 
 
-@pytest.mark.parametrize("path", ["kernel", "user"])
-def test_every_device(dev_vm: DevVm, path: str) -> None:
-    found = _run(dev_vm, path)
+@pytest.mark.parametrize(
+    ("path", "place"), [("kernel", "tap"), ("user", "tap"), ("kernel", "pod"), ("user", "pod")]
+)
+def test_every_device(dev_vm: DevVm, path: str, place: str) -> None:
+    """In a pod the frames go by tc redirects and a veth, in large segments either way."""
+    found = _run(dev_vm, path, place)
     guest = found["guest"]
     assert guest, found["console"]
     assert guest["drivers"] == DRIVERS

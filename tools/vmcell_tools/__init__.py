@@ -15,6 +15,9 @@ oci_image        our OCI images
 image_import     built images into containerd
 message_codegen  protobuf messages from .proto files
 grpc_stubs       gRPC stubs for containerd
+containerd_config  our part of containerd's configuration, as text
+containerd_setup  that part on this host: written beside it, merged when asked
+zygote_unit      the zygote under systemd
 setup_host       config.toml and the shim on this host
 doctor           what this host has, and what to do
 dev_config       the same inside a dev VM
@@ -22,6 +25,7 @@ dev_state        files and processes of a dev VM on the host
 dev_kernel       Debian's cloud kernel, unpacked
 dev_initramfs    the newc archive format
 dev_store        a disk that outlives dev VMs
+dev_containerd   containerd, CRI and the pods' network in a dev VM
 dev_image        what goes into a dev VM's initramfs
 dev_qemu         command lines of QEMU and virtiofsd
 dev_ssh          keys and the shared connection
@@ -30,10 +34,13 @@ dev_vm           up, down, status
 dev_run          one command in the dev VM
 leak_check       what sandboxes have on a machine
 dev_service      images and the E2B service in the dev VM
+bench_start      starts of containers timed, by part, beside runc
 demo             an E2B client against a real microVM
 cli_output       errors, JSON and tables of all commands
 cli_dev          words and options of `vmcell dev`
 cli_host         words and options of `vmcell setup` and `doctor`
+cli_bench        words and options of `vmcell bench`
+cli_cache        words and options of `vmcell cache`
 cli_build        words and options of `vmcell kernel` and `image`
 cli              the `vmcell` command
 __main__         `python -m vmcell_tools`

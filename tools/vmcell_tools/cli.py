@@ -7,7 +7,9 @@ import sys
 
 import click
 
+from vmcell_tools.cli_bench import bench
 from vmcell_tools.cli_build import image, kernel
+from vmcell_tools.cli_cache import cache
 from vmcell_tools.cli_dev import dev
 from vmcell_tools.cli_host import doctor, setup
 from vmcell_tools.cli_output import OneSentenceGroup
@@ -19,7 +21,7 @@ def main() -> None:
     """One microVM per container: setup, checks, images and the dev VM."""
 
 
-for command in (setup, doctor, kernel, image, dev):
+for command in (setup, doctor, kernel, image, cache, bench, dev):
     main.add_command(command)
 
 
@@ -27,6 +29,15 @@ for command in (setup, doctor, kernel, image, dev):
 def serve() -> None:
     """Run noded, the API and nginx on this host, in the foreground."""
     os.execv(sys.executable, [sys.executable, "-m", "vmcell_api.serve"])
+
+
+@main.command()
+def zygote() -> None:
+    """Run this host's zygote in the foreground; systemd does that by vmcell-zygote.service."""
+    from vmcell_tools.setup_host import installed_shim
+
+    shim = str(installed_shim())
+    os.execv(shim, [shim, "zygote"])
 
 
 @main.command()

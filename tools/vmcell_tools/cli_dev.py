@@ -9,7 +9,12 @@ import click
 from vmcell_tools.cli_output import json_option, print_json
 
 name_option = click.option(
-    "--name", default="default", show_default=True, help="Which dev VM; several can be up."
+    "--name",
+    default="default",
+    envvar="VMCELL_DEV_NAME",
+    show_default=True,
+    show_envvar=True,
+    help="Which dev VM; several can be up.",
 )
 
 

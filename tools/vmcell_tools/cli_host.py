@@ -40,6 +40,9 @@ def doctor(as_json: bool) -> None:
 @click.option("--vcpus", type=click.IntRange(1, 8), help="Default of a container.")
 @click.option("--memory-mib", type=click.IntRange(64, 262144), help="Default of a container.")
 @click.option("--packages", is_flag=True, help="Also install the Debian packages to run on.")
+@click.option(
+    "--containerd", is_flag=True, help="Also put the runtime into /etc/containerd/config.toml."
+)
 @click.option("--uninstall", is_flag=True, help="Remove what setup wrote.")
 @json_option
 def setup(
@@ -48,13 +51,18 @@ def setup(
     vcpus: int | None,
     memory_mib: int | None,
     packages: bool,
+    containerd: bool,
     uninstall: bool,
     as_json: bool,
 ) -> None:
-    """Write /etc/vmcell/config.toml and put the shim on containerd's PATH."""
+    """Write /etc/vmcell/config.toml and put the shim on containerd's PATH.
+
+    What Kubernetes needs in containerd's configuration is written to /etc/vmcell/containerd; only
+    --containerd changes /etc/containerd/config.toml, and keeps a backup.
+    """
     from pathlib import Path
 
-    from vmcell_tools import setup_host
+    from vmcell_tools import containerd_setup, setup_host
     from vmcell_tools.progress import Progress
 
     root = Path("/")
@@ -70,6 +78,9 @@ def setup(
         with Progress("vmcell setup") as progress:
             artifacts = setup_host.chosen_artifacts(kernel, base_image, progress)
         done = setup_host.install(root, artifacts, vcpus=vcpus, memory_mib=memory_mib)
+        if containerd:
+            done += containerd_setup.merge(root)
+        done = [*(done or ["nothing to do"]), containerd_setup.advice(root)]
     if as_json:
         print_json(done)
     else:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmcell_protos.errors import HostError
-from vmcell_tools import dev_initramfs
+from vmcell_tools import dev_containerd, dev_initramfs
 from vmcell_tools.dev_initramfs import Entry
 from vmcell_tools.dev_kernel import DevKernel, module_order
 
@@ -36,25 +36,6 @@ DRIVERS = (
     *("cls_u32", "cls_matchall"),
 )
 KVM_DRIVERS = {"AuthenticAMD": "kvm-amd", "GenuineIntel": "kvm-intel"}
-
-CONTAINERD_CONFIG = """\
-version = 2
-root = "/var/lib/containerd"
-state = "/run/containerd"
-# CRI, tracing and foreign snapshotters only make the start slower here.
-disabled_plugins = [
-  "io.containerd.grpc.v1.cri",
-  "io.containerd.tracing.processor.v1.otlp",
-  "io.containerd.internal.v1.tracing",
-  "io.containerd.snapshotter.v1.aufs",
-  "io.containerd.snapshotter.v1.btrfs",
-  "io.containerd.snapshotter.v1.devmapper",
-  "io.containerd.snapshotter.v1.zfs",
-]
-
-[grpc]
-  address = "/run/containerd/containerd.sock"
-"""
 
 INITTAB = """\
 ::once:/run/vmcell-dev/services.sh
@@ -127,7 +108,7 @@ def _guest_files(hostname: str) -> dict[str, bytes]:
     # bash reads the host user's .bashrc when ssh starts it, and takes four times as long.
     passwd = re.sub(r"(?m)^(root:.*:)[^:\n]*$", r"\1/bin/sh", passwd)
     return {
-        "/etc/containerd/config.toml": CONTAINERD_CONFIG.encode(),
+        **dev_containerd.files(),
         "/etc/hostname": f"{hostname}\n".encode(),
         "/etc/hosts": f"127.0.0.1 localhost\n::1 localhost\n127.0.1.1 {hostname}\n".encode(),
         "/etc/inittab": INITTAB.encode(),

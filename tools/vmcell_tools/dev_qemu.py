@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 QEMU = "qemu-system-x86_64"
-# Debian 12 ships virtiofsd inside qemu-system-common; later releases as a package of its own.
-VIRTIOFSD_PATHS = ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd")
 KERNEL_COMMAND_LINE = (
     "console=ttyS0 reboot=t panic=-1 quiet loglevel=4 mitigations=off audit=0 nowatchdog"
     " cgroup_no_v1=all net.ifnames=0 random.trust_cpu=on"
@@ -62,7 +60,7 @@ class Machine:
 
 
 def virtiofsd_command(program: str, share: Share) -> list[str]:
-    """virtiofsd for one share; `sandbox=chroot` because pivot_root fails in containers."""
+    """virtiofsd for one share; `sandbox=chroot` because nobody can pivot from / to /."""
     return [
         program,
         f"--socket-path={share.socket}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -15,8 +16,9 @@ from vmcell_tools.oci_image import find_oci_image
 from vmcell_tools.progress import Progress
 
 VMCELL = [sys.executable, "-m", "vmcell_tools"]
-# The disk of containerd that outlives dev VMs, shared by the demo and the tests.
-STORE = "make"
+# The disk of containerd that outlives dev VMs, shared by the demo and the tests; another dev VM
+# than the usual one has a disk of its own.
+STORE = os.environ.get("VMCELL_DEV_NAME", "make")
 UP = [*VMCELL, "dev", "up", "--store", STORE, "--api-port", "0", "--data-port", "0"]
 READY_WITHIN_S = 180
 IMPORT_WITHIN_S = 600

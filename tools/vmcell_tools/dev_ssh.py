@@ -87,6 +87,27 @@ def connection_is_open(directory: Path) -> bool:
     return True
 
 
+def forward_port(directory: Path, guest_port: int) -> int:
+    """A port of 127.0.0.1 here that leads to `guest_port` of 127.0.0.1 in the VM, for as long as
+    the shared connection, which must be open, lasts. Raises HostError."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    control = ["ssh", "-F", "none", "-o", f"ControlPath={directory / CONTROL_SOCKET}"]
+    route = f"127.0.0.1:{port}:127.0.0.1:{guest_port}"
+    done = subprocess.run(
+        [*control, "-O", "forward", "-L", route, "root@127.0.0.1"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    if done.returncode:
+        raise HostError(f"ssh does not forward {route}: {done.stderr.strip()[-400:]}")
+    return port
+
+
 def close_connection(directory: Path) -> None:
     """End the shared connection's ssh process, if there is one."""
     if connection_is_open(directory):

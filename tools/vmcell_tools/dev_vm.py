@@ -19,6 +19,7 @@ from pathlib import Path
 
 from vmcell_protos.errors import CallerError, HostError
 from vmcell_runtime.kvm.host_kind import host_kind
+from vmcell_shim import virtiofsd
 from vmcell_tools import dev_ssh, dev_sync
 from vmcell_tools.dev_config import vm_configuration
 from vmcell_tools.dev_image import (
@@ -31,7 +32,6 @@ from vmcell_tools.dev_kernel import find_kernel
 from vmcell_tools.dev_qemu import (
     ACCELERATORS,
     QEMU,
-    VIRTIOFSD_PATHS,
     Forward,
     Machine,
     Share,
@@ -290,11 +290,12 @@ def nested_kvm_works() -> bool:
 
 
 def _virtiofsd() -> str:
-    for path in VIRTIOFSD_PATHS:
+    for path in virtiofsd.PROGRAMS:
         if os.access(path, os.X_OK):
             return path
     raise HostError(
-        f"virtiofsd is at none of {', '.join(VIRTIOFSD_PATHS)}; apt-get install qemu-system-common"
+        f"virtiofsd is at none of {', '.join(virtiofsd.PROGRAMS)}; "
+        "apt-get install qemu-system-common"
     )
 
 

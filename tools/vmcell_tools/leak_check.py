@@ -19,7 +19,11 @@ Inventory = dict[str, list[str]]
 
 STATE_FOLDERS = ("/run/vmcell", "/run/containerd/s", "/run/containerd/fifo")
 # Files of the service itself, there whether a sandbox runs or not.
-SERVICE_FILES = ("noded.sock", "noded.pid", "api.sock", "route.sock", "nginx", "slots")
+SERVICE_FILES = (
+    *("noded.sock", "noded.pid", "api.sock", "route.sock", "nginx", "slots"),
+    "zygote.sock",
+)
+NOT_SANDBOXES = ("leak_check", "containerd-shim-vmcell-v2 zygote")
 PROCESS_WORDS = ("vmcell_runtime", "vmcell_shim", "containerd-shim", "mkfs.erofs", "vmcell-vmm")
 
 
@@ -32,7 +36,9 @@ def _processes() -> list[str]:
             words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if any(word in words for word in PROCESS_WORDS) and "leak_check" not in words:
+        if any(word in words for word in NOT_SANDBOXES):
+            continue
+        if any(word in words for word in PROCESS_WORDS):
             found.append(f"{folder.name} {words.strip()[:160]}")
     return found
 
@@ -70,6 +76,10 @@ def _state_files() -> list[str]:
     ]
 
 
+def _network_namespaces() -> list[str]:
+    return [str(path) for path in Path("/run/netns").glob("*")]
+
+
 def _bundles() -> list[str]:
     return [str(path) for path in Path("/run/containerd").glob("io.containerd.runtime.v2.task/*/*")]
 
@@ -99,6 +109,7 @@ KINDS: dict[str, Callable[[], list[str]]] = {
     "mounts": _mounts,
     "taps in use": _taps_in_use,
     "loop devices": _loop_devices,
+    "network namespaces": _network_namespaces,
     "files": _state_files,
     "bundles": _bundles,
     "containers": lambda: _in_every_namespace("containers", "list", "-q"),

@@ -22,7 +22,16 @@ from google.protobuf.descriptor_pb2 import (
 
 from vmcell_protos.errors import HostError
 
-STEMS = ("wellknown", "ttrpc_messages", "agent", "task", "events", "metrics", "bootstrap")
+STEMS = (
+    "wellknown",
+    "ttrpc_messages",
+    "agent",
+    "task",
+    "sandbox",
+    "events",
+    "metrics",
+    "bootstrap",
+)
 LINE_LENGTH = 100
 
 _KINDS = {

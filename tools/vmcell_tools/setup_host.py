@@ -1,4 +1,6 @@
-"""`vmcell setup`: what a host needs besides packages — config.toml, the shim on containerd's PATH.
+"""`vmcell setup`: what a host needs besides packages — config.toml, the shim on containerd's PATH,
+the zygote's unit for systemd (not enabled here), and what to add to containerd's configuration, as
+files beside it.
 
 Safe to run again: settings that the operator changed in config.toml stay, the paths of kernel and
 base image follow the newest build. `uninstall` removes what this wrote and refuses while sandboxes
@@ -18,8 +20,10 @@ from vmcell_protos.errors import CallerError, HostError
 from vmcell_shim.config import DEFAULT_PATH, ShimConfig, parse_config, render_config
 from vmcell_tools.base_image import find_base_image
 from vmcell_tools.build_cache import BuildCache
+from vmcell_tools.containerd_setup import SNIPPET_DIRECTORY, snippet_files, unmerge
 from vmcell_tools.kernel_build import find_kernel
 from vmcell_tools.progress import Progress
+from vmcell_tools.zygote_unit import UNIT_PATH, zygote_unit
 
 SHIM_NAME = "containerd-shim-vmcell-v2"
 SHIM_DIRECTORY = "/usr/local/bin"
@@ -86,6 +90,14 @@ def shim_executable() -> str:
     return render_shim(template, interpreter=os.path.realpath(sys.executable), roots=roots)
 
 
+def installed_shim() -> Path:
+    """Where setup has put the shim; HostError when it has not."""
+    path = Path(SHIM_DIRECTORY, SHIM_NAME)
+    if not os.access(path, os.X_OK):
+        raise HostError(f"{path} is missing; run: vmcell setup")
+    return path
+
+
 def compile_sources() -> None:
     """Byte code for what shims import: they run with -B and would compile it every time."""
     for folder in SHIM_SOURCE_ROOTS:
@@ -95,7 +107,7 @@ def compile_sources() -> None:
 def install(
     root: Path, artifacts: Artifacts, *, vcpus: int | None = None, memory_mib: int | None = None
 ) -> list[str]:
-    """Write configuration and shim below `root`; returns one line per thing that changed."""
+    """Write configuration, shim and unit below `root`; returns one line per thing that changed."""
     path = _below(root, DEFAULT_PATH)
     config = replace(
         _present_config(path) or ShimConfig(kernel="", base_image=""),
@@ -109,6 +121,8 @@ def install(
     done = [
         _write(path, render_config(config), 0o644),
         _write(_below(root, f"{SHIM_DIRECTORY}/{SHIM_NAME}"), shim_executable(), 0o755),
+        _write(_below(root, UNIT_PATH), zygote_unit(f"{SHIM_DIRECTORY}/{SHIM_NAME}"), 0o644),
+        *(_write(_below(root, path), text, 0o644) for path, text in snippet_files().items()),
         *(_make_private(_below(root, path)) for path in (config.state_dir, config.cache_dir)),
     ]
     compile_sources()
@@ -116,7 +130,7 @@ def install(
 
 
 def uninstall(root: Path) -> list[str]:
-    """Remove what `install` wrote; CallerError while a sandbox is there."""
+    """Remove what `install` and the merge wrote; CallerError while a sandbox is there."""
     path = _below(root, DEFAULT_PATH)
     done = []
     config = _present_config(path)
@@ -128,12 +142,16 @@ def uninstall(root: Path) -> list[str]:
                 " ctr task delete, then uninstall again"
             )
         done.append(f"kept the image cache in {config.cache_dir}; delete it when nobody needs it")
-    for file in (path, _below(root, f"{SHIM_DIRECTORY}/{SHIM_NAME}")):
+    done += unmerge(root)
+    written = [f"{SHIM_DIRECTORY}/{SHIM_NAME}", UNIT_PATH, *snippet_files()]
+    for file in (path, *(_below(root, name) for name in written)):
         if file.exists():
             file.unlink()
             done.insert(0, f"removed {file}")
-    with suppress(FileNotFoundError, OSError):
-        path.parent.rmdir()
+    for directory in (_below(root, SNIPPET_DIRECTORY), path.parent):
+        # What an operator put there stays.
+        with suppress(FileNotFoundError, OSError):
+            directory.rmdir()
     return done
 
 

@@ -15,6 +15,7 @@ teardown       removing a sandbox, however much of it there is
 build          making a sandbox
 deadlines      a timer on the monotonic clock
 node           every sandbox of the host and the verbs on them
+zygote         the node's zygote, kept while noded runs
 door           the gRPC service on noded's socket
 __main__       the process
 """

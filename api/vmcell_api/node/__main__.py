@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from vmcell_api.config import ApiConfig, load_config
 from vmcell_api.node import door
@@ -19,7 +20,9 @@ from vmcell_api.node.build import BuildSettings, SandboxBuilder
 from vmcell_api.node.containerd import Containerd
 from vmcell_api.node.node import Node
 from vmcell_api.node.slots import SlotPool
+from vmcell_api.node.zygote import ZygoteKeeper, find_program
 from vmcell_protos.errors import HostError, VmcellError
+from vmcell_protos.zygote import SOCKET_PATH, SOCKET_VARIABLE
 
 log = logging.getLogger("vmcell.noded")
 
@@ -64,6 +67,18 @@ def wait_for_containerd(containerd: Containerd, socket_path: str) -> None:
             time.sleep(0.2)
 
 
+def keep_zygote(config: ApiConfig) -> Callable[[], None]:
+    """Sees to a zygote for our own runtime from now on; what ends that."""
+    path = os.environ.get(SOCKET_VARIABLE, SOCKET_PATH)
+    if not path or not config.runtime.endswith(".vmcell.v2"):
+        return lambda: None
+    try:
+        return ZygoteKeeper(find_program(), path).stop
+    except HostError as error:
+        log.warning("no zygote, starts are slower: %s", error)
+        return lambda: None
+
+
 def run(config: ApiConfig) -> None:
     """Serves until SIGTERM or SIGINT; sandboxes go on without noded."""
     ending = threading.Event()
@@ -76,6 +91,7 @@ def run(config: ApiConfig) -> None:
         stack.callback(node.close)
         wait_for_containerd(node.containerd, config.containerd_socket)
         node.open()
+        stack.callback(keep_zygote(config))
         server = door.serve(
             door.Door(node, disk_mib=config.disk_mib),
             config.node_socket,

@@ -26,6 +26,7 @@ u8x128 = Annotated[ctypes.Array[ctypes.c_uint8], ctypes.c_uint8 * 128]
 u8x256 = Annotated[ctypes.Array[ctypes.c_uint8], ctypes.c_uint8 * 256]
 u16x3 = Annotated[ctypes.Array[ctypes.c_uint16], ctypes.c_uint16 * 3]
 u32x3 = Annotated[ctypes.Array[ctypes.c_uint32], ctypes.c_uint32 * 3]
+u32x4 = Annotated[ctypes.Array[ctypes.c_uint32], ctypes.c_uint32 * 4]
 u64x4 = Annotated[ctypes.Array[ctypes.c_uint64], ctypes.c_uint64 * 4]
 u64x16 = Annotated[ctypes.Array[ctypes.c_uint64], ctypes.c_uint64 * 16]
 
@@ -92,6 +93,32 @@ class kvm_ioeventfd(ctypes.Structure):
 
 
 KVM_IOEVENTFD_FLAG_DATAMATCH = 1 << 0
+KVM_IOEVENTFD_FLAG_DEASSIGN = 1 << 2
+
+# Time
+
+
+@c_struct(48)
+class kvm_clock_data(ctypes.Structure):
+    clock: u64
+    flags: u32
+    pad0: u32
+    realtime: u64
+    host_tsc: u64
+    pad: u32x4
+
+
+@c_struct(24)
+class kvm_device_attr(ctypes.Structure):
+    flags: u32
+    group: u32
+    attr: u64
+    addr: u64
+
+
+KVM_VCPU_TSC_CTRL = 0
+KVM_VCPU_TSC_OFFSET = 0
+MSR_IA32_TSC = 0x10
 
 # Registers
 
@@ -313,7 +340,9 @@ KVM_CAP_IRQCHIP = 0
 KVM_CAP_USER_MEMORY = 3
 KVM_CAP_IRQFD = 32
 KVM_CAP_IOEVENTFD = 36
+KVM_CAP_ADJUST_CLOCK = 39
 KVM_CAP_TSC_DEADLINE_TIMER = 72
+KVM_CAP_KVMCLOCK_CTRL = 76
 KVM_CAP_READONLY_MEM = 81
 KVM_CAP_IMMEDIATE_EXIT = 136
 
@@ -341,6 +370,8 @@ KVM_SET_IDENTITY_MAP_ADDR = _iow(0x48, identity_map_address)
 KVM_CREATE_IRQCHIP = _io(0x60)
 KVM_IRQFD = _iow(0x76, kvm_irqfd)
 KVM_IOEVENTFD = _iow(0x79, kvm_ioeventfd)
+KVM_SET_CLOCK = _iow(0x7B, kvm_clock_data)
+KVM_GET_CLOCK = _ior(0x7C, kvm_clock_data)
 
 # Requests of a vCPU
 
@@ -349,10 +380,15 @@ KVM_GET_REGS = _ior(0x81, kvm_regs)
 KVM_SET_REGS = _iow(0x82, kvm_regs)
 KVM_GET_SREGS = _ior(0x83, kvm_sregs)
 KVM_SET_SREGS = _iow(0x84, kvm_sregs)
+KVM_GET_MSRS = _iowr(0x88, kvm_msrs)
 KVM_SET_MSRS = _iow(0x89, kvm_msrs)
 KVM_SET_FPU = _iow(0x8D, kvm_fpu)
 KVM_SET_CPUID2 = _iow(0x90, kvm_cpuid2)
 KVM_GET_MP_STATE = _ior(0x98, kvm_mp_state)
+KVM_KVMCLOCK_CTRL = _io(0xAD)
+KVM_SET_DEVICE_ATTR = _iow(0xE1, kvm_device_attr)
+KVM_GET_DEVICE_ATTR = _iow(0xE2, kvm_device_attr)
+KVM_HAS_DEVICE_ATTR = _iow(0xE3, kvm_device_attr)
 
 REQUEST_NAMES: dict[int, str] = {
     value: name
@@ -363,6 +399,7 @@ REQUEST_NAMES: dict[int, str] = {
 FLEXIBLE_ENTRY_BYTES: dict[int, int] = {
     KVM_GET_SUPPORTED_CPUID: ctypes.sizeof(kvm_cpuid_entry2),
     KVM_SET_CPUID2: ctypes.sizeof(kvm_cpuid_entry2),
+    KVM_GET_MSRS: ctypes.sizeof(kvm_msr_entry),
     KVM_SET_MSRS: ctypes.sizeof(kvm_msr_entry),
 }
 """Requests whose struct ends in entries that its first u32 counts: bytes of one entry."""

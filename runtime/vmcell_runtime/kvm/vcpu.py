@@ -10,6 +10,8 @@ Facts about KVM_RUN that matter here (api.rst 4.10 and 5):
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import mmap
 import os
 import struct
@@ -18,15 +20,24 @@ from typing import NamedTuple
 
 from vmcell_protos.errors import HostError
 from vmcell_runtime.kvm.abi import (
+    KVM_GET_DEVICE_ATTR,
     KVM_GET_MP_STATE,
+    KVM_GET_MSRS,
     KVM_GET_REGS,
     KVM_GET_SREGS,
+    KVM_HAS_DEVICE_ATTR,
+    KVM_KVMCLOCK_CTRL,
     KVM_RUN,
     KVM_SET_CPUID2,
+    KVM_SET_DEVICE_ATTR,
     KVM_SET_FPU,
     KVM_SET_MSRS,
     KVM_SET_REGS,
     KVM_SET_SREGS,
+    KVM_VCPU_TSC_CTRL,
+    KVM_VCPU_TSC_OFFSET,
+    MSR_IA32_TSC,
+    kvm_device_attr,
     kvm_fpu,
     kvm_mp_state,
     kvm_regs,
@@ -160,6 +171,41 @@ class Vcpu:
         kvm_ioctl(self._fd, KVM_GET_MP_STATE, state)
         return state.mp_state
 
+    def tsc(self) -> int:
+        """The guest's time stamp counter now. KVM_GET_MSRS, api.rst 4.18."""
+        buffer = bytearray(struct.pack("<IIIIQ", 1, 0, MSR_IA32_TSC, 0, 0))
+        if kvm_ioctl(self._fd, KVM_GET_MSRS, buffer) != 1:
+            raise HostError("KVM does not tell a guest's time stamp counter")
+        return int.from_bytes(buffer[-8:], "little")
+
+    def has_tsc_offset(self) -> bool:
+        """If this KVM lets us move the counter: Linux 5.16 and later do."""
+        try:
+            kvm_ioctl(self._fd, KVM_HAS_DEVICE_ATTR, _tsc_offset_attribute(0))
+        except HostError as error:
+            if _errno(error) in (errno.ENXIO, errno.EINVAL, errno.ENOTTY):
+                return False
+            raise
+        return True
+
+    def move_tsc(self, ticks: int) -> None:
+        """Adds `ticks` to the counter, exactly. KVM vcpu.rst, KVM_VCPU_TSC_OFFSET."""
+        offset = ctypes.c_uint64()
+        attribute = _tsc_offset_attribute(ctypes.addressof(offset))
+        kvm_ioctl(self._fd, KVM_GET_DEVICE_ATTR, attribute)
+        offset.value += ticks  # modulo 2**64, as the counter itself
+        kvm_ioctl(self._fd, KVM_SET_DEVICE_ATTR, attribute)
+
+    def tell_paused(self) -> bool:
+        """Tells the guest's watchdogs that it stood still; False if it has no kvmclock (yet)."""
+        try:
+            kvm_ioctl(self._fd, KVM_KVMCLOCK_CTRL)
+        except HostError as error:
+            if _errno(error) == errno.EINVAL:
+                return False
+            raise
+        return True
+
     def close(self) -> None:
         if self._fd >= 0:
             self._words.release()
@@ -172,3 +218,12 @@ class Vcpu:
         if offset < _EXIT or length < 0 or offset + length > len(self._bytes):
             raise ValueError(f"I/O data at {offset} of {length} bytes is outside the run page")
         return self._bytes[offset : offset + length]
+
+
+def _tsc_offset_attribute(value_address: int) -> kvm_device_attr:
+    return kvm_device_attr(group=KVM_VCPU_TSC_CTRL, attr=KVM_VCPU_TSC_OFFSET, addr=value_address)
+
+
+def _errno(error: HostError) -> int | None:
+    cause = error.__cause__
+    return cause.errno if isinstance(cause, OSError) else None

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import os
 
+from vmcell_protos.errors import HostError
 from vmcell_runtime.kvm.abi import (
     KVM_CREATE_IRQCHIP,
     KVM_CREATE_VCPU,
+    KVM_GET_CLOCK,
     KVM_IOEVENTFD,
     KVM_IOEVENTFD_FLAG_DATAMATCH,
+    KVM_IOEVENTFD_FLAG_DEASSIGN,
     KVM_IRQFD,
     KVM_MEM_READONLY,
+    KVM_SET_CLOCK,
     KVM_SET_IDENTITY_MAP_ADDR,
     KVM_SET_TSS_ADDR,
     KVM_SET_USER_MEMORY_REGION,
     identity_map_address,
+    kvm_clock_data,
     kvm_ioeventfd,
     kvm_irqfd,
     kvm_userspace_memory_region,
 )
 from vmcell_runtime.kvm.ioctl import kvm_ioctl
-from vmcell_runtime.memory import GuestMemory
+from vmcell_runtime.memory import GuestMemory, Slot
 
 
 class Vm:
@@ -40,14 +45,37 @@ class Vm:
         memory.pin()
         self._memory = memory
         for slot in memory.slots():
-            region = kvm_userspace_memory_region(
-                slot=slot.number,
-                flags=KVM_MEM_READONLY if slot.read_only else 0,
-                guest_phys_addr=slot.gpa,
-                memory_size=slot.length_bytes,
-                userspace_addr=slot.host_address,
-            )
-            kvm_ioctl(self._fd, KVM_SET_USER_MEMORY_REGION, region)
+            self.add_slot(slot)
+
+    def add_slot(self, slot: Slot) -> None:
+        """One slot more of the memory this VM has, also while vCPUs run; pins a file window."""
+        if self._memory is None:
+            raise ValueError("this VM has no memory yet")
+        if slot.read_only:
+            self._memory.pin_window(slot.number)
+        try:
+            self._set_slot(slot, slot.length_bytes)
+        except HostError:
+            if slot.read_only:
+                self._memory.unpin_window(slot.number)
+            raise
+
+    def remove_slot(self, slot: Slot) -> None:
+        """Takes a file window away; when this returns no vCPU reaches it any more."""
+        if self._memory is None:
+            raise ValueError("this VM has no memory yet")
+        self._set_slot(slot, 0)
+        self._memory.unpin_window(slot.number)
+
+    def _set_slot(self, slot: Slot, length_bytes: int) -> None:
+        region = kvm_userspace_memory_region(
+            slot=slot.number,
+            flags=KVM_MEM_READONLY if slot.read_only else 0,
+            guest_phys_addr=slot.gpa,
+            memory_size=length_bytes,
+            userspace_addr=slot.host_address,
+        )
+        kvm_ioctl(self._fd, KVM_SET_USER_MEMORY_REGION, region)
 
     def set_tss(self, gpa: int) -> None:
         """Three pages Intel hosts need below 4 GiB, outside every slot. api.rst 4.36."""
@@ -71,14 +99,31 @@ class Vm:
 
     def add_ioeventfd(self, fd: int, gpa: int, length: int, datamatch: int) -> None:
         """A guest write of `length` bytes equal to `datamatch` at `gpa` signals `fd`, no exit."""
+        self._set_ioeventfd(fd, gpa, length, datamatch, 0)
+
+    def remove_ioeventfd(self, fd: int, gpa: int, length: int, datamatch: int) -> None:
+        """The opposite of `add_ioeventfd`, with the same values and before `fd` is closed."""
+        self._set_ioeventfd(fd, gpa, length, datamatch, KVM_IOEVENTFD_FLAG_DEASSIGN)
+
+    def _set_ioeventfd(self, fd: int, gpa: int, length: int, datamatch: int, flags: int) -> None:
         request = kvm_ioeventfd(
             datamatch=datamatch,
             addr=gpa,
             len=length,
             fd=fd,
-            flags=KVM_IOEVENTFD_FLAG_DATAMATCH,
+            flags=KVM_IOEVENTFD_FLAG_DATAMATCH | flags,
         )
         kvm_ioctl(self._fd, KVM_IOEVENTFD, request)
+
+    def kvmclock_ns(self) -> int:
+        """What the guest's kvmclock says now. KVM_GET_CLOCK, api.rst 4.29."""
+        data = kvm_clock_data()
+        kvm_ioctl(self._fd, KVM_GET_CLOCK, data)
+        return data.clock
+
+    def set_kvmclock_ns(self, value_ns: int) -> None:
+        """Sets it; without flags, so that the host's wall clock plays no part. api.rst 4.30."""
+        kvm_ioctl(self._fd, KVM_SET_CLOCK, kvm_clock_data(clock=value_ns))
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -7,10 +7,13 @@ line; the same numbers are in Linux include/uapi/linux/virtio_{config,ids,mmio,r
 from __future__ import annotations
 
 # Device ids, § 5
+DEVICE_ID_NONE = 0  # a window without a device, § 4.2.2
 DEVICE_ID_NET = 1
 DEVICE_ID_BLOCK = 2
 DEVICE_ID_ENTROPY = 4
+DEVICE_ID_BALLOON = 5
 DEVICE_ID_SOCKET = 19
+DEVICE_ID_FS = 26
 DEVICE_ID_PMEM = 27
 
 # Device status, § 2.1
@@ -71,5 +74,6 @@ MMIO_CONFIG = 0x100
 MMIO_MAGIC_VALUE = 0x74726976  # "virt"
 MMIO_VERSION_VALUE = 2
 MMIO_VENDOR_VALUE = 0x6C6C6563  # "cell"
+NOTIFY_BYTES = 4  # width of a write to QueueNotify
 INTERRUPT_USED_BUFFER = 1
 INTERRUPT_CONFIG_CHANGE = 2

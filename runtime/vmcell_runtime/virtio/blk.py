@@ -82,7 +82,12 @@ class Blk:
         self._fd = fd
         self._read_only = read_only
         self._serial = serial.encode("ascii", "replace")[:SERIAL_BYTES].ljust(SERIAL_BYTES, b"\0")
-        self._length_bytes = os.lseek(fd, 0, os.SEEK_END)
+        try:
+            self._length_bytes = os.lseek(fd, 0, os.SEEK_END)
+        except OSError as error:
+            raise CallerError(
+                f"a disk has no end ({error.strerror}); give a regular file or a block device"
+            ) from error
         if not self._length_bytes or self._length_bytes % SECTOR_BYTES:
             raise CallerError(
                 f"a disk image has {self._length_bytes} bytes; give a multiple of {SECTOR_BYTES}"

@@ -8,7 +8,7 @@ lock of its own, but in `activate` and `reset` it reaches the loop by `call_soon
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, ParamSpec, Protocol
+from typing import NamedTuple, ParamSpec, Protocol, runtime_checkable
 
 from vmcell_runtime.virtio.queue import Queue
 
@@ -29,6 +29,9 @@ class Link(Protocol):
 
     def guard(self, function: Callable[P, None]) -> Callable[P, None]:
         """`function` as the event loop may call it: each call is a `run`."""
+
+    def config_changed(self) -> None:
+        """Tells the driver that the configuration space has changed (§ 2.5); under no lock."""
 
 
 class Activation(NamedTuple):
@@ -63,7 +66,7 @@ class VirtioDevice(Protocol):
 
     @property
     def config(self) -> bytes:
-        """The configuration space; drivers cannot write to it."""
+        """The configuration space; drivers write to that of a `ConfigWriter` only."""
 
     @property
     def in_kernel(self) -> bool:
@@ -80,3 +83,19 @@ class VirtioDevice(Protocol):
 
     def close(self) -> None:
         """Releases what it owns; on the loop's thread after the loop's end, idempotent."""
+
+
+@runtime_checkable
+class ConfigWriter(Protocol):
+    """A device with fields that its driver writes."""
+
+    def write_config(self, offset: int, data: bytes) -> bool:
+        """The driver wrote `data` at `offset`; False if there is no such field to write."""
+
+
+@runtime_checkable
+class FeatureQueues(Protocol):
+    """A device whose last queues exist only with features the driver may leave out."""
+
+    def queue_count(self, features: int) -> int:
+        """How many queues, counted from the first, a driver with these features sets up."""

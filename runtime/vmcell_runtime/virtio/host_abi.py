@@ -24,6 +24,7 @@ IFREQ = struct.Struct("<16sH22x")  # struct ifreq as TUNSETIFF reads it: name, f
 IFF_TAP = 0x0002
 IFF_NO_PI = 0x1000
 IFF_VNET_HDR = 0x4000
+IFF_TUN_EXCL = 0x8000
 TUN_F_CSUM = 0x01
 TUN_F_TSO4 = 0x02
 TUN_F_TSO6 = 0x04

@@ -6,6 +6,8 @@ complete when the driver's write returns. The interrupt registers have a lock of
 interrupt handler in the guest does not wait for a disk.
 
 Queue addresses and features are copied at DRIVER_OK into objects that no register can change.
+
+After `close` the window answers as one without a device, whoever still looks at it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,12 @@ from vmcell_runtime.irq import Interrupt
 from vmcell_runtime.loop import EventLoop
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.virtio import abi, status
-from vmcell_runtime.virtio.device import Activation, VirtioDevice
+from vmcell_runtime.virtio.device import (
+    Activation,
+    ConfigWriter,
+    FeatureQueues,
+    VirtioDevice,
+)
 from vmcell_runtime.virtio.queue import Queue, RingLayout
 
 P = ParamSpec("P")
@@ -34,6 +41,19 @@ _NO_SHM_REGION = 0xFFFF_FFFF  # length and base of a region that does not exist,
 
 Report = Callable[[str], None]
 """Takes one line for the operator's log."""
+
+
+_EMPTY_REGISTERS = {
+    abi.MMIO_MAGIC: abi.MMIO_MAGIC_VALUE,
+    abi.MMIO_VERSION: abi.MMIO_VERSION_VALUE,
+    abi.MMIO_DEVICE_ID: abi.DEVICE_ID_NONE,
+    abi.MMIO_VENDOR_ID: abi.MMIO_VENDOR_VALUE,
+}
+
+
+def read_empty(offset: int, size: int) -> int:
+    """What a window without a device answers: who it would be, and no device (§ 4.2.2)."""
+    return _EMPTY_REGISTERS.get(offset, 0) if size == 4 else 0
 
 
 class _QueueRegisters:
@@ -78,6 +98,9 @@ class _ActivationLink:
 
         return guarded
 
+    def config_changed(self) -> None:
+        self._transport.config_changed(self)
+
 
 class MmioTransport:
     """One device at one window. Owns the notification eventfds and closes the device with it.
@@ -102,6 +125,9 @@ class MmioTransport:
         self._lock = threading.RLock()
         self._interrupt_lock = threading.Lock()
         self._interrupt_status = 0
+        self._config_generation = 0
+        self._config_writer = device if isinstance(device, ConfigWriter) else None
+        self._feature_queues = device if isinstance(device, FeatureQueues) else None
         self._offered = device.features | abi.F_VERSION_1 | abi.F_EVENT_IDX
         self.ignored_accesses = 0
         self._link: _ActivationLink | None = None
@@ -121,6 +147,8 @@ class MmioTransport:
         if offset == abi.MMIO_INTERRUPT_STATUS:
             return self._read_interrupt_status()
         with self._lock:
+            if self._closed:
+                return read_empty(offset, size)
             if offset >= abi.MMIO_CONFIG:
                 start = offset - abi.MMIO_CONFIG
                 return int.from_bytes(self._device.config[start : start + size], "little")
@@ -136,9 +164,13 @@ class MmioTransport:
                 self._interrupt_status &= ~value
             return
         with self._lock:
-            if size == 4 and offset < abi.MMIO_CONFIG and self._write_register(offset, value):
+            if self._closed:
                 return
-            self.ignored_accesses += 1
+            if offset >= abi.MMIO_CONFIG:
+                done = self._write_config(offset - abi.MMIO_CONFIG, size, value)
+            else:
+                done = size == 4 and self._write_register(offset, value)
+            self.ignored_accesses += not done
 
     @property
     def status(self) -> int:
@@ -146,13 +178,18 @@ class MmioTransport:
         return self._status
 
     def close(self) -> None:
-        """Takes the notifications off the loop, closes them and the device; idempotent."""
-        if self._closed:
-            return
-        self._closed = True
+        """Takes the notifications off the loop, closes them and the device; idempotent.
+
+        On the loop's thread. It waits for no driver: one that is bound finds an empty window.
+        """
         with self._lock:
-            self._device.close()
+            if self._closed:
+                return
+            self._closed = True
+            self._device.close()  # vsock hands out what the guest sent last
             self._link = None
+            with self._interrupt_lock:
+                self._interrupt_status = 0
             for fd in self.notify_fds:
                 if not self._device.in_kernel:
                     self._loop.remove(fd)
@@ -165,6 +202,13 @@ class MmioTransport:
         with self._interrupt_lock:
             self._interrupt_status |= cause
         self._irq.fire()
+
+    def config_changed(self, link: _ActivationLink) -> None:
+        """A new generation of the configuration and its interrupt, if `link` is still running."""
+        with self._lock:
+            if link is self._link:
+                self._config_generation = (self._config_generation + 1) & _LOW_32
+                self.interrupt(abi.INTERRUPT_CONFIG_CHANGE)
 
     def run_for(self, link: _ActivationLink | None, step: Callable[[], None]) -> bool:
         """Runs `step` under the lock if `link` is the running activation, else returns False."""
@@ -220,7 +264,7 @@ class MmioTransport:
             ):
                 return _NO_SHM_REGION
             case abi.MMIO_CONFIG_GENERATION:
-                return 0  # no device here changes its configuration
+                return self._config_generation
         self.ignored_accesses += 1
         return 0
 
@@ -245,6 +289,11 @@ class MmioTransport:
                 return self._write_queue_register(offset, value)
         return True
 
+    def _write_config(self, offset: int, size: int, value: int) -> bool:
+        if self._config_writer is None:
+            return False
+        return self._config_writer.write_config(offset, value.to_bytes(size, "little"))
+
     def _write_features(self, value: int) -> bool:
         if self._status != status.DRIVER or self._driver_features_select > 1:
             return False
@@ -255,8 +304,10 @@ class MmioTransport:
 
     def _write_queue_register(self, offset: int, value: int) -> bool:
         queue = self._selected_queue()
-        if queue is None or self._status != status.FEATURES_OK:
+        if queue is None:
             return False
+        if self._status != status.FEATURES_OK:
+            return offset == abi.MMIO_QUEUE_READY and not value & 1 and self._take_queue(queue)
         if offset in _ADDRESS_REGISTERS:
             field, kept, shift = _ADDRESS_REGISTERS[offset]
             setattr(queue, field, getattr(queue, field) & kept | value << shift)
@@ -266,6 +317,18 @@ class MmioTransport:
             queue.ready = bool(value & 1)
         else:
             return False
+        return True
+
+    def _take_queue(self, queue: _QueueRegisters) -> bool:
+        """The driver takes a queue from a running device, § 4.2.2.2; Linux's virtio-pmem does.
+
+        No driver goes on with the other queues, so the device stops altogether.
+        """
+        if not queue.ready:
+            return False
+        queue.ready = False
+        self._link = None
+        self._device.reset()
         return True
 
     def _write_notify(self, value: int) -> bool:
@@ -297,11 +360,14 @@ class MmioTransport:
 
     def _activate(self) -> None:
         link = self._link = _ActivationLink(self)
+        count = len(self._queue_registers)
+        if self._feature_queues is not None:
+            count = self._feature_queues.queue_count(self._driver_features)
         try:
             queues = tuple(
                 self._freeze(registers, max_size)
                 for registers, max_size in zip(
-                    self._queue_registers, self._device.queue_sizes, strict=True
+                    self._queue_registers[:count], self._device.queue_sizes[:count], strict=True
                 )
             )
             self._device.activate(Activation(self._driver_features, queues, self.notify_fds, link))
@@ -363,7 +429,7 @@ class MmioTransport:
         with self._interrupt_lock:
             # With vhost the kernel raises the interrupt past us. The guest must then find a reason
             # in this register; a needless "used buffer" costs it one look at its rings.
-            if self._device.in_kernel:
+            if self._device.in_kernel and not self._closed:
                 return self._interrupt_status | abi.INTERRUPT_USED_BUFFER
             return self._interrupt_status
 

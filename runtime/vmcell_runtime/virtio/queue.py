@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from vmcell_protos.errors import GuestError
@@ -107,6 +107,12 @@ class Queue:
         self._in_flight: set[int] = set()
         self._fence = threading.Lock()
 
+    def resume(self, next_avail: int, used_index: int, in_flight: Iterable[int]) -> None:
+        """Goes on where another device stopped; `in_flight` are heads it took and this one has."""
+        self._next_avail = self._seen_avail = next_avail
+        self._used_index = used_index
+        self._in_flight = set(in_flight)
+
     def pop(self) -> Chain | None:
         """The next buffer, checked and copied, or None. It is in flight until `complete`."""
         if self._next_avail == self._seen_avail and not self._look():
@@ -115,7 +121,7 @@ class Queue:
         head = self._memory.load16(self._avail_ring_gpa + 2 * slot)
         if head in self._in_flight:
             raise GuestError(f"descriptor {head} was made available while in flight")
-        chain = self._walk(head)
+        chain = self.walk(head)
         self._in_flight.add(head)
         self._next_avail = (self._next_avail + 1) & 0xFFFF
         return chain
@@ -183,8 +189,8 @@ class Queue:
         self._seen_avail = index
         return waiting > 0
 
-    def _walk(self, head: int) -> Chain:
-        """Copies and checks the chain that begins at `head`."""
+    def walk(self, head: int) -> Chain:
+        """The chain that begins at `head`, copied and checked, whoever has it now."""
         readable: list[tuple[int, int]] = []
         writable: list[tuple[int, int]] = []
         readable_bytes = writable_bytes = 0

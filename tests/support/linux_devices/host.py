@@ -1,6 +1,7 @@
 """Runs in the dev VM: a microVM with every device, and the host's end of each; prints JSON.
 
-Arguments: kernel, base image, "kernel" or "user" for who moves the frames, bytes per transfer.
+Arguments: kernel, base image, "kernel" or "user" for who moves the frames, "tap" or "pod" for where
+they go (a TAP of the host, or a pod's interface and its peer), bytes per transfer.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))
+from pod_namespaces import namespaces
+
 from vmcell_protos.errors import GuestError
 from vmcell_runtime import handle
 from vmcell_runtime.config import (
@@ -29,10 +33,12 @@ from vmcell_runtime.config import (
     VsockConfig,
 )
 from vmcell_runtime.virtio import host_abi
+from vmcell_shim import pod_network
 
 GUEST = Path(__file__).with_name("guest.py")
 # Not vmc*: noded, when it has run, guards interfaces of that name.
 TAP, HOST, PEER = "devices0", "192.0.2.1", "192.0.2.2"
+MAC = "02:c0:ff:ee:00:01"
 STREAM_PORT, REPORT_PORT, ECHO_PORT = 1024, 1026, 1025
 ECHOES = 20
 DEADLINE_S = 120
@@ -42,14 +48,27 @@ COMMAND_LINE = (
 )
 
 
-def make_tap(opened: ExitStack) -> int:
+def make_pod(opened: ExitStack) -> tuple[int, socket.socket]:
+    """The TAP beside a pod's interface, and a listener at the interface's other end."""
+    pod, peer = opened.enter_context(namespaces("pod", "peer"))
+    pod.joined_to(peer, "eth0", MAC)
+    pod.ip(f"addr add {PEER}/30 dev eth0")
+    peer.ip(f"addr add {HOST}/30 dev to-eth0")
+    network = pod_network.attach(pod.path)
+    opened.callback(network.close)
+    listener = peer.inside(lambda: socket.create_server((HOST, 5000)))
+    return network.devices[0].tap_fd, opened.enter_context(listener)
+
+
+def make_tap(opened: ExitStack) -> tuple[int, socket.socket]:
+    """A TAP of the host, and a listener at its address."""
     fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     opened.callback(os.close, fd)
     flags = host_abi.IFF_TAP | host_abi.IFF_NO_PI | host_abi.IFF_VNET_HDR
     fcntl.ioctl(fd, host_abi.TUNSETIFF, host_abi.IFREQ.pack(TAP.encode(), flags))
     for words in (["addr", "add", f"{HOST}/30", "dev", TAP], ["link", "set", TAP, "up"]):
         subprocess.run(["ip", *words], check=True)
-    return fd
+    return fd, opened.enter_context(socket.create_server((HOST, 5000)))
 
 
 def transfer(sock: socket.socket, sent_bytes: int) -> dict[str, Any]:
@@ -118,7 +137,7 @@ def drive(vmm: handle.VmmHandle, listener: socket.socket, sent_bytes: int) -> di
 
 
 def main() -> None:
-    kernel, base_image, path, sent_bytes = sys.argv[1:5]
+    kernel, base_image, path, place, sent_bytes = sys.argv[1:6]
     with ExitStack() as opened:
         folder = Path(opened.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
         script = GUEST.read_bytes()
@@ -141,13 +160,12 @@ def main() -> None:
             kernel_descriptor=0,
             pmem=(PmemConfig(descriptor=1),),
             blk=(BlkConfig(descriptor=2, read_only=True), BlkConfig(descriptor=3)),
-            net=(NetConfig(tap_descriptor=5, mac="02:c0:ff:ee:00:01", in_kernel=path == "kernel"),),
+            net=(NetConfig(tap_descriptor=5, mac=MAC, in_kernel=path == "kernel"),),
             vsock=VsockConfig(guest_cid=3, listen_ports=(STREAM_PORT, REPORT_PORT)),
             console_descriptor=4,
             command_line=f"{COMMAND_LINE} {PEER} {HOST} {sent_bytes}",
         )
-        tap_fd = make_tap(opened)
-        listener = opened.enter_context(socket.create_server((HOST, 5000)))
+        tap_fd, listener = make_pod(opened) if place == "pod" else make_tap(opened)
         vmm = handle.spawn(config, [*fds, tap_fd], log_fd=sys.stderr.fileno())
         opened.callback(vmm.close)
         # A guest that fails ends its streams, so nothing here waits for ever.

@@ -7,6 +7,13 @@ export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME="$
 say() { echo "vmcell-dev: $*" >/dev/console; }
 ulimit -n 65536
 
+# Pages of running guests stay where they are: the emulated nested paging is the less tried the less
+# the kernel changes under it (docs/dev-vm.md).
+for setting in khugepaged/scan_sleep_millisecs=4294967295 khugepaged/defrag=0 defrag=never; do
+    echo "${setting#*=}" >"/sys/kernel/mm/transparent_hugepage/${setting%%=*}"
+done
+echo 0 >/proc/sys/vm/compaction_proactiveness
+
 # By QEMU's real-time clock: the VM's own may count instructions, and then runs ahead.
 rtc=/sys/class/rtc/rtc0/since_epoch
 end=$(($(cat $rtc) + lifetime_s))
@@ -43,6 +50,13 @@ if [ -b /dev/vda ]; then
     done
 fi
 say "ready"
+
+# As systemd would: another one soon after its end. Without a shim there is none.
+while :; do
+    [ -x /usr/local/bin/containerd-shim-vmcell-v2 ] &&
+        containerd-shim-vmcell-v2 zygote 2>>/mnt/out/zygote.log
+    sleep 2
+done </dev/null &
 
 # Logs of microVMs vanish with them; copies on the host also survive the end of this VM.
 [ "$copy_logs" = 1 ] || exit 0

@@ -1,0 +1,79 @@
+"""Pause and resume of a machine, one wish after the other.
+
+    RUNNING --pause: vCPUs are kicked--> PAUSING --the last one stands--> PAUSED
+    PAUSED --resume--> RUNNING
+
+Only the vCPUs stand still. The event loop goes on: requests the guest has made are completed, what
+arrives for it is put into the buffers it has offered and then waits in the host as for any slow
+guest, and interrupts are kept by the in-kernel irqchip. So nothing is lost.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
+
+from vmcell_runtime.clock import GuestClock
+from vmcell_runtime.loop import EventLoop
+from vmcell_runtime.vcpu import VcpuThread
+
+
+class State(Enum):
+    """What the vCPUs of a machine do together."""
+
+    RUNNING = auto()
+    PAUSING = auto()
+    PAUSED = auto()
+
+
+class Pausing:
+    """On the loop's thread. A wish that is true already is granted at once."""
+
+    def __init__(self, loop: EventLoop, vcpus: Sequence[VcpuThread], clock: GuestClock) -> None:
+        self._loop = loop
+        self._vcpus = vcpus
+        self._clock = clock
+        self._moving = 0
+        self._wishes: deque[tuple[State, Callable[[], None]]] = deque()
+        self.state = State.RUNNING
+
+    def pause(self, done: Callable[[], None]) -> None:
+        """Calls `done` once every vCPU stands still, between two instructions of the guest."""
+        self._wish(State.PAUSED, done)
+
+    def resume(self, done: Callable[[], None]) -> None:
+        """Calls `done` once the vCPUs go on, with the guest's clock where it stood."""
+        self._wish(State.RUNNING, done)
+
+    def _wish(self, wanted: State, done: Callable[[], None]) -> None:
+        self._wishes.append((wanted, done))
+        self._grant()
+
+    def _grant(self) -> None:
+        while self._wishes and self.state is not State.PAUSING:
+            wanted, done = self._wishes[0]
+            if wanted is not self.state:
+                self._begin(wanted)
+                continue
+            self._wishes.popleft()
+            done()
+
+    def _begin(self, wanted: State) -> None:
+        if wanted is State.PAUSED:
+            self.state = State.PAUSING
+            self._moving = len(self._vcpus)
+            for vcpu in self._vcpus:
+                vcpu.pause(lambda: self._loop.call_soon(self._one_stands))
+            return
+        self._clock.start()
+        self.state = State.RUNNING
+        for vcpu in self._vcpus:
+            vcpu.resume()
+
+    def _one_stands(self) -> None:
+        self._moving -= 1
+        if not self._moving:
+            self._clock.stop()
+            self.state = State.PAUSED
+            self._grant()
