@@ -39,14 +39,23 @@ def run_once_or_twice(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
     lost = faults(out) - before
     if lost and any(report.failed for report in reports):
         _say(item, f"{item.nodeid} is run again: the software CPU lost guests {sorted(lost)}")
-        # Fixtures that failed remember it until they are torn down.
-        item.session._setupstate.teardown_exact(None)
-        item._initrequest()  # type: ignore[attr-defined]  # as pytest's own rerun plugins do
-        reports = runtestprotocol(item, nextitem=nextitem, log=False)
+        reports = _again(item, nextitem) or reports
     for report in reports:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
+
+
+def _again(item: pytest.Item, nextitem: pytest.Item | None) -> list[pytest.TestReport]:
+    """The reports of a second run; none when what the first one left cannot be taken down."""
+    try:
+        # Fixtures that failed remember it until they are torn down.
+        item.session._setupstate.teardown_exact(None)
+    except Exception as failure:  # noqa: BLE001 - whatever a fixture raises, the first failure stands
+        _say(item, f"{item.nodeid} is not run again: its fixtures did not go: {failure}")
+        return []
+    item._initrequest()  # type: ignore[attr-defined]  # as pytest's own rerun plugins do
+    return runtestprotocol(item, nextitem=nextitem, log=False)
 
 
 def _say(item: pytest.Item, text: str) -> None:
