@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from dev_vm import RUNTIME, SMALL, DevVm
 
-CYCLES = int(os.environ.get("VMCELL_SOAK_CYCLES", "6"))
+CYCLES = int(os.environ.get("VMCELL_SOAK_CYCLES", "4"))
 # A guest boots in some seconds on the software CPU; two are made at once.
 CYCLE_S = 60
 LINES = 40
