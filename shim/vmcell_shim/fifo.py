@@ -109,7 +109,32 @@ class OutputFifo:
         return not poll.poll(0)
 
 
-class OutputFile:
+class Sink:
+    """An output that is always read: nobody has to be waited for. Owns `fd` until close()."""
+
+    is_pipe: bool
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def let_go(self) -> bool:
+        """What was written stays for whoever reads it."""
+        self.close()
+        return True
+
+    def linger(self) -> None:
+        """There is no reader to wait for."""
+
+    def give_up(self) -> None:
+        """There is no reader to wait for."""
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class OutputFile(Sink):
     """A `file://` log: appended to, its parents made; both streams may share one."""
 
     is_pipe = False
@@ -118,23 +143,7 @@ class OutputFile:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         # Without blocking, for the path may be a FIFO after all.
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK
-        self.fd = os.open(path, flags, 0o644)
-
-    def let_go(self) -> bool:
-        """What is in a file stays there."""
-        self.close()
-        return True
-
-    def linger(self) -> None:
-        """A file has no reader to wait for."""
-
-    def give_up(self) -> None:
-        """A file has no reader to wait for."""
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        super().__init__(os.open(path, flags, 0o644))
 
 
 def check_stdin(path: str) -> None:

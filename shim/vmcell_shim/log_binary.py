@@ -18,7 +18,7 @@ import threading
 import time
 
 from vmcell_protos.errors import CallerError
-from vmcell_shim.fifo import path_of, scheme_of
+from vmcell_shim.fifo import Sink, path_of, scheme_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,31 +34,19 @@ _KILL_S = 5.0
 _FIRST_FREE_FD = 6
 
 
-class LogPipe:
+class LogPipe(Sink):
     """The end of a pipe to a logging program that the shim writes to. Owned until close()."""
 
     is_pipe = True
 
     def __init__(self, fd: int, on_close: Callable[[], None]) -> None:
-        self.fd = fd
+        super().__init__(fd)
         self._on_close = on_close
         os.set_blocking(fd, False)
 
-    def let_go(self) -> bool:
-        """The program still reads what is in the pipe."""
-        self.close()
-        return True
-
-    def linger(self) -> None:
-        """The program is there: nobody has to be waited for."""
-
-    def give_up(self) -> None:
-        """The program is there: nobody has to be waited for."""
-
     def close(self) -> None:
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            super().close()
             self._on_close()
 
 

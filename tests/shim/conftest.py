@@ -1,4 +1,4 @@
-"""Own file systems (they need root), a zygote and a bundle for the tests that want them."""
+"""A shim, own file systems (they need root), a zygote and a bundle for the tests that want them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from shim_harness import Shim, running_shim
 from zygote_harness import Zygote, make_bundle, shims
 
 
@@ -22,6 +23,12 @@ def _mounted(path: Path, *options: str) -> Iterator[Path]:
         yield path
     finally:
         subprocess.run(["umount", "--recursive", path], check=True)
+
+
+@pytest.fixture
+def shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shim]:
+    with running_shim(tmp_path, monkeypatch) as running:
+        yield running
 
 
 @pytest.fixture

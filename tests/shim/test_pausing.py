@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 from fake_vmm import FakeVmm
-from shim_harness import Shim, running_shim
+from shim_harness import Shim, refused
 
 from vmcell_protos import task
 from vmcell_protos.errors import VmcellError
@@ -18,16 +17,6 @@ from vmcell_shim.sizing import memory_of_update
 Json = dict[str, object]
 RESOURCES = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
 ENDLESS = ("/bin/sh", "-c", "while :; do sleep 0.01; done")
-
-
-@pytest.fixture
-def shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shim]:
-    with running_shim(tmp_path, monkeypatch) as running:
-        yield running
-
-
-def refused(code: str) -> object:
-    return pytest.raises(VmcellError, check=lambda error: error.code == code)
 
 
 def pause(shim: Shim) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_share import FakeShare
 from fake_vmm import FakeVmm
-from shim_harness import Shim, running_shim
+from shim_harness import Shim, refused
 
 from vmcell_protos import task
 from vmcell_protos.errors import VmcellError
@@ -30,16 +28,6 @@ MEMBER = {
     "io.kubernetes.cri.container-type": "container",
     "io.kubernetes.cri.sandbox-id": POD,
 }
-
-
-@pytest.fixture
-def shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shim]:
-    with running_shim(tmp_path, monkeypatch) as running:
-        yield running
-
-
-def refused(code: str) -> object:
-    return pytest.raises(VmcellError, check=lambda error: error.code == code)
 
 
 def start_pod(shim: Shim) -> int:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TypeVar
 
 import pytest
-from shim_harness import DEADLINE_S, Shim, running_shim
+from shim_harness import DEADLINE_S, Shim
 
 from vmcell_protos import sandbox
 from vmcell_protos.errors import VmcellError
@@ -21,12 +19,6 @@ from vmcell_shim.sandbox_service import NOT_READY, READY, SERVICE
 M = TypeVar("M", bound=Message)
 POD = "p1"
 MEMBER = {"io.kubernetes.cri.sandbox-id": POD, "io.kubernetes.cri.container-type": "container"}
-
-
-@pytest.fixture
-def shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shim]:
-    with running_shim(tmp_path, monkeypatch) as running:
-        yield running
 
 
 def call(shim: Shim, method: str, request: Message, answer: type[M]) -> M:

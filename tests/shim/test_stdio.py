@@ -9,23 +9,16 @@ import re
 import select
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fifo_client import Reader, feed
-from shim_harness import DEADLINE_S, Shim, running_shim, wait_until
+from shim_harness import DEADLINE_S, Shim, wait_until
 
 from vmcell_protos import task
 from vmcell_protos.errors import CallerError, VmcellError
 from vmcell_protos.wellknown import Empty
 from vmcell_shim.fifo import OutputFifo, StdinFifo, check_stdin, open_output, open_stdin
-
-
-@pytest.fixture
-def shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shim]:
-    with running_shim(tmp_path, monkeypatch) as running:
-        yield running
 
 
 def close_io(shim: Shim, exec_id: str = "") -> None:

@@ -9,11 +9,9 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from shim_harness import Shim, running_shim, wait_until
+from shim_harness import Shim, refused, wait_until
 
 from vmcell_protos import task
 from vmcell_protos.errors import VmcellError
@@ -24,17 +22,6 @@ from vmcell_shim.process import Process
 from vmcell_shim.stdio import Stdio, StreamOwner
 
 OWNER = StreamOwner(namespace="test", container_id="c1", warn=print)
-
-
-@pytest.fixture
-def shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shim]:
-    with running_shim(tmp_path, monkeypatch) as running:
-        yield running
-
-
-def refused(code: str) -> object:
-    """The call raises an error of that code."""
-    return pytest.raises(VmcellError, check=lambda error: error.code == code)
 
 
 def test_life_of_a_container(shim: Shim) -> None:

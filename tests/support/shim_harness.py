@@ -20,6 +20,7 @@ import pytest
 from fake_share import FakeShare
 
 from vmcell_protos import task
+from vmcell_protos.errors import VmcellError
 from vmcell_protos.events import ForwardRequest
 from vmcell_protos.wellknown import Any as AnyMessage
 from vmcell_protos.wellknown import Empty
@@ -42,6 +43,11 @@ def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = DEA
     while not condition():
         assert time.monotonic() < end, f"{what} did not happen within {deadline_s} s"
         time.sleep(0.01)
+
+
+def refused(code: str) -> object:
+    """The call raises an error of that code."""
+    return pytest.raises(VmcellError, check=lambda error: error.code == code)
 
 
 class FakeContainerd:
