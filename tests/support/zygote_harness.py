@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from shim_harness import wait_until
 
@@ -320,13 +321,16 @@ def traits(pid: int) -> dict[str, object]:
 
 
 def settled_traits(pid: int) -> dict[str, object]:
-    """As they are when nobody is connected to the server."""
+    """As they are when the server catches SIGTERM, its last step before it serves, and nobody is
+    connected to it."""
     rest = [*(["/dev/null"] * 3), "anon_inode", "socket"]
     seen: list[dict[str, object]] = []
 
     def rests() -> bool:
         seen.append(traits(pid))
-        return (seen[-1]["descriptors"], seen[-1]["Threads"]) == (rest, ["2"])
+        (caught,) = cast("list[str]", seen[-1]["SigCgt"])
+        serves = int(caught, 16) >> (signal.SIGTERM - 1) & 1
+        return bool(serves) and (seen[-1]["descriptors"], seen[-1]["Threads"]) == (rest, ["2"])
 
     wait_until(rests, "the server's rest")
     return seen[-1]
