@@ -54,8 +54,9 @@ def udp_round_trip(peer: Namespace, nic: GuestNic, size: int) -> None:
     payload = os.urandom(size)
     with open_udp(peer) as program:
         program.sendto(payload, (socket.inet_ntoa(nic.address), 7))
-        question = nic.ip_packet(UDP, payload)
+        question = nic.ip_packet(UDP, source_port=program.getsockname()[1])
         assert question.destination == nic.mac
+        assert question.payload.endswith(payload)
         source_port, guest_port = struct.unpack_from(">HH", question.payload, 20)
         head = struct.pack(">HHHH", guest_port, source_port, 8 + size, 0)
         nic.answer_ip(question, head + payload[::-1])

@@ -140,14 +140,14 @@ class GuestNic:
         self.send(asked.source, ARP, head + self.mac + self.address + asked.payload[8:18])
         return asked
 
-    def ip_packet(self, protocol: int, ending: bytes = b"") -> Frame:
-        """The next IPv4 packet of that protocol for us whose last bytes are `ending`."""
+    def ip_packet(self, protocol: int, *, source_port: int | None = None) -> Frame:
+        """The next IPv4 packet of that protocol for us, from that port when one is given."""
         return self.receive(
             lambda f: (
                 f.kind == IPV4
                 and f.payload[9] == protocol
                 and f.payload[16:20] == self.address
-                and f.payload.endswith(ending)
+                and source_port in (None, int.from_bytes(f.payload[20:22], "big"))
             )
         )
 
