@@ -32,6 +32,12 @@ def lose_a_guest():
     line = f'time="2026-01-01T00:00:0{len(runs)}Z" level=error VMM 12 ended: triple_fault\\n'
     with Path(LOGS, "shim.log").open("a") as log:
         log.write(line)
+
+def lose_the_dev_vm():
+    Path(LOGS, "console.log").write_text("[  285.083545] Kernel panic - not syncing: stack end")
+
+def new_dev_vm():
+    Path(LOGS, "console.log").write_text("vmcell-dev: ready")
 """
 
 
@@ -82,6 +88,29 @@ def test_module_fixture_that_met_one_is_made_again_for_all_its_tests(tmp_path: P
         "def test_two(pod):\n    assert len(runs) == 2\n",
     )
     assert counts == {"passed": 2}
+
+
+def test_dev_vm_that_panicked_is_made_again(tmp_path: Path) -> None:
+    """Whatever the fixtures of the old one say when they are taken down."""
+    counts, said = outcome(
+        tmp_path,
+        "@pytest.fixture(scope='session')\n"
+        "def dev_vm():\n"
+        "    new_dev_vm()\n"
+        "    yield\n"
+        "    if len(runs) == 2:\n"
+        "        raise RuntimeError('no connection')\n"
+        "def test_one(dev_vm):\n    runs.append(1)\n"
+        "def test_two(dev_vm):\n"
+        "    runs.append(1)\n"
+        "    if len(runs) == 2:\n"
+        "        lose_the_dev_vm()\n"
+        "        raise AssertionError('lost')\n"
+        "def test_three(dev_vm):\n    runs.append(1)\n",
+    )
+    assert counts == {"passed": 3}
+    assert "test_two is run again" in said
+    assert "no connection" in said
 
 
 def test_failure_without_a_lost_guest_stands(tmp_path: Path) -> None:
