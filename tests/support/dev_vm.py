@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vmcell_tools.dev_service import VMCELL
 
@@ -57,6 +60,21 @@ class DevVm:
         result = self.run(*command, stdin=stdin, timeout_s=timeout_s)
         assert result.code == 0, f"{command} ended with {result.code}: {result.error_text}"
         return result.text
+
+    def config(self) -> dict[str, Any]:
+        """The shim's settings in the VM, with the paths of the guest's kernel and base image."""
+        return tomllib.loads(self.check("cat", "/etc/vmcell/config.toml"))
+
+    def report_of(self, program: Path, *words: str, timeout_s: int) -> dict[str, Any]:
+        """The JSON object that `program` prints in the VM, given the guest's kernel, base image and
+        `words`."""
+        config = self.config()
+        artifacts = (config["kernel"], config["base_image"])
+        output = self.check(
+            sys.executable, os.fspath(program), *artifacts, *words, timeout_s=timeout_s
+        )
+        report: dict[str, Any] = json.loads(output)
+        return report
 
     def ctr_run(
         self,

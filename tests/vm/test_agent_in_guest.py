@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +10,7 @@ from dev_vm import DevVm
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
-PROGRAM = os.fspath(Path(__file__).parents[1] / "support" / "guest_session.py")
+PROGRAM = Path(__file__).parents[1] / "support/guest_session.py"
 # busybox is 2 MB; a root that is not mapped by DAX would show in the page cache at once
 MOST_CACHED_KIB = 1024
 
@@ -22,11 +18,7 @@ MOST_CACHED_KIB = 1024
 @pytest.fixture(scope="module")
 def found(dev_vm: DevVm) -> dict[str, Any]:
     """What one session with one guest has shown."""
-    config = tomllib.loads(dev_vm.check("cat", "/etc/vmcell/config.toml"))
-    output = dev_vm.check(
-        sys.executable, PROGRAM, config["kernel"], config["base_image"], timeout_s=500
-    )
-    result: dict[str, Any] = json.loads(output)
+    result = dev_vm.report_of(PROGRAM, timeout_s=500)
     assert "error" not in result, f"{result['error']}\n{result['console']}"
     return result
 

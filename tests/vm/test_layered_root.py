@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from source_tree import ROOT
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
-SUPPORT = Path(__file__).parents[1] / "support"
+PROGRAM = Path(__file__).parents[1] / "support/layered_guest.py"
 # The blob that was read is 8 MiB; without DAX it would be in the guest's page cache.
 MOST_CACHED_KIB = 2048
 
@@ -23,12 +21,7 @@ MOST_CACHED_KIB = 2048
 @pytest.fixture(scope="module")
 def found(dev_vm: DevVm) -> dict[str, Any]:
     """What one session with one guest has shown."""
-    config = tomllib.loads(dev_vm.check("cat", "/etc/vmcell/config.toml"))
-    program = os.fspath(SUPPORT / "layered_guest.py")
-    output = dev_vm.check(
-        sys.executable, program, config["kernel"], config["base_image"], timeout_s=300
-    )
-    result: dict[str, Any] = json.loads(output)
+    result = dev_vm.report_of(PROGRAM, timeout_s=300)
     assert "error" not in result, f"{result['error']}\n{result['console']}"
     return result
 

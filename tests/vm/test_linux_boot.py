@@ -6,7 +6,6 @@ import json
 import os
 import re
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ MOST_EXITS = 2000
 
 
 def boot(dev_vm: DevVm, vcpus: int, memory_mib: int, arguments: str, *more: str) -> dict[str, Any]:
-    config = tomllib.loads(dev_vm.check("cat", "/etc/vmcell/config.toml"))
+    config = dev_vm.config()
     words = [config["kernel"], str(vcpus), str(memory_mib), arguments]
     images = [config[name] for name in more]
     output = dev_vm.check(sys.executable, PROGRAM, *words, *images, timeout_s=240)

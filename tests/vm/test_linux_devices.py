@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +23,7 @@ DRIVERS = {
 
 
 def _run(dev_vm: DevVm, path: str, place: str) -> dict[str, Any]:
-    config = tomllib.loads(dev_vm.check("cat", "/etc/vmcell/config.toml"))
-    words = [config["kernel"], config["base_image"], path, place, str(TRANSFER_BYTES)]
-    output = dev_vm.check(sys.executable, os.fspath(PROGRAM), *words, timeout_s=540)
-    found: dict[str, Any] = json.loads(output)
-    return found
+    return dev_vm.report_of(PROGRAM, path, place, str(TRANSFER_BYTES), timeout_s=540)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,6 @@ One guest goes through all of it; each test looks at one part of what it and its
 from __future__ import annotations
 
 import errno
-import json
-import os
-import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +21,7 @@ CLOCKS = ("monotonic", "raw", "boottime", "realtime", "counter")
 
 @pytest.fixture(scope="module")
 def found(dev_vm: DevVm) -> dict[str, Any]:
-    config = tomllib.loads(dev_vm.check("cat", "/etc/vmcell/config.toml"))
-    words = [config["kernel"], config["base_image"]]
-    output = dev_vm.check(sys.executable, os.fspath(PROGRAM), *words, timeout_s=540)
-    found: dict[str, Any] = json.loads(output)
+    found = dev_vm.report_of(PROGRAM, timeout_s=540)
     assert "failed" not in found, (found["failed"], found["console"])
     return found
 

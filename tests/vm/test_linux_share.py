@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +16,7 @@ PROGRAM = Path(__file__).parents[1] / "support" / "linux_share" / "host.py"
 @pytest.fixture(scope="module")
 def found(dev_vm: DevVm) -> dict[str, Any]:
     """One guest that goes through everything; the tests look at what it found."""
-    config = tomllib.loads(dev_vm.check("cat", "/etc/vmcell/config.toml"))
-    words = [config["kernel"], config["base_image"]]
-    output = dev_vm.check(sys.executable, os.fspath(PROGRAM), *words, timeout_s=540)
-    found: dict[str, Any] = json.loads(output)
+    found = dev_vm.report_of(PROGRAM, timeout_s=540)
     assert "lost" in found, found
     return found
 
