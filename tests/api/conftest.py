@@ -16,7 +16,8 @@ def service(tmp_path: Path) -> Iterator[ApiService]:
         yield running
 
 
-@pytest.fixture(scope="session")
+# Not for the session: other modules look at the children that this process has.
+@pytest.fixture(scope="module")
 def postgres() -> Iterator[PrivatePostgres]:
     with private_postgres() as server:
         yield server
