@@ -7,11 +7,12 @@ PYTHON ?= $(shell for p in /usr/bin/python3 python3.13 python3.12 python3.11 pyt
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-plain test-root test-kvm test-vm test-long host venv artifacts dev-up clean help
+.PHONY: demo test test-plain test-root test-kvm test-vm test-long test-api-cases host venv artifacts dev-up clean help
 
 help:
 	@echo "make demo   boot a microVM and drive it with the E2B SDK"
 	@echo "make test   all tests: plain, root, kvm and vm lane"
+	@echo "make test-api-cases   5,000 requests made from the API's document; 10 minutes"
 	@echo "make test-long   two hours' worth of Task calls in random order; 20 minutes"
 
 host:
@@ -54,6 +55,10 @@ test-kvm: venv
 # Five calls a second for two hours; the fake guest is quicker than that.
 test-long: venv
 	VMCELL_CONTRACT_CALLS=36000 $(PYTEST) -o faulthandler_timeout=0 tests/shim/test_contract_machine.py
+
+# Requests made from the API's document; make test runs 400 of them.
+test-api-cases: venv
+	VMCELL_API_CASES=5000 $(PYTEST) tests/api/test_api_cases.py
 
 dev-up: artifacts
 	@$(BIN)/vmcell dev up --store make --api-port 0 --data-port 0

@@ -2,7 +2,7 @@
 
 E2B_API_URL      where the control plane listens, e.g. http://127.0.0.1:3000
 E2B_SANDBOX_URL  where sandboxes are reached, e.g. http://127.0.0.1:3080
-E2B_API_KEY      a key, e.g. from `python -m vmcell_api.keys create --team me`
+E2B_API_KEY      a key, e.g. from `vmcell key create --team me`
 """
 
 from __future__ import annotations

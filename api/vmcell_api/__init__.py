@@ -3,17 +3,25 @@
 Reading order:
 config           the service's settings
 identifiers      sandbox ids, API keys, tokens
+scopes           what keys may do, and what each route needs
+logs             lines of all processes, without secrets
 node             noded: sandboxes through containerd
 store            teams, keys, templates, owners of sandboxes
-keys             API keys from the command line
 node_client      the API's side of noded's door
+tenancy          what the operator does with teams and keys
+metrics          counters for Prometheus
+request_rate     how many requests a team may make
 json_body        bodies with bounds, field by field
+request_bounds   what no request may hold
 sandbox_bodies   E2B's create bodies and list queries
 sandbox_answers  E2B's sandbox objects
 control_plane    the verbs, without HTTP
 http_errors      errors as E2B's bodies
-access           API keys of requests
-resources        the routes
+access           API keys of requests: team, scopes, rate
+request_record   a request's id, log line, counts and audit entry
+resources        the routes of sandboxes
+openapi          the API's own description, one module per resource
+operator_resources  the routes of teams, keys, audit and metrics
 app              the WSGI application
 data_route       which sandbox a data-plane request names
 route_app        the application behind nginx's auth_request

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import falcon
 
+from vmcell_api import logs, metrics
 from vmcell_api.app import create_app
 from vmcell_api.config import ApiConfig, load_config
 from vmcell_api.node_client import NodeClient
+from vmcell_api.request_rate import RequestRates
 from vmcell_api.store.database import check_version, migrate, open_engine
 from vmcell_api.store.records import Store
 from vmcell_api.web_server import WebServer, serve
@@ -18,15 +20,18 @@ from vmcell_protos.errors import VmcellError
 CREATE_SLACK_S = 30.0
 
 
-def make_app(config: ApiConfig) -> falcon.App:
+def make_app(config: ApiConfig, rates: RequestRates) -> falcon.App:
     """The application of one worker; store and node live as long as the process."""
     node = NodeClient(config.node_socket, create_timeout_s=config.start_timeout_s + CREATE_SLACK_S)
-    return create_app(Store(open_engine(config.database_url)), node, config)
+    store = Store(open_engine(config.database_url))
+    return create_app(store, node, config, rates=rates, metrics_dir=config.metrics_dir)
 
 
 def serve_api(config: ApiConfig) -> int:
     """Serves until a signal ends the process; answers its exit status."""
+    logs.set_up("api", config.log_format)
     try:
+        metrics.prepare(config.metrics_dir, config.api_uid)
         migrate(config.database_url, owner_uid=config.api_uid)
         engine = open_engine(config.database_url)
         check_version(engine)
@@ -41,7 +46,8 @@ def serve_api(config: ApiConfig) -> int:
         threads=config.threads,
         uid=config.api_uid,
     )
-    serve(server, lambda: make_app(config))
+    rates = RequestRates()
+    serve(server, lambda: make_app(config, rates))
     return 0
 
 

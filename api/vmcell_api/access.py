@@ -1,39 +1,99 @@
-"""Who asks: the API key of a request, turned into its team.
+"""Who asks: the API key of a request, turned into its team, its scopes and its limits.
 
-Keys come as `X-API-KEY` or, for other clients, as `Authorization: Bearer`.
+Keys come as `X-API-KEY` or, for other clients, as `Authorization: Bearer`. Each request asks the
+store for its key, so what was revoked or changed holds at once in all workers.
 """
 
 from __future__ import annotations
 
+import logging
+
 import falcon
 
+from vmcell_api import logs
+from vmcell_api.config import ApiConfig
 from vmcell_api.identifiers import API_KEY, hash_api_key
-from vmcell_api.store.records import Store
-from vmcell_protos.errors import CallerError
+from vmcell_api.request_rate import RequestRates
+from vmcell_api.scopes import allows, needed_scope
+from vmcell_api.store.api_keys import LAST_USED_STEP_MS, ApiKey, ApiKeys
+from vmcell_api.store.records import Team, now_ms
+from vmcell_protos.errors import CallerError, HostError
 
-OPEN_PATHS = ("/health",)
+log = logging.getLogger("vmcell.api")
+
+OPEN_PATHS = ("/health", "/openapi.json")
 
 
 class KeyCheck:
-    """Falcon middleware: `req.context.team` is set, or the request ends with 401."""
+    """Falcon middleware: `req.context.team` and `.key_id` are set, or the request ends.
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    401 without a valid key, 429 over the team's rate, 403 when the key lacks the route's scope.
+    """
+
+    def __init__(self, keys: ApiKeys, rates: RequestRates, config: ApiConfig) -> None:
+        self._keys = keys
+        self._rates = rates
+        self._config = config
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """Checks the key of every request but preflights and health checks."""
+        """Checks the key of every request but preflights, health checks and the API's document."""
         if req.method == "OPTIONS" or req.path in OPEN_PATHS:
             return
-        key = req.get_header("X-API-KEY") or _bearer(req.get_header("Authorization") or "")
-        if not key:
-            raise CallerError("no API key: send it in the header X-API-KEY", code="unauthenticated")
-        team = self._store.team_of_key(hash_api_key(key)) if API_KEY.fullmatch(key) else None
-        if team is None:
+        key = self._key(presented_key(req))
+        req.context.team, req.context.key_id, req.context.scopes = key.team, key.key_id, key.scopes
+        logs.add_to_request(team_id=key.team.team_id, key_id=key.key_id)
+        self._rates.take(key.team.team_id, key.team.requests_per_s or self._config.requests_per_s)
+        state = key.state(now_ms())
+        if state != "active":
             raise CallerError(
-                "the API key is not valid; make one with `python -m vmcell_api.keys create`",
+                f"the API key {key.key_id} is {state}; ask the operator for another one",
                 code="unauthenticated",
             )
-        req.context.team = team
+        self._note_use(key)
+
+    def process_resource(
+        self, req: falcon.Request, resp: falcon.Response, resource: object, params: object
+    ) -> None:
+        """Checks the scope that the route needs."""
+        if req.method == "OPTIONS" or req.path in OPEN_PATHS:
+            return
+        needed = needed_scope(req.method, req.uri_template or "")
+        if not allows(req.context.scopes, needed):
+            raise CallerError(
+                f"the API key {req.context.key_id} has the scopes "
+                f"{' '.join(req.context.scopes)}; this call needs {needed}",
+                code="permission_denied",
+            )
+
+    def _key(self, text: str) -> ApiKey:
+        if not text:
+            raise CallerError("no API key: send it in the header X-API-KEY", code="unauthenticated")
+        key = self._keys.find(hash_api_key(text)) if API_KEY.fullmatch(text) else None
+        if key is None:
+            raise CallerError(
+                "the API key is not valid; make one with: vmcell key create",
+                code="unauthenticated",
+            )
+        return key
+
+    def _note_use(self, key: ApiKey) -> None:
+        moment = now_ms()
+        if moment - (key.last_used_at_unix_ms or 0) < LAST_USED_STEP_MS:
+            return
+        try:
+            self._keys.touch(key.key_id)
+        except HostError as error:  # a request that can be answered is
+            log.warning("the last use of key %s was not noted: %s", key.key_id, error)
+
+
+def presented_key(req: falcon.Request) -> str:
+    """The key that the request came with, unchecked; "" for none."""
+    return req.get_header("X-API-KEY") or _bearer(req.get_header("Authorization") or "")
+
+
+def timeout_limit_s(team: Team, config: ApiConfig) -> int:
+    """How long a sandbox of the team may be told to live: the lower of both limits."""
+    return min(config.max_timeout_s, team.max_timeout_s or config.max_timeout_s)
 
 
 def _bearer(header: str) -> str:

@@ -8,18 +8,39 @@ from vmcell_api import http_errors
 from vmcell_api.access import KeyCheck
 from vmcell_api.config import ApiConfig
 from vmcell_api.control_plane import ControlPlane
+from vmcell_api.metrics import Metrics
 from vmcell_api.node_client import NodeVerbs
+from vmcell_api.operator_resources import add_operator_routes
+from vmcell_api.request_bounds import RequestBounds
+from vmcell_api.request_rate import RequestRates
+from vmcell_api.request_record import RequestRecord
 from vmcell_api.resources import Health, Sandbox, Sandboxes
+from vmcell_api.store.api_keys import ApiKeys
+from vmcell_api.store.audit import Audit
 from vmcell_api.store.records import Store
 
-EXPOSED_HEADERS = ["X-Next-Token", "X-Total-Running"]
+EXPOSED_HEADERS = ["X-Next-Token", "X-Total-Running", "X-Request-Id"]
 
 
-def create_app(store: Store, node: NodeVerbs, config: ApiConfig) -> falcon.App:
-    """The application; store and node stay the caller's."""
+def create_app(
+    store: Store,
+    node: NodeVerbs,
+    config: ApiConfig,
+    *,
+    rates: RequestRates | None = None,
+    metrics_dir: str = "",
+) -> falcon.App:
+    """The application; store, node and rates stay the caller's.
+
+    `rates` and `metrics_dir` are what all workers share; without them this one counts alone.
+    """
     app: falcon.App = falcon.App()
+    audit = Audit(store.engine, keep_days=config.audit_days, keep_rows=config.audit_rows)
+    metrics = Metrics(node, metrics_dir)
     app.add_middleware(falcon.CORSMiddleware(allow_origins="*", expose_headers=EXPOSED_HEADERS))
-    app.add_middleware(KeyCheck(store))
+    app.add_middleware(RequestRecord(audit, metrics))
+    app.add_middleware(RequestBounds())
+    app.add_middleware(KeyCheck(ApiKeys(store.engine), rates or RequestRates(), config))
     app.req_options.strip_url_path_trailing_slash = True
     http_errors.install(app)
     control = ControlPlane(store, node, config)
@@ -32,4 +53,5 @@ def create_app(store: Store, node: NodeVerbs, config: ApiConfig) -> falcon.App:
     app.add_route("/sandboxes/{sandbox_id}/refreshes", sandbox, suffix="refreshes")
     app.add_route("/sandboxes/{sandbox_id}/connect", sandbox, suffix="connect")
     app.add_route("/v2/sandboxes/{sandbox_id}/connect", sandbox, suffix="connect")
+    add_operator_routes(app, store, node, audit, metrics)
     return app

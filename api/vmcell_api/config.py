@@ -24,6 +24,9 @@ class ApiConfig:
     `slot_network`: IPv4 network that is cut into /31 pairs, one per sandbox slot.
     `api_uid`: the user the API runs as; it needs no entry in /etc/passwd.
     `disk_mib` is told to clients; it is the shim's `writable_mib`.
+    `requests_per_s`, `max_timeout_s`: for every team that has no limit of its own.
+    `audit_days`, `audit_rows`: how long, and how many, entries of the audit are kept.
+    `metrics_dir` is where the API's workers count, for Prometheus.
     `start_timeout_s`: how long a sandbox may take from its task's creation to envd's answer.
     """
 
@@ -51,13 +54,23 @@ class ApiConfig:
     disk_mib: int = 10240
     workers: int = 2
     threads: int = 16
+    requests_per_s: int = 100
+    audit_days: int = 90
+    audit_rows: int = 100_000
+    log_format: str = "text"
+    metrics_dir: str = "/run/vmcell/metrics"
 
     def __post_init__(self) -> None:
         for name in ("api_bind", "data_bind"):
             _, colon, port = getattr(self, name).rpartition(":")
             if not colon or not port.isdigit() or not 0 < int(port) < 65536:
                 raise HostError(f"{name} is {getattr(self, name)!r}; it takes ADDRESS:PORT")
-        for name in ("slot_count", "start_timeout_s", "max_timeout_s", "workers", "threads"):
+        if self.log_format not in ("text", "json"):
+            raise HostError(f"log_format is {self.log_format!r}; it takes text or json")
+        for name in (
+            *("slot_count", "start_timeout_s", "max_timeout_s", "workers", "threads"),
+            *("requests_per_s", "audit_days", "audit_rows"),
+        ):
             if getattr(self, name) < 1:
                 raise HostError(f"{name} is {getattr(self, name)}; it takes a number above 0")
         try:

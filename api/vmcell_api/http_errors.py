@@ -13,9 +13,12 @@ import falcon
 
 from vmcell_api.json_body import BodyTooLarge
 from vmcell_api.node_client import NodeUnreachable
+from vmcell_api.request_rate import RateExceeded
 from vmcell_protos.errors import CODES, CallerError, VmcellError
 
 log = logging.getLogger("vmcell.api")
+
+HTTP_CODES = {404: "not_found", 405: "unimplemented", 413: "resource_exhausted"}
 
 
 def write_error(
@@ -39,7 +42,12 @@ def on_vmcell_error(
 ) -> None:
     """One of ours: the code's row in the table says the status."""
     status = CODES[error.code].http
-    if isinstance(error, BodyTooLarge):
+    req.context.error_code = error.code
+    if isinstance(error, RateExceeded):
+        req.context.rate_exceeded = True
+        write_error(resp, 429, str(error), retry=True)
+        resp.set_header("Retry-After", str(error.retry_after_s))
+    elif isinstance(error, BodyTooLarge):
         write_error(resp, 413, str(error))
     elif isinstance(error, NodeUnreachable):
         log.error("%s", error)
@@ -48,7 +56,7 @@ def on_vmcell_error(
         write_error(resp, 503, str(error), error_code="sandbox_capacity_unavailable", retry=True)
     else:
         if status >= 500:
-            log.error("%s %s: %s", req.method, req.path, error)
+            log.error("%s %s: %s", req.method, req.uri_template or "no route", error)
         write_error(resp, status, str(error))
 
 
@@ -58,6 +66,7 @@ def on_http_error(
     """One of Falcon's: no such route, no such method, a header it cannot read."""
     words = {404: f"no route {req.path}", 405: f"{req.method} is not allowed on {req.path}"}
     message = words.get(error.status_code) or error.description or error.title or "refused"
+    req.context.error_code = HTTP_CODES.get(error.status_code, "invalid_argument")
     write_error(resp, error.status_code, message)
     if error.headers:
         resp.set_headers(error.headers)
@@ -65,7 +74,8 @@ def on_http_error(
 
 def on_bug(req: falcon.Request, resp: falcon.Response, error: Exception, params: object) -> None:
     """Anything else is a bug: the trace goes to the log, not to the client."""
-    log.error("%s %s failed", req.method, req.path, exc_info=error)
+    req.context.error_code = "internal"
+    log.error("%s %s failed", req.method, req.uri_template or "no route", exc_info=error)
     write_error(resp, 500, "the server failed; its log has the trace")
 
 

@@ -1,13 +1,17 @@
 """JSON bodies of requests: read with a limit, then checked field by field.
 
 Every refusal names the field and what it takes. Bounds: 1 MiB, depth 32, 10,000 values, no NUL and
-no lone surrogates in text (neither can go into an environment, a label or a database).
+no lone surrogates in text (neither can go into an environment, a label or a database), UTF-8 only,
+no name twice in one object, no number that is infinite (RFC 8259 § 4, § 6, § 8.1).
 """
 
 from __future__ import annotations
 
 import json
+import math
 from typing import Protocol
+
+import falcon
 
 from vmcell_protos.errors import CallerError
 
@@ -25,6 +29,14 @@ class Readable(Protocol):
 
 class BodyTooLarge(CallerError):
     """The body has more than 1 MiB; answered with 413."""
+
+
+def request_json(req: falcon.Request) -> dict[str, object]:
+    """The request's JSON; JavaScript SDKs send it chunked, without a length. Raises CallerError."""
+    if req.content_length is None and not req.env.get("wsgi.input_terminated"):
+        return {}
+    stream = req.bounded_stream if req.content_length is not None else req.stream
+    return read_json(stream, req.content_length)
 
 
 def read_json(stream: Readable, content_length: int | None) -> dict[str, object]:
@@ -48,7 +60,12 @@ def parse_json(data: bytes) -> dict[str, object]:
     if not data.strip():
         return {}
     try:
-        value = json.loads(data, parse_constant=_refuse_constant)
+        value = json.loads(
+            data.decode(),
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            object_pairs_hook=_object,
+        )
     except (ValueError, RecursionError) as error:
         raise CallerError(f"the body is not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -59,6 +76,25 @@ def parse_json(data: bytes) -> dict[str, object]:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """What stands there twice is meant differently by whom it is read next."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"it names {name[:40]!r} twice")
+            seen.add(name)
+    return value
 
 
 def _check_bounds(root: object) -> None:

@@ -60,6 +60,15 @@ class RunningSandbox:
     allow_internet: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class NodeInfo:
+    """What a node says of itself."""
+
+    containerd_version: str
+    slot_count: int
+    slots_free: int
+
+
 class NodeVerbs(Protocol):
     """The fixed verbs of a node; each raises CallerError or HostError."""
 
@@ -77,6 +86,9 @@ class NodeVerbs(Protocol):
 
     def set_deadline(self, sandbox_id: str, timeout_s: int, *, only_extend: bool) -> RunningSandbox:
         """Moves the end to `timeout_s` from now."""
+
+    def info(self) -> NodeInfo:
+        """What the node is, and how much of it is free."""
 
 
 class NodeClient:
@@ -131,6 +143,15 @@ class NodeClient:
             sandbox_id=sandbox_id, timeout_ms=timeout_s * 1000, only_extend=only_extend
         )
         return _running(self._call("SetDeadline", request))
+
+    def info(self) -> NodeInfo:
+        """What the node is, and how much of it is free."""
+        answer = self._call("NodeInfo", node_pb2.NodeInfoRequest())
+        return NodeInfo(
+            containerd_version=answer.containerd_version,
+            slot_count=answer.slot_count,
+            slots_free=answer.slots_free,
+        )
 
     def _call(self, verb: str, request: object, timeout_s: float = CALL_TIMEOUT_S):  # type: ignore[no-untyped-def]  # stubs are untyped
         method: Callable = getattr(self._connected(), verb)

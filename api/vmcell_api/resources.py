@@ -8,9 +8,11 @@ from __future__ import annotations
 import falcon
 
 from vmcell_api import sandbox_answers
+from vmcell_api.access import timeout_limit_s
 from vmcell_api.config import ApiConfig
 from vmcell_api.control_plane import ControlPlane, Page
-from vmcell_api.json_body import int_field, read_json
+from vmcell_api.json_body import int_field
+from vmcell_api.json_body import request_json as _body
 from vmcell_api.sandbox_bodies import (
     DEFAULT_TIMEOUT_V2_S,
     MAX_PAGE,
@@ -23,14 +25,6 @@ from vmcell_api.sandbox_bodies import (
     parse_timeout,
 )
 from vmcell_protos.errors import CallerError
-
-
-def _body(req: falcon.Request) -> dict[str, object]:
-    """The request's JSON; JavaScript SDKs send it chunked, without a length."""
-    if req.content_length is None and not req.env.get("wsgi.input_terminated"):
-        return {}
-    stream = req.bounded_stream if req.content_length is not None else req.stream
-    return read_json(stream, req.content_length)
 
 
 class Sandboxes:
@@ -62,7 +56,7 @@ class Sandboxes:
     def _create(self, req: falcon.Request, resp: falcon.Response, *, version: int) -> None:
         if req.get_header("Idempotency-Key"):
             raise CallerError("this server does not have Idempotency-Key; leave the header out")
-        limit_s = self._config.max_timeout_s
+        limit_s = timeout_limit_s(req.context.team, self._config)
         body = parse_create(_body(req), version=version, max_timeout_s=limit_s)
         record, _ = self._control.create(req.context.team, body)
         resp.status = 201
@@ -96,13 +90,14 @@ class Sandbox:
 
     def on_post_timeout(self, req: falcon.Request, resp: falcon.Response, sandbox_id: str) -> None:
         """Sets the time that is left; 0 ends the sandbox."""
-        timeout_s = parse_required_timeout(_body(req), self._config.max_timeout_s)
+        limit_s = timeout_limit_s(req.context.team, self._config)
+        timeout_s = parse_required_timeout(_body(req), limit_s)
         self._control.set_timeout(req.context.team, sandbox_id, timeout_s)
         resp.status = 204
 
     def on_post_connect(self, req: falcon.Request, resp: falcon.Response, sandbox_id: str) -> None:
         """Answers the sandbox and extends its time, never shortens it; 200: it was running."""
-        limit_s = self._config.max_timeout_s
+        limit_s = timeout_limit_s(req.context.team, self._config)
         timeout_s = parse_timeout(_body(req), default=DEFAULT_TIMEOUT_V2_S, max_timeout_s=limit_s)
         record, _ = self._control.set_timeout(
             req.context.team, sandbox_id, timeout_s, only_extend=True
@@ -113,7 +108,8 @@ class Sandbox:
         self, req: falcon.Request, resp: falcon.Response, sandbox_id: str
     ) -> None:
         """Extends the time, as SDKs 1.x do."""
-        bounds = range(MAX_REFRESH_S + 1)
+        limit_s = timeout_limit_s(req.context.team, self._config)
+        bounds = range(min(MAX_REFRESH_S, limit_s) + 1)
         duration_s = int_field(_body(req), "duration", default=0, bounds=bounds)
         self._control.set_timeout(req.context.team, sandbox_id, duration_s, only_extend=True)
         resp.status = 204

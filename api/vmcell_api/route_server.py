@@ -11,6 +11,7 @@ import sys
 
 import falcon
 
+from vmcell_api import logs
 from vmcell_api.config import ApiConfig, load_config
 from vmcell_api.node_client import NodeClient
 from vmcell_api.route_app import create_route_app
@@ -38,6 +39,7 @@ def nginx_gid(user: str) -> int:
 
 def serve_routes(config: ApiConfig) -> int:
     """Serves until a signal ends the process; answers its exit status."""
+    logs.set_up("router", config.log_format)
     try:
         gid = nginx_gid(config.nginx_user) if os.geteuid() == 0 else None
         engine = open_engine(config.database_url)

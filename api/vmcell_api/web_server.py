@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import falcon
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
+from gunicorn.glogging import Logger
 
 # Longer than the 300 s for which clients keep idle connections.
 KEEPALIVE_S = 620
@@ -44,6 +45,15 @@ def serve(server: WebServer, make_app: Callable[[], falcon.App]) -> None:
     _Gunicorn(server, make_app).run()
 
 
+class _RootLogger(Logger):
+    """gunicorn's records through the process's own log; there is no access log of gunicorn's."""
+
+    def setup(self, cfg: object) -> None:
+        super().setup(cfg)
+        self.error_log.handlers[:] = []
+        self.error_log.propagate = True
+
+
 class _Gunicorn(BaseApplication):
     def __init__(self, server: WebServer, make_app: Callable[[], falcon.App]) -> None:
         self._server = server
@@ -68,6 +78,7 @@ class _Gunicorn(BaseApplication):
             "worker_tmp_dir": "/dev/shm",
             "post_fork": _drop_groups if server.uid is not None else _keep,
             "control_socket_disable": True,
+            "logger_class": _RootLogger,
             # No client may say who it is or where the application is mounted.
             "forwarded_allow_ips": "",
             "forwarder_headers": "",

@@ -66,6 +66,7 @@ def service() -> Iterator[Running]:
             "route_socket": f"{folder}/route.sock",
             "nginx_dir": f"{folder}/nginx",
             "state_dir": f"{folder}/run",
+            "metrics_dir": f"{folder}/metrics",
             "containerd_socket": containerd.socket,
             "runtime": "io.containerd.runc.v2",
             "slot_count": 1,
@@ -114,7 +115,7 @@ def _user(pid: int) -> int:
 
 
 def test_a_sandbox_from_the_key_to_its_end(service: Running) -> None:
-    command = [sys.executable, "-m", "vmcell_api.keys", "create", "--team", "one"]
+    command = [sys.executable, "-m", "vmcell_tools", "key", "create", "--team", "one"]
     key = subprocess.run(
         command, env=service.environment, check=True, capture_output=True, text=True, timeout=60
     ).stdout.split()[-1]

@@ -1,27 +1,16 @@
-"""The store: migrations, keys, tenants, limits, and what happens when it is broken."""
+"""The store on both databases: tenants, limits, and what happens when it is broken."""
 
 from __future__ import annotations
 
-import sqlite3
 import stat
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from alembic.autogenerate import compare_metadata
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 
-from vmcell_api.config import ApiConfig
-from vmcell_api.identifiers import API_KEY, hash_api_key, new_api_key
-from vmcell_api.keys import create_key
-from vmcell_api.store.database import check_version, migrate, open_engine
+from vmcell_api.store.database import migrate, open_engine
 from vmcell_api.store.records import SandboxRecord, Store
-from vmcell_api.store.tables import SCHEMA_VERSION, Base
 from vmcell_protos.errors import CallerError, HostError
 
 
@@ -30,9 +19,9 @@ def _url(folder: Path) -> str:
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    migrate(_url(tmp_path))
-    return _url(tmp_path)
+def url(empty_url: str) -> str:
+    migrate(empty_url)
+    return empty_url
 
 
 def _record(name: str, team_id: str) -> SandboxRecord:
@@ -46,16 +35,6 @@ def _record(name: str, team_id: str) -> SandboxRecord:
     )
 
 
-def test_the_migrations_make_exactly_the_tables(url: str) -> None:
-    engine = open_engine(url)
-    with engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
-    engine.dispose()
-    config = Config()
-    config.set_main_option("script_location", "vmcell_api.store:migrations")
-    assert ScriptDirectory.from_config(config).get_current_head() == SCHEMA_VERSION
-
-
 def test_an_error_of_the_database_tells_no_token(url: str) -> None:
     store = Store(open_engine(url))
     team = store.ensure_team("one")
@@ -64,7 +43,7 @@ def test_an_error_of_the_database_tells_no_token(url: str) -> None:
         store.add_sandbox(_record("first", team.team_id), limit=9, live=())
     store.close()
     assert "tfirst" not in str(caught.value)
-    assert "UNIQUE" in str(caught.value)
+    assert "unique" in str(caught.value).lower()
 
 
 def test_the_limit_holds_for_creates_at_once(url: str) -> None:
@@ -88,22 +67,9 @@ def test_the_limit_holds_for_creates_at_once(url: str) -> None:
         each.close()
 
 
-def test_migrating_again_keeps_everything(url: str) -> None:
-    store = Store(open_engine(url))
-    team = store.ensure_team("one")
-    migrate(url)
-    assert store.ensure_team("one") == team
-    store.close()
-
-
-def test_migrating_at_once_from_several_processes(tmp_path: Path) -> None:
-    code = f"from vmcell_api.store.database import migrate; migrate({_url(tmp_path)!r})"
-    runs = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
-    assert [run.wait(60) for run in runs] == [0, 0, 0]
-
-
-def test_nobody_else_reads_the_file(url: str) -> None:
-    path = Path(url.removeprefix("sqlite:///"))
+def test_nobody_else_reads_the_file(tmp_path: Path) -> None:
+    migrate(_url(tmp_path))
+    path = Path(_url(tmp_path).removeprefix("sqlite:///"))
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
@@ -113,22 +79,6 @@ def test_a_folder_that_was_there_keeps_its_owner_and_mode(tmp_path: Path) -> Non
     migrate(f"sqlite:///{tmp_path}/api.sqlite", owner_uid=before.st_uid + 1)
     after = tmp_path.stat()
     assert (after.st_uid, after.st_mode) == (before.st_uid, before.st_mode)
-
-
-def test_only_the_hash_of_a_key_is_kept(tmp_path: Path) -> None:
-    config = ApiConfig(database_url=_url(tmp_path), api_uid=0)
-    key = create_key(config, "one")
-    assert API_KEY.fullmatch(key)
-    store = Store(open_engine(config.database_url))
-    team = store.team_of_key(hash_api_key(key))
-    assert team is not None
-    assert team.name == "one"
-    assert store.team_of_key(hash_api_key(new_api_key())) is None
-    store.close()
-    for path in (tmp_path / "store").iterdir():
-        assert key.encode() not in path.read_bytes()
-    with pytest.raises(CallerError, match="team name"):
-        create_key(config, "../x")
 
 
 def test_a_team_sees_its_own_rows_only(url: str) -> None:
@@ -182,16 +132,6 @@ def test_writers_wait_for_each_other(url: str) -> None:
     store.close()
 
 
-def test_a_store_of_another_version_is_refused(url: str) -> None:
-    with sqlite3.connect(url.removeprefix("sqlite:///")) as connection:
-        connection.execute("UPDATE alembic_version SET version_num = '9999'")
-    connection.close()
-    engine = open_engine(url)
-    with pytest.raises(HostError, match="version 9999"):
-        check_version(engine)
-    engine.dispose()
-
-
 def test_a_broken_store_is_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "store" / "api.sqlite"
     path.parent.mkdir()
@@ -200,7 +140,7 @@ def test_a_broken_store_is_one_sentence(tmp_path: Path) -> None:
         migrate(_url(tmp_path))
     store = Store(open_engine(_url(tmp_path)))
     with pytest.raises(HostError, match="the store did not answer"):
-        store.team_of_key("x")
+        store.template("x")
     store.close()
     with pytest.raises(HostError, match="database_url"):
         open_engine("nonsense")

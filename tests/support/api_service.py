@@ -15,10 +15,10 @@ from fake_node import FakeNode
 
 from vmcell_api.app import create_app
 from vmcell_api.config import ApiConfig
-from vmcell_api.identifiers import hash_api_key, new_api_key
 from vmcell_api.route_app import create_route_app
 from vmcell_api.store.database import migrate, open_engine
 from vmcell_api.store.records import Store
+from vmcell_api.tenancy import create_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,22 +32,21 @@ class ApiService:
     config: ApiConfig
     key: str
 
-    def new_key(self, team: str) -> str:
-        """A key of another team."""
-        key = new_api_key()
-        self.store.add_key(self.store.ensure_team(team).team_id, hash_api_key(key))
+    def new_key(self, team: str, *scopes: str) -> str:
+        """A key of that team, for everything of it unless scopes are named."""
+        key, _ = create_key(self.store, self.store.ensure_team(team), scopes=scopes or ("*",))
         return key
 
 
 @contextlib.contextmanager
 def api_service(folder: Path, **settings: object) -> Iterator[ApiService]:
-    """A service with a store of its own in `folder`."""
-    config = ApiConfig(database_url=f"sqlite:///{folder}/store/api.sqlite", **settings)  # type: ignore[arg-type]  # test settings
+    """A service with a store of its own in `folder`, unless `settings` name one."""
+    settings.setdefault("database_url", f"sqlite:///{folder}/store/api.sqlite")
+    config = ApiConfig(**settings)  # type: ignore[arg-type]  # test settings
     migrate(config.database_url)
     store = Store(open_engine(config.database_url))
     node = FakeNode()
-    key = new_api_key()
-    store.add_key(store.ensure_team("team-one").team_id, hash_api_key(key))
+    key, _ = create_key(store, store.ensure_team("team-one"), scopes=("*",))
     try:
         yield ApiService(
             app=create_app(store, node, config),

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from vmcell_api.node_client import NewSandbox, RunningSandbox
+from vmcell_api.node_client import NewSandbox, NodeInfo, RunningSandbox
 from vmcell_protos.errors import CallerError, VmcellError
 
 IMAGES = ("docker.io/vmcell/base:latest", "docker.io/vmcell/small:latest", "docker.io/x/y:1")
@@ -70,6 +70,10 @@ class FakeNode:
             end_at = max(end_at, running.end_at_unix_ms)
         self.running[sandbox_id] = replace(running, end_at_unix_ms=end_at)
         return self.running[sandbox_id]
+
+    def info(self) -> NodeInfo:
+        self._maybe_fail()
+        return NodeInfo(containerd_version="0", slot_count=8, slots_free=8 - len(self.running))
 
     def _maybe_fail(self) -> None:
         if self.fail_next is not None:

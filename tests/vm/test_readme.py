@@ -17,7 +17,7 @@ RUN_ELSEWHERE = {
     "make test": "what runs this",
     "make artifacts": "a step of make test",
     ".venv/bin/vmcell serve": "tests/vm/test_e2b_sdk.py, by its fixture",
-    ".venv/bin/python -m vmcell_api.keys create --team me": "tests/vm/test_e2b_sdk.py",
+    ".venv/bin/vmcell key create --team me": "tests/vm/test_e2b_sdk.py",
     "python examples/first_sandbox.py": "tests/vm/test_readme.py, by make demo",
     ".venv/bin/vmcell dev up": "tests/vm/test_dev_vm.py",
     ".venv/bin/vmcell dev down": "the last step of make test",

@@ -1,4 +1,5 @@
-"""The `vmcell` command: setup and checks of a host, kernel and image builds, the dev VM, the demo.
+"""The `vmcell` command: setup and checks of a host, kernel and image builds, the dev VM, the demo,
+teams and keys.
 
 Reading order:
 host_packages    Debian packages by purpose, and their installation
@@ -15,6 +16,7 @@ oci_image        our OCI images
 image_import     built images into containerd
 message_codegen  protobuf messages from .proto files
 grpc_stubs       gRPC stubs for containerd
+openapi_file     the API's OpenAPI document, as a file
 containerd_config  our part of containerd's configuration, as text
 containerd_setup  that part on this host: written beside it, merged when asked
 zygote_unit      the zygote under systemd
@@ -35,12 +37,16 @@ dev_run          one command in the dev VM
 leak_check       what sandboxes have on a machine
 dev_service      images and the E2B service in the dev VM
 bench_start      starts of containers timed, by part, beside runc
+operator_desk    the store, opened for the operator's commands, which are audited
 demo             an E2B client against a real microVM
 cli_output       errors, JSON and tables of all commands
 cli_dev          words and options of `vmcell dev`
 cli_host         words and options of `vmcell setup` and `doctor`
 cli_bench        words and options of `vmcell bench`
 cli_cache        words and options of `vmcell cache`
+cli_team         words and options of `vmcell team` and `migrate`
+cli_key          words and options of `vmcell key`
+cli_audit        words and options of `vmcell audit`
 cli_build        words and options of `vmcell kernel` and `image`
 cli              the `vmcell` command
 __main__         `python -m vmcell_tools`

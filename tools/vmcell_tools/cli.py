@@ -7,12 +7,15 @@ import sys
 
 import click
 
+from vmcell_tools.cli_audit import audit
 from vmcell_tools.cli_bench import bench
 from vmcell_tools.cli_build import image, kernel
 from vmcell_tools.cli_cache import cache
 from vmcell_tools.cli_dev import dev
 from vmcell_tools.cli_host import doctor, setup
+from vmcell_tools.cli_key import key
 from vmcell_tools.cli_output import OneSentenceGroup
+from vmcell_tools.cli_team import migrate, team
 
 
 @click.group(cls=OneSentenceGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,7 +24,7 @@ def main() -> None:
     """One microVM per container: setup, checks, images and the dev VM."""
 
 
-for command in (setup, doctor, kernel, image, cache, bench, dev):
+for command in (setup, doctor, kernel, image, cache, team, key, audit, migrate, bench, dev):
     main.add_command(command)
 
 

@@ -76,4 +76,4 @@ def stop_service() -> None:
 
 def create_key(team: str) -> str:
     """A fresh API key of the service in the VM."""
-    return in_vm(sys.executable, "-m", "vmcell_api.keys", "create", "--team", team).split()[-1]
+    return in_vm(*VMCELL, "key", "create", "--team", team).split()[-1]

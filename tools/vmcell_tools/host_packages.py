@@ -36,8 +36,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         *("dropbear-bin", "openssh-client"),
     ),
     # CNI plugins give pods their network in the dev VM; systemd for systemd-analyze alone, which
-    # reads the unit that setup writes.
-    "test": ("bsdutils", "containernetworking-plugins", "systemd"),
+    # reads the unit that setup writes; tests of the store start a PostgreSQL of their own.
+    "test": ("bsdutils", "containernetworking-plugins", "systemd", "postgresql"),
 }
 POLICY = Path("/usr/sbin/policy-rc.d")
 POLICY_TEXT = "#!/bin/sh\n# Written while vmcell installs packages, then removed.\nexit 101\n"

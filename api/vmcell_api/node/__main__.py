@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from vmcell_api import logs
 from vmcell_api.config import ApiConfig, load_config
 from vmcell_api.node import door
 from vmcell_api.node.build import BuildSettings, SandboxBuilder
@@ -104,7 +105,7 @@ def run(config: ApiConfig) -> None:
 
 def serve(config: ApiConfig) -> int:
     """`run` with a log on standard error; answers the exit status."""
-    _log_to_stderr()
+    logs.set_up("noded", config.log_format)
     try:
         run(config)
     except VmcellError as error:
@@ -115,7 +116,7 @@ def serve(config: ApiConfig) -> int:
 
 def main() -> int:
     """The command; answers its exit status."""
-    _log_to_stderr()
+    logs.set_up("noded", "text")
     try:
         config = load_config()
         if not sys.argv[1:]:
@@ -128,12 +129,6 @@ def main() -> int:
         log.error("%s", error)
         return 1
     return 0
-
-
-def _log_to_stderr() -> None:
-    logging.basicConfig(
-        level=logging.INFO, format="noded: %(levelname)s %(message)s", stream=sys.stderr
-    )
 
 
 if __name__ == "__main__":

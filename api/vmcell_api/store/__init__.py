@@ -5,4 +5,7 @@ tables      the tables
 migrations  Alembic's environment and versions
 database    engine, migration, ownership of the SQLite file
 records     the questions the service asks, one transaction each
+teams       tenants and their limits, for the operator
+api_keys    keys: whose they are, what they may do, until when
+audit       what was done, kept within bounds
 """

@@ -2,14 +2,13 @@
 
 Alembic is imported only when there is something to migrate: it costs more than all the rest.
 SQLite runs in WAL mode with a busy timeout, so the gunicorn workers and the key command share it.
+A migration is one transaction on both databases, and one at a time: SQLite's write lock (BEGIN
+IMMEDIATE), PostgreSQL's advisory lock. A start that is killed in it leaves the old version.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -19,6 +18,11 @@ from vmcell_api.store.tables import SCHEMA_VERSION
 from vmcell_protos.errors import HostError
 
 BUSY_TIMEOUT_MS = 5000
+# Others may be migrating; on a slow disk that takes a while.
+MIGRATION_TIMEOUT_MS = 60_000
+# Any number will do, as long as all of us take the same.
+MIGRATION_LOCK = 0x766D63656C6C
+POOL_SIZE, POOL_OVERFLOW = 5, 60
 _PRAGMAS = (
     f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}",
     "PRAGMA journal_mode=WAL",
@@ -31,7 +35,13 @@ def open_engine(url: str) -> Engine:
     """An engine for `url`; nothing is connected yet. Raises HostError for a URL that is none."""
     try:
         # Parameters are tokens and hashes of keys; errors go into logs and answers.
-        engine = sa.create_engine(url, pool_pre_ping=True, hide_parameters=True)
+        engine = sa.create_engine(
+            _with_driver(url),
+            pool_pre_ping=True,
+            hide_parameters=True,
+            pool_size=POOL_SIZE,
+            max_overflow=POOL_OVERFLOW,
+        )
     except (sa.exc.ArgumentError, ImportError) as error:
         raise HostError(
             f"database_url cannot be used: {error}; give one like sqlite:////path or postgresql://"
@@ -48,25 +58,49 @@ def _prepare_sqlite(connection, _) -> None:  # type: ignore[no-untyped-def]  # D
     cursor.close()
 
 
+def _with_driver(url: str) -> URL:
+    """The URL with psycopg 3 for PostgreSQL, unless it names a driver; `postgres://` works too."""
+    parsed = make_url(url)
+    if parsed.drivername in ("postgresql", "postgres"):
+        return parsed.set(drivername="postgresql+psycopg")
+    return parsed
+
+
 def migrate(url: str, *, owner_uid: int | None = None) -> None:
     """Brings the store to the newest version; makes it first where it is a missing SQLite file.
 
     `owner_uid` gets the SQLite file, and its folder if that is made here, when we are root.
     Raises HostError.
     """
-    path = _sqlite_path(make_url(url))
+    engine = open_engine(url)
     try:
+        path = _sqlite_path(engine.url)
         if path:
             _make_file(path, owner_uid if os.geteuid() == 0 else None)
-        engine = open_engine(url)
+        if engine.dialect.name == "sqlite":
+            sa.event.listen(engine, "connect", _leave_transactions_to_us)
+            sa.event.listen(engine, "begin", _take_sqlite)
         try:
-            with _one_at_a_time(path), engine.begin() as connection:
+            with engine.begin() as connection:
+                if engine.dialect.name == "postgresql":
+                    lock = sa.func.pg_advisory_xact_lock(MIGRATION_LOCK)
+                    connection.execute(sa.select(lock))
                 if _version(connection) != SCHEMA_VERSION:
                     _upgrade(connection)
         finally:
             engine.dispose()
     except (OSError, sa.exc.SQLAlchemyError) as error:
         raise HostError(f"cannot bring the store {_shown(url)} up to date: {error}") from error
+
+
+def _leave_transactions_to_us(connection, _) -> None:  # type: ignore[no-untyped-def]  # DB-API, untyped
+    """sqlite3 would begin at the first change of a row, after the changes of the schema."""
+    connection.isolation_level = None
+    connection.execute(f"PRAGMA busy_timeout={MIGRATION_TIMEOUT_MS}")
+
+
+def _take_sqlite(connection: sa.Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _make_file(path: Path, owner_uid: int | None) -> None:
@@ -84,11 +118,18 @@ def _make_file(path: Path, owner_uid: int | None) -> None:
 def _upgrade(connection: sa.Connection) -> None:
     from alembic import command
     from alembic.config import Config
+    from alembic.util import CommandError
 
     config = Config()
     config.set_main_option("script_location", "vmcell_api.store:migrations")
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    try:
+        command.upgrade(config, "head")
+    except CommandError as error:
+        raise HostError(
+            f"the store has version {_version(connection)}, which this program does not know; "
+            "run the vmcell that made it, or a newer one"
+        ) from error
 
 
 def _version(connection: sa.Connection) -> str | None:
@@ -97,23 +138,6 @@ def _version(connection: sa.Connection) -> str | None:
         return None
     version: str | None = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
     return version
-
-
-@contextlib.contextmanager
-def _one_at_a_time(path: Path | None) -> Iterator[None]:
-    """Holds a lock on the SQLite file's folder: its schema changes are not transactional.
-
-    Not on the file itself: closing a descriptor of it would drop SQLite's own locks.
-    """
-    if path is None:
-        yield
-        return
-    folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
 
 
 def check_version(engine: Engine) -> None:
@@ -126,7 +150,7 @@ def check_version(engine: Engine) -> None:
     if found != SCHEMA_VERSION:
         raise HostError(
             f"the store has version {found}, this program wants {SCHEMA_VERSION}; "
-            "run `python -m vmcell_api.keys migrate`"
+            "run: vmcell migrate"
         )
 
 

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
-from vmcell_api.store.tables import ApiKeyRow, SandboxRow, TeamRow, TemplateRow
+from vmcell_api.store.tables import SandboxRow, TeamRow, TemplateRow
 from vmcell_protos.errors import CallerError, HostError
 
 DEFAULT_SANDBOX_LIMIT = 100
@@ -23,11 +23,13 @@ DEFAULT_SANDBOX_LIMIT = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Team:
-    """A tenant."""
+    """A tenant; a limit that is None is the service's."""
 
     team_id: str
     name: str
     sandbox_limit: int
+    max_timeout_s: int | None = None
+    requests_per_s: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,16 +63,14 @@ class Store:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
+    @property
+    def engine(self) -> Engine:
+        """For the other questions of this package; the store stays its owner."""
+        return self._engine
+
     def close(self) -> None:
         """Closes the pool."""
         self._engine.dispose()
-
-    def team_of_key(self, key_hash: str) -> Team | None:
-        """The team whose key has that hash."""
-        query = sa.select(TeamRow).join(ApiKeyRow).where(ApiKeyRow.hash == key_hash)
-        with self._transaction() as session:
-            row = session.scalar(query)
-            return _team(row) if row else None
 
     def ensure_team(self, name: str) -> Team:
         """The team of that name, made if it is missing."""
@@ -81,15 +81,10 @@ class Store:
                     id=str(uuid.uuid4()),
                     name=name,
                     sandbox_limit=DEFAULT_SANDBOX_LIMIT,
-                    created_at_unix_ms=_now_ms(),
+                    created_at_unix_ms=now_ms(),
                 )
                 session.add(row)
-            return _team(row)
-
-    def add_key(self, team_id: str, key_hash: str) -> None:
-        """Gives a team one more key."""
-        with self._transaction() as session:
-            session.add(ApiKeyRow(hash=key_hash, team_id=team_id, created_at_unix_ms=_now_ms()))
+            return team_of(row)
 
     def template(self, name: str) -> Template | None:
         """The template of that name."""
@@ -170,11 +165,11 @@ class Store:
         with self._transaction() as session:
             session.execute(sa.delete(SandboxRow).where(SandboxRow.id.in_(sandbox_ids)))
 
-    def _transaction(self) -> _Transaction:
-        return _Transaction(self._engine)
+    def _transaction(self) -> Transaction:
+        return Transaction(self._engine)
 
 
-class _Transaction:
+class Transaction:
     """One session that commits at the end of the block and turns database errors into ours."""
 
     def __init__(self, engine: Engine) -> None:
@@ -195,12 +190,19 @@ class _Transaction:
 
 
 def _words(error: sa.exc.SQLAlchemyError) -> str:
-    """The database's own words, without the statement."""
-    return str(getattr(error, "orig", None) or error)
+    """The database's own words: no statement, no second line, where PostgreSQL quotes values."""
+    return (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
 
 
-def _team(row: TeamRow) -> Team:
-    return Team(team_id=row.id, name=row.name, sandbox_limit=row.sandbox_limit)
+def team_of(row: TeamRow) -> Team:
+    """The record of a row."""
+    return Team(
+        team_id=row.id,
+        name=row.name,
+        sandbox_limit=row.sandbox_limit,
+        max_timeout_s=row.max_timeout_s,
+        requests_per_s=row.requests_per_s,
+    )
 
 
 def _sandbox(row: SandboxRow) -> SandboxRecord:
@@ -214,5 +216,6 @@ def _sandbox(row: SandboxRow) -> SandboxRecord:
     )
 
 
-def _now_ms() -> int:
+def now_ms() -> int:
+    """Unix milliseconds."""
     return time.time_ns() // 1_000_000

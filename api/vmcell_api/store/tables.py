@@ -6,11 +6,11 @@ node does not keep.
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, BigInteger, Boolean, ForeignKey, String
+from sqlalchemy import JSON, BigInteger, Boolean, ForeignKey, Integer, String
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 # The newest revision in `migrations`; a test compares.
-SCHEMA_VERSION = "0001"
+SCHEMA_VERSION = "0002"
 
 
 class Base(DeclarativeBase):
@@ -20,7 +20,10 @@ class Base(DeclarativeBase):
 
 
 class TeamRow(Base):
-    """A tenant: sees its own sandboxes only, and has at most `sandbox_limit` of them."""
+    """A tenant: sees its own sandboxes only, and has at most `sandbox_limit` of them.
+
+    The other limits are the service's where they are NULL.
+    """
 
     __tablename__ = "teams"
 
@@ -28,16 +31,46 @@ class TeamRow(Base):
     name: Mapped[str] = mapped_column(String(64), unique=True)
     sandbox_limit: Mapped[int]
     created_at_unix_ms: Mapped[int] = mapped_column(BigInteger)
+    max_timeout_s: Mapped[int | None]
+    requests_per_s: Mapped[int | None]
 
 
 class ApiKeyRow(Base):
-    """A key of a team; `hash` is SHA-256 of the key in hex."""
+    """A key of a team; `hash` is SHA-256 of the key in hex, `prefix` its beginning, to know it by.
+
+    `scopes` are words with a space between them. Keys from before version 0002 have no prefix.
+    """
 
     __tablename__ = "api_keys"
 
     hash: Mapped[str] = mapped_column(String(64), primary_key=True)
     team_id: Mapped[str] = mapped_column(ForeignKey("teams.id"), index=True)
     created_at_unix_ms: Mapped[int] = mapped_column(BigInteger)
+    id: Mapped[str] = mapped_column(String(16), index=True, unique=True)
+    name: Mapped[str] = mapped_column(String(64))
+    prefix: Mapped[str] = mapped_column(String(16))
+    scopes: Mapped[str] = mapped_column(String(512))
+    expires_at_unix_ms: Mapped[int | None] = mapped_column(BigInteger)
+    revoked_at_unix_ms: Mapped[int | None] = mapped_column(BigInteger)
+    last_used_at_unix_ms: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class AuditRow(Base):
+    """Who did what, when, with which result; ids only, so that it outlives what it tells of."""
+
+    __tablename__ = "audit"
+
+    id: Mapped[int] = mapped_column(
+        BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True
+    )
+    at_unix_ms: Mapped[int] = mapped_column(BigInteger, index=True)
+    request_id: Mapped[str] = mapped_column(String(32))
+    team_id: Mapped[str] = mapped_column(String(36), index=True)
+    actor: Mapped[str] = mapped_column(String(64))
+    action: Mapped[str] = mapped_column(String(128))
+    target: Mapped[str] = mapped_column(String(128))
+    status: Mapped[int]
+    result: Mapped[str] = mapped_column(String(32))
 
 
 class TemplateRow(Base):

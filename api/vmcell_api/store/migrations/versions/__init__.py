@@ -2,4 +2,5 @@
 
 Reading order:
 v0001_first_tables  teams, api_keys, templates, sandboxes
+v0002_keys_and_audit  ids, scopes and ends of keys, limits of teams, audit
 """
