@@ -11,9 +11,10 @@ import logging
 
 import falcon
 
+from vmcell_api.coded_errors import CodedError
 from vmcell_api.json_body import BodyTooLarge
 from vmcell_api.node_client import NodeUnreachable
-from vmcell_protos.errors import CODES, CallerError, VmcellError
+from vmcell_protos.errors import CODES, VmcellError
 
 log = logging.getLogger("vmcell.api")
 
@@ -29,6 +30,7 @@ def write_error(
     resp.content_type = falcon.MEDIA_JSON
     resp.data = json.dumps(body).encode()
     if retry:
+        resp.set_header("Should-Retry", "true")
         resp.set_header("Retry-After", "1")
     elif status >= 500 or status == 429:
         resp.set_header("Should-Retry", "false")
@@ -44,8 +46,11 @@ def on_vmcell_error(
     elif isinstance(error, NodeUnreachable):
         log.error("%s", error)
         write_error(resp, status, str(error), retry=True)
-    elif error.code == "resource_exhausted" and not isinstance(error, CallerError):
-        write_error(resp, 503, str(error), error_code="sandbox_capacity_unavailable", retry=True)
+    elif isinstance(error, CodedError):
+        status = error.status or status
+        if status >= 500:
+            log.error("%s %s: %s", req.method, req.path, error)
+        write_error(resp, status, str(error), error_code=error.error_code, retry=error.retry)
     else:
         if status >= 500:
             log.error("%s %s: %s", req.method, req.path, error)
@@ -66,7 +71,8 @@ def on_http_error(
 def on_bug(req: falcon.Request, resp: falcon.Response, error: Exception, params: object) -> None:
     """Anything else is a bug: the trace goes to the log, not to the client."""
     log.error("%s %s failed", req.method, req.path, exc_info=error)
-    write_error(resp, 500, "the server failed; its log has the trace")
+    words = "the server failed; its log has the trace"
+    write_error(resp, 500, words, error_code="internal_server_error")
 
 
 def install(app: falcon.App) -> None:

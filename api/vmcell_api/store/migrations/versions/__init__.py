@@ -1,5 +1,6 @@
 """The migrations, oldest first; each names the one before it.
 
 Reading order:
-v0001_first_tables  teams, api_keys, templates, sandboxes
+v0001_first_tables             teams, api_keys, templates, sandboxes
+v0004_network_and_create_keys  traffic tokens, idempotency keys
 """
