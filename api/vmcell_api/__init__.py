@@ -5,6 +5,9 @@ config           the service's settings
 identifiers      sandbox ids, API keys, tokens
 scopes           what keys may do, and what each route needs
 logs             lines of all processes, without secrets
+egress           which addresses a sandbox may reach
+metric_sample    what a sandbox used at one moment
+guest_http       asking a guest's envd, bounded
 node             noded: sandboxes through containerd
 store            teams, keys, templates, owners of sandboxes
 node_client      the API's side of noded's door
@@ -13,13 +16,19 @@ metrics          counters for Prometheus
 request_rate     how many requests a team may make
 json_body        bodies with bounds, field by field
 request_bounds   what no request may hold
+network_rules    E2B's network objects
 sandbox_bodies   E2B's create bodies and list queries
 sandbox_answers  E2B's sandbox objects
+sandbox_logs     what envd logged
+coded_errors     errors that E2B has a word for
 control_plane    the verbs, without HTTP
+create_once      creates with an Idempotency-Key
 http_errors      errors as E2B's bodies
 access           API keys of requests: team, scopes, rate
 request_record   a request's id, log line, counts and audit entry
 resources        the routes of sandboxes
+snapshot_routes  what needs snapshots: refused
+activity_routes  metrics and logs
 openapi          the API's own description, one module per resource
 operator_resources  the routes of teams, keys, audit and metrics
 app              the WSGI application

@@ -6,8 +6,10 @@ import falcon
 
 from vmcell_api import http_errors
 from vmcell_api.access import KeyCheck
+from vmcell_api.activity_routes import add_activity_routes
 from vmcell_api.config import ApiConfig
-from vmcell_api.control_plane import ControlPlane
+from vmcell_api.control_plane import LOST_AFTER_MS, ControlPlane
+from vmcell_api.create_once import CreateOnce
 from vmcell_api.metrics import Metrics
 from vmcell_api.node_client import NodeVerbs
 from vmcell_api.operator_resources import add_operator_routes
@@ -15,8 +17,10 @@ from vmcell_api.request_bounds import RequestBounds
 from vmcell_api.request_rate import RequestRates
 from vmcell_api.request_record import RequestRecord
 from vmcell_api.resources import Health, Sandbox, Sandboxes
+from vmcell_api.snapshot_routes import add_snapshot_routes
 from vmcell_api.store.api_keys import ApiKeys
 from vmcell_api.store.audit import Audit
+from vmcell_api.store.create_keys import CreateKeys
 from vmcell_api.store.records import Store
 
 EXPOSED_HEADERS = ["X-Next-Token", "X-Total-Running", "X-Request-Id"]
@@ -44,7 +48,9 @@ def create_app(
     app.req_options.strip_url_path_trailing_slash = True
     http_errors.install(app)
     control = ControlPlane(store, node, config)
-    sandboxes, sandbox = Sandboxes(control, config), Sandbox(control, config)
+    window_ms = config.start_timeout_s * 1000 + LOST_AFTER_MS
+    once = CreateOnce(control, CreateKeys(store), window_ms=window_ms)
+    sandboxes, sandbox = Sandboxes(control, once, config), Sandbox(control, config)
     app.add_route("/health", Health())
     app.add_route("/sandboxes", sandboxes)
     app.add_route("/v2/sandboxes", sandboxes, suffix="v2")
@@ -53,5 +59,8 @@ def create_app(
     app.add_route("/sandboxes/{sandbox_id}/refreshes", sandbox, suffix="refreshes")
     app.add_route("/sandboxes/{sandbox_id}/connect", sandbox, suffix="connect")
     app.add_route("/v2/sandboxes/{sandbox_id}/connect", sandbox, suffix="connect")
+    app.add_route("/sandboxes/{sandbox_id}/network", sandbox, suffix="network")
+    add_snapshot_routes(app, control)
+    add_activity_routes(app, control)
     add_operator_routes(app, store, node, audit, metrics)
     return app

@@ -23,10 +23,12 @@ class ApiConfig:
     `domain`: host names of the data plane are `<port>-<id>.<domain>`; "": any domain will do.
     `slot_network`: IPv4 network that is cut into /31 pairs, one per sandbox slot.
     `api_uid`: the user the API runs as; it needs no entry in /etc/passwd.
+    `max_timeout_s` is what a create or timeout may ask for; `allow_no_end`: or, by -1, for no end.
     `disk_mib` is told to clients; it is the shim's `writable_mib`.
     `requests_per_s`, `max_timeout_s`: for every team that has no limit of its own.
     `audit_days`, `audit_rows`: how long, and how many, entries of the audit are kept.
     `metrics_dir` is where the API's workers count, for Prometheus.
+    `metrics_interval_s`: how often noded asks each sandbox what it uses; 0: never.
     `start_timeout_s`: how long a sandbox may take from its task's creation to envd's answer.
     """
 
@@ -51,6 +53,8 @@ class ApiConfig:
     default_template: str = "base"
     start_timeout_s: int = 120
     max_timeout_s: int = 86400
+    allow_no_end: bool = True
+    metrics_interval_s: int = 5
     disk_mib: int = 10240
     workers: int = 2
     threads: int = 16
@@ -73,6 +77,8 @@ class ApiConfig:
         ):
             if getattr(self, name) < 1:
                 raise HostError(f"{name} is {getattr(self, name)}; it takes a number above 0")
+        if self.metrics_interval_s < 0:
+            raise HostError(f"metrics_interval_s is {self.metrics_interval_s}; 0 turns them off")
         try:
             network = ipaddress.IPv4Network(self.slot_network)
             for address in self.nameservers:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from vmcell_api.coded_errors import CodedHostError
 from vmcell_api.config import ApiConfig
+from vmcell_api.egress import Egress
 from vmcell_api.identifiers import new_access_token, new_sandbox_id, sandbox_id_of
+from vmcell_api.metric_sample import MetricSample
 from vmcell_api.node_client import NewSandbox, NodeUnreachable, NodeVerbs, RunningSandbox
 from vmcell_api.sandbox_bodies import CreateBody, ListQuery
+from vmcell_api.sandbox_logs import LogEntry, parse_entries
 from vmcell_api.store.records import SandboxRecord, Store, Team, Template
-from vmcell_protos.errors import CallerError, HostError, VmcellError
+from vmcell_protos.errors import CallerError, GuestError, HostError, VmcellError
 
 log = logging.getLogger("vmcell.api")
 
@@ -44,14 +48,17 @@ class ControlPlane:
         self._node = node
         self._config = config
 
-    def create(self, team: Team, body: CreateBody) -> Pair:
-        """Makes a sandbox; raises CallerError not_found for an unknown template."""
+    def create(self, team: Team, body: CreateBody, *, sandbox_id: str = "") -> Pair:
+        """Makes a sandbox of that fresh id; CallerError not_found for an unknown template."""
+        if body.volume_mounts:
+            raise CallerError("this server does not have volumeMounts; leave it out")
         template = self._template(body.template)
         record = SandboxRecord(
-            sandbox_id=new_sandbox_id(),
+            sandbox_id=sandbox_id or new_sandbox_id(),
             team_id=team.team_id,
             template_id=template.name,
             access_token=new_access_token() if body.secured else "",
+            traffic_token="" if body.network.is_public else new_access_token(),
             metadata=body.metadata,
             created_at_unix_ms=_now_ms(),
         )
@@ -61,8 +68,8 @@ class ControlPlane:
         try:
             running = self._node.create(self._order(record, template, body))
         except VmcellError as error:
-            if not isinstance(error, NodeUnreachable) and error.code != "deadline_exceeded":
-                self._store.forget_sandboxes([record.sandbox_id])  # known to be undone
+            if is_undone(error):
+                self._store.forget_sandboxes([record.sandbox_id])
             raise _create_error(error, body.template) from error
         try:
             self._store.mark_built(record.sandbox_id)
@@ -88,6 +95,41 @@ class ControlPlane:
         record = self._record(team, sandbox_id)
         running = self._node.set_deadline(record.sandbox_id, timeout_s, only_extend=only_extend)
         return record, running
+
+    def set_egress(self, team: Team, sandbox_id: str, egress: Egress) -> Pair:
+        """Changes what a sandbox may reach; CallerError not_found."""
+        record = self._record(team, sandbox_id)
+        return record, self._node.set_egress(record.sandbox_id, egress)
+
+    def metrics(
+        self, team: Team, sandbox_id: str, *, start_unix_ms: int, end_unix_ms: int
+    ) -> Sequence[MetricSample]:
+        """What a running sandbox used in that time; CallerError not_found."""
+        record = self._record(team, sandbox_id)
+        found = self._node.metrics(
+            [record.sandbox_id], start_unix_ms=start_unix_ms, end_unix_ms=end_unix_ms
+        )
+        if record.sandbox_id not in found:
+            raise CallerError(f"sandbox {sandbox_id[:60]!r} was not found", code="not_found")
+        return found[record.sandbox_id]
+
+    def newest_metrics(self, team: Team, sandbox_ids: Sequence[str]) -> dict[str, MetricSample]:
+        """The last sample of those of `sandbox_ids` that are the team's, run and have one."""
+        own = self._store.sandboxes(team_id=team.team_id).keys() & set(sandbox_ids)
+        found = self._node.metrics(sorted(own), newest_only=True)
+        return {name: samples[-1] for name, samples in found.items() if samples}
+
+    def logs(self, team: Team, sandbox_id: str) -> Sequence[LogEntry]:
+        """What envd of a running sandbox keeps of its log, oldest first; CallerError not_found."""
+        record, running = self.get(team, sandbox_id)
+        try:
+            return parse_entries(self._node.envd_logs(running, record.access_token))
+        except GuestError as error:
+            raise CodedHostError(
+                f"sandbox {record.sandbox_id} did not give its log: {error}",
+                error_code="sandbox_guest_answer_invalid",
+                status=502,
+            ) from error
 
     def list(self, team: Team, query: ListQuery) -> Page:
         """The team's running sandboxes that match, newest first unless asked otherwise."""
@@ -122,7 +164,7 @@ class ControlPlane:
             environment=body.environment,
             access_token=record.access_token,
             default_user=self._config.default_user,
-            allow_internet=body.allow_internet,
+            egress=body.network.egress,
         )
 
     def _record(self, team: Team, text: str) -> SandboxRecord:
@@ -145,12 +187,30 @@ class ControlPlane:
             self._store.forget_sandboxes(lost)
 
 
+def is_undone(error: VmcellError) -> bool:
+    """Whether a create that failed so is known to have left nothing."""
+    return not isinstance(error, NodeUnreachable) and error.code != "deadline_exceeded"
+
+
 def _create_error(error: VmcellError, template: str) -> VmcellError:
     """What a failed create is called: a machine that did not start is nothing to try again."""
     if error.code == "not_found":
         return CallerError(f"template {template!r} does not exist: {error}", code="not_found")
-    if error.code == "unavailable" and not isinstance(error, NodeUnreachable):
-        return HostError(f"the sandbox could not be made: {error}", code="internal")
+    if isinstance(error, NodeUnreachable):
+        return error
+    if error.code == "resource_exhausted":
+        return CodedHostError(
+            str(error),
+            error_code="sandbox_capacity_unavailable",
+            code=error.code,
+            status=503,
+            retry=True,
+        )
+    if error.code == "deadline_exceeded":
+        return CodedHostError(str(error), error_code="sandbox_placement_timeout", code=error.code)
+    if error.code in ("unavailable", "internal", "unknown"):
+        words = f"the sandbox could not be made: {error}"
+        return CodedHostError(words, error_code="sandbox_create_failed", code="internal")
     return error
 
 

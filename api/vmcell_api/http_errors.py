@@ -11,10 +11,11 @@ import logging
 
 import falcon
 
+from vmcell_api.coded_errors import CodedError
 from vmcell_api.json_body import BodyTooLarge
 from vmcell_api.node_client import NodeUnreachable
 from vmcell_api.request_rate import RateExceeded
-from vmcell_protos.errors import CODES, CallerError, VmcellError
+from vmcell_protos.errors import CODES, VmcellError
 
 log = logging.getLogger("vmcell.api")
 
@@ -32,6 +33,7 @@ def write_error(
     resp.content_type = falcon.MEDIA_JSON
     resp.data = json.dumps(body).encode()
     if retry:
+        resp.set_header("Should-Retry", "true")
         resp.set_header("Retry-After", "1")
     elif status >= 500 or status == 429:
         resp.set_header("Should-Retry", "false")
@@ -52,8 +54,11 @@ def on_vmcell_error(
     elif isinstance(error, NodeUnreachable):
         log.error("%s", error)
         write_error(resp, status, str(error), retry=True)
-    elif error.code == "resource_exhausted" and not isinstance(error, CallerError):
-        write_error(resp, 503, str(error), error_code="sandbox_capacity_unavailable", retry=True)
+    elif isinstance(error, CodedError):
+        status = error.status or status
+        if status >= 500:
+            log.error("%s %s: %s", req.method, req.path, error)
+        write_error(resp, status, str(error), error_code=error.error_code, retry=error.retry)
     else:
         if status >= 500:
             log.error("%s %s: %s", req.method, req.uri_template or "no route", error)
@@ -76,7 +81,8 @@ def on_bug(req: falcon.Request, resp: falcon.Response, error: Exception, params:
     """Anything else is a bug: the trace goes to the log, not to the client."""
     req.context.error_code = "internal"
     log.error("%s %s failed", req.method, req.uri_template or "no route", exc_info=error)
-    write_error(resp, 500, "the server failed; its log has the trace")
+    words = "the server failed; its log has the trace"
+    write_error(resp, 500, words, error_code="internal_server_error")
 
 
 def install(app: falcon.App) -> None:

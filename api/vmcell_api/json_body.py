@@ -128,11 +128,13 @@ def _check_text(text: str) -> None:
             raise CallerError(f"text {text[:40]!r} is not valid Unicode") from error
 
 
-def text_field(body: dict[str, object], name: str, *, max_length: int) -> str:
+def text_field(body: dict[str, object], name: str, *, max_length: int, prefix: str = "") -> str:
     """A required, non-empty string."""
     value = body.get(name)
     if not isinstance(value, str) or not 0 < len(value) <= max_length:
-        raise CallerError(f"{name} is {_shown(value)}; it takes 1 to {max_length} characters")
+        raise CallerError(
+            f"{prefix}{name} is {_shown(value)}; it takes 1 to {max_length} characters"
+        )
     return value
 
 
@@ -148,13 +150,39 @@ def int_field(body: dict[str, object], name: str, *, default: int, bounds: range
     return value
 
 
-def bool_field(body: dict[str, object], name: str, *, default: bool) -> bool:
+def bool_field(body: dict[str, object], name: str, *, default: bool, prefix: str = "") -> bool:
     """True or false, `default` when absent or null."""
     value = body.get(name)
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise CallerError(f"{name} is {_shown(value)}; it takes true or false")
+        raise CallerError(f"{prefix}{name} is {_shown(value)}; it takes true or false")
+    return value
+
+
+def text_list_field(body: dict[str, object], name: str, *, prefix: str = "") -> list[str]:
+    """A list of strings, [] when absent or null."""
+    value = body.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise CallerError(f"{prefix}{name} is {_shown(value)}; it takes a list of strings")
+    for item in value:
+        if not isinstance(item, str):
+            raise CallerError(f"{prefix}{name} holds {_shown(item)}; it takes strings")
+    return value
+
+
+def object_list_field(body: dict[str, object], name: str) -> list[dict[str, object]]:
+    """A list of objects, [] when absent or null."""
+    value = body.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise CallerError(f"{name} is {_shown(value)}; it takes a list of objects")
+    for item in value:
+        if not isinstance(item, dict):
+            raise CallerError(f"{name} holds {_shown(item)}; it takes objects")
     return value
 
 

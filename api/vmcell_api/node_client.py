@@ -7,17 +7,21 @@ channels do not survive a fork, so the channel is made at the first call, in the
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import grpc
 
+from vmcell_api.egress import OPEN, Egress
+from vmcell_api.guest_http import fetch
+from vmcell_api.metric_sample import MetricSample
 from vmcell_protos.errors import CODE_NAMES, CallerError, HostError, VmcellError
 from vmcell_protos.pb import node_pb2, node_pb2_grpc
 
 CALL_TIMEOUT_S = 30.0
 KILL_TIMEOUT_S = 60.0
+LOGS_BYTES = 4 << 20
 CALLERS_CODES = (
     *("invalid_argument", "not_found", "already_exists", "failed_precondition", "out_of_range"),
     *("permission_denied", "unimplemented"),
@@ -41,7 +45,7 @@ class NewSandbox:
     environment: dict[str, str] = field(default_factory=dict)
     access_token: str = field(default="", repr=False)
     default_user: str = ""
-    allow_internet: bool = True
+    egress: Egress = OPEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +61,7 @@ class RunningSandbox:
     started_at_unix_ms: int
     end_at_unix_ms: int
     address: str
-    allow_internet: bool
+    egress: Egress = OPEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +94,25 @@ class NodeVerbs(Protocol):
     def info(self) -> NodeInfo:
         """What the node is, and how much of it is free."""
 
+    def set_egress(self, sandbox_id: str, egress: Egress) -> RunningSandbox:
+        """Changes what a sandbox may reach, for good."""
+
+    def metrics(
+        self,
+        sandbox_ids: Sequence[str],
+        *,
+        start_unix_ms: int = 0,
+        end_unix_ms: int = 0,
+        newest_only: bool = False,
+    ) -> dict[str, Sequence[MetricSample]]:
+        """What sandboxes used, oldest first; one that is not running is left out.
+
+        `end_unix_ms` 0: until now.
+        """
+
+    def envd_logs(self, running: RunningSandbox, access_token: str) -> bytes:
+        """What envd answers to `GET /logs`: the guest's words, not checked."""
+
 
 class NodeClient:
     """noded over its unix socket; thread-safe, `close()` is idempotent."""
@@ -120,7 +143,9 @@ class NodeClient:
             environment=sandbox.environment,
             access_token=sandbox.access_token,
             default_user=sandbox.default_user,
-            allow_internet=sandbox.allow_internet,
+            allow_internet=sandbox.egress.allow_internet,
+            allow_out=sandbox.egress.allow_out,
+            deny_out=sandbox.egress.deny_out,
         )
         return _running(self._call("CreateSandbox", request, self._create_timeout_s))
 
@@ -151,6 +176,50 @@ class NodeClient:
             containerd_version=answer.containerd_version,
             slot_count=answer.slot_count,
             slots_free=answer.slots_free,
+        )
+
+    def set_egress(self, sandbox_id: str, egress: Egress) -> RunningSandbox:
+        """Changes what a sandbox may reach, for good."""
+        request = node_pb2.SetEgressRequest(
+            sandbox_id=sandbox_id,
+            allow_internet=egress.allow_internet,
+            allow_out=egress.allow_out,
+            deny_out=egress.deny_out,
+        )
+        return _running(self._call("SetEgress", request))
+
+    def metrics(
+        self,
+        sandbox_ids: Sequence[str],
+        *,
+        start_unix_ms: int = 0,
+        end_unix_ms: int = 0,
+        newest_only: bool = False,
+    ) -> dict[str, Sequence[MetricSample]]:
+        """What sandboxes used, oldest first; one that is not running is left out."""
+        request = node_pb2.ReadMetricsRequest(
+            sandbox_ids=sandbox_ids,
+            start_unix_ms=start_unix_ms,
+            end_unix_ms=end_unix_ms,
+            newest_only=newest_only,
+        )
+        answer = self._call("ReadMetrics", request)
+        return {
+            row.sandbox_id: [_sample(message) for message in row.samples]
+            for row in answer.sandboxes
+        }
+
+    def envd_logs(self, running: RunningSandbox, access_token: str) -> bytes:
+        """What envd answers to `GET /logs`; noded is not asked, it need not read a guest's words.
+
+        Raises HostError when envd does not answer, GuestError when it answers nonsense.
+        """
+        return fetch(
+            running.address,
+            "/logs",
+            access_token=access_token,
+            limit_bytes=LOGS_BYTES,
+            timeout_s=CALL_TIMEOUT_S,
         )
 
     def _call(self, verb: str, request: object, timeout_s: float = CALL_TIMEOUT_S):  # type: ignore[no-untyped-def]  # stubs are untyped
@@ -195,5 +264,13 @@ def _running(message: node_pb2.Sandbox) -> RunningSandbox:
         started_at_unix_ms=message.started_at_unix_ms,
         end_at_unix_ms=message.end_at_unix_ms,
         address=message.address,
-        allow_internet=message.allow_internet,
+        egress=Egress(
+            allow_internet=message.allow_internet,
+            allow_out=tuple(message.allow_out),
+            deny_out=tuple(message.deny_out),
+        ),
     )
+
+
+def _sample(message: node_pb2.MetricSample) -> MetricSample:
+    return MetricSample(**{name: getattr(message, name) for name in MetricSample.__slots__})

@@ -11,8 +11,9 @@ from vmcell_api import sandbox_answers
 from vmcell_api.access import timeout_limit_s
 from vmcell_api.config import ApiConfig
 from vmcell_api.control_plane import ControlPlane, Page
-from vmcell_api.json_body import int_field
-from vmcell_api.json_body import request_json as _body
+from vmcell_api.create_once import CreateOnce, parse_idempotency
+from vmcell_api.json_body import int_field, request_json
+from vmcell_api.network_rules import parse_network_update
 from vmcell_api.sandbox_bodies import (
     DEFAULT_TIMEOUT_V2_S,
     MAX_PAGE,
@@ -24,14 +25,14 @@ from vmcell_api.sandbox_bodies import (
     parse_required_timeout,
     parse_timeout,
 )
-from vmcell_protos.errors import CallerError
 
 
 class Sandboxes:
     """`/sandboxes` and `/v2/sandboxes`: create and list."""
 
-    def __init__(self, control: ControlPlane, config: ApiConfig) -> None:
+    def __init__(self, control: ControlPlane, once: CreateOnce, config: ApiConfig) -> None:
         self._control = control
+        self._once = once
         self._config = config
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
@@ -54,11 +55,18 @@ class Sandboxes:
         self._write_page(resp, page)
 
     def _create(self, req: falcon.Request, resp: falcon.Response, *, version: int) -> None:
-        if req.get_header("Idempotency-Key"):
-            raise CallerError("this server does not have Idempotency-Key; leave the header out")
-        limit_s = timeout_limit_s(req.context.team, self._config)
-        body = parse_create(_body(req), version=version, max_timeout_s=limit_s)
-        record, _ = self._control.create(req.context.team, body)
+        team, sent = req.context.team, request_json(req)
+        body = parse_create(
+            sent,
+            version=version,
+            max_timeout_s=timeout_limit_s(team, self._config),
+            allow_no_end=self._config.allow_no_end,
+        )
+        wish = parse_idempotency(req.get_header("Idempotency-Key"), sent, version)
+        if wish is None:
+            record, _ = self._control.create(team, body)
+        else:
+            record, _ = self._once.create(team, body, wish)
         resp.status = 201
         resp.media = sandbox_answers.sandbox(record, self._config.domain)
 
@@ -91,14 +99,16 @@ class Sandbox:
     def on_post_timeout(self, req: falcon.Request, resp: falcon.Response, sandbox_id: str) -> None:
         """Sets the time that is left; 0 ends the sandbox."""
         limit_s = timeout_limit_s(req.context.team, self._config)
-        timeout_s = parse_required_timeout(_body(req), limit_s)
+        timeout_s = parse_required_timeout(request_json(req), limit_s)
         self._control.set_timeout(req.context.team, sandbox_id, timeout_s)
         resp.status = 204
 
     def on_post_connect(self, req: falcon.Request, resp: falcon.Response, sandbox_id: str) -> None:
         """Answers the sandbox and extends its time, never shortens it; 200: it was running."""
         limit_s = timeout_limit_s(req.context.team, self._config)
-        timeout_s = parse_timeout(_body(req), default=DEFAULT_TIMEOUT_V2_S, max_timeout_s=limit_s)
+        timeout_s = parse_timeout(
+            request_json(req), default=DEFAULT_TIMEOUT_V2_S, max_timeout_s=limit_s
+        )
         record, _ = self._control.set_timeout(
             req.context.team, sandbox_id, timeout_s, only_extend=True
         )
@@ -110,8 +120,14 @@ class Sandbox:
         """Extends the time, as SDKs 1.x do."""
         limit_s = timeout_limit_s(req.context.team, self._config)
         bounds = range(min(MAX_REFRESH_S, limit_s) + 1)
-        duration_s = int_field(_body(req), "duration", default=0, bounds=bounds)
+        duration_s = int_field(request_json(req), "duration", default=0, bounds=bounds)
         self._control.set_timeout(req.context.team, sandbox_id, duration_s, only_extend=True)
+        resp.status = 204
+
+    def on_put_network(self, req: falcon.Request, resp: falcon.Response, sandbox_id: str) -> None:
+        """Replaces what the sandbox may reach; in force when it answers."""
+        egress = parse_network_update(request_json(req))
+        self._control.set_egress(req.context.team, sandbox_id, egress)
         resp.status = 204
 
 

@@ -29,7 +29,7 @@ def sandbox(record: SandboxRecord, domain: str) -> Json:
         "clientID": CLIENT_ID,
         "envdVersion": ENVD_VERSION,
         "domain": domain or None,
-        "trafficAccessToken": None,
+        "trafficAccessToken": record.traffic_token or None,
     }
     if record.access_token:
         answer["envdAccessToken"] = record.access_token
@@ -59,7 +59,12 @@ def detail(record: SandboxRecord, running: RunningSandbox, domain: str) -> Json:
     """The answer to `GET /sandboxes/{id}`."""
     answer = listed(record, running)
     answer["domain"] = domain or None
-    answer["allowInternetAccess"] = running.allow_internet
+    answer["allowInternetAccess"] = running.egress.allow_internet
+    answer["network"] = {
+        "allowOut": list(running.egress.allow_out),
+        "denyOut": list(running.egress.deny_out),
+        "allowPublicTraffic": not record.traffic_token,
+    }
     answer["lifecycle"] = {"autoResume": False, "onTimeout": "kill"}
     if record.access_token:
         answer["envdAccessToken"] = record.access_token

@@ -13,16 +13,36 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, unquote
 
-from vmcell_api.json_body import bool_field, int_field, text_field, text_map_field
+from vmcell_api.json_body import (
+    bool_field,
+    int_field,
+    object_list_field,
+    text_field,
+    text_map_field,
+)
+from vmcell_api.network_rules import ANY_NETWORK, NetworkWish, parse_network
 from vmcell_protos.errors import CallerError
 
 DEFAULT_TIMEOUT_V1_S = 15
 DEFAULT_TIMEOUT_V2_S = 300
+# cubesandbox: a sandbox without an end. noded takes 400 days at most, so that is when it ends.
+NO_END = -1
+NO_END_S = 400 * 24 * 3600
 MAX_REFRESH_S = 3600
 MAX_TEMPLATE_LENGTH = 512
 MAX_PAGE = 100
 STATES = ("running", "paused")
+# Pausing needs snapshots, which vmcell does not have yet; the others are not planned for here.
+UNSUPPORTED_OPTIONS = ("autoPause", "mcp", "iam", "distributionScope")
 _CURSOR = re.compile(r"(\d{1,15})__([a-z0-9]{20})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeMount:
+    """A volume of that name at an absolute path of the guest."""
+
+    name: str
+    path: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +52,10 @@ class CreateBody:
     template: str
     timeout_s: int
     secured: bool
-    allow_internet: bool
+    network: NetworkWish = ANY_NETWORK
     metadata: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    volume_mounts: tuple[VolumeMount, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,23 +71,58 @@ class ListQuery:
     after: tuple[int, str] | None = None
 
 
-def parse_create(body: dict[str, object], *, version: int, max_timeout_s: int) -> CreateBody:
+def parse_create(
+    body: dict[str, object], *, version: int, max_timeout_s: int, allow_no_end: bool = False
+) -> CreateBody:
     """The body of `POST /sandboxes` (version 1) or `POST /v2/sandboxes`; raises CallerError."""
     _refuse_missing_options(body)
-    default_s = DEFAULT_TIMEOUT_V1_S if version == 1 else DEFAULT_TIMEOUT_V2_S
     environment = text_map_field(body, "envVars")
     for name in environment:
         if not name or "=" in name:
             raise CallerError(f"envVars names a variable {name[:40]!r}; use names without '='")
-    internet = bool_field(body, "allowInternetAccess", default=True)
+    secured = version != 1 or bool_field(body, "secure", default=False)
+    network = parse_network(body)
+    if not secured and not network.is_public:
+        raise CallerError("network.allowPublicTraffic is false, which needs secure: true")
     return CreateBody(
         template=text_field(body, "templateID", max_length=MAX_TEMPLATE_LENGTH),
-        timeout_s=parse_timeout(body, default=default_s, max_timeout_s=max_timeout_s, lowest=1),
-        secured=version != 1 or bool_field(body, "secure", default=False),
-        allow_internet=bool_field(body, "allow_internet_access", default=internet),
+        timeout_s=_create_timeout(
+            body, version=version, max_timeout_s=max_timeout_s, allow_no_end=allow_no_end
+        ),
+        secured=secured,
+        network=network,
         metadata=text_map_field(body, "metadata"),
         environment=environment,
+        volume_mounts=_volume_mounts(body),
     )
+
+
+def _create_timeout(
+    body: dict[str, object], *, version: int, max_timeout_s: int, allow_no_end: bool
+) -> int:
+    value = body.get("timeout")
+    if value == NO_END and isinstance(value, int):
+        if not allow_no_end:
+            raise CallerError(
+                f"timeout is -1, but this server ends every sandbox; at most {max_timeout_s} s"
+            )
+        return NO_END_S
+    default_s = DEFAULT_TIMEOUT_V1_S if version == 1 else DEFAULT_TIMEOUT_V2_S
+    return parse_timeout(body, default=default_s, max_timeout_s=max_timeout_s, lowest=1)
+
+
+def _volume_mounts(body: dict[str, object]) -> tuple[VolumeMount, ...]:
+    mounts = [
+        VolumeMount(
+            name=text_field(item, "name", max_length=128, prefix="volumeMounts."),
+            path=text_field(item, "path", max_length=4096, prefix="volumeMounts."),
+        )
+        for item in object_list_field(body, "volumeMounts")
+    ]
+    for mount in mounts:
+        if not mount.path.startswith("/"):
+            raise CallerError(f"volumeMounts.path is {mount.path[:60]!r}; give an absolute path")
+    return tuple(mounts)
 
 
 def parse_timeout(
@@ -85,7 +141,9 @@ def parse_required_timeout(body: dict[str, object], max_timeout_s: int) -> int:
 
 
 def _refuse_missing_options(body: dict[str, object]) -> None:
-    wanted = [name for name in ("autoPause", "mcp", "volumeMounts", "iam") if body.get(name)]
+    wanted = [name for name in UNSUPPORTED_OPTIONS if body.get(name)]
+    if body.get("autoPauseMemory") is False:
+        wanted.append("autoPauseMemory")
     resume = body.get("autoResume")
     if resume and not (isinstance(resume, dict) and not resume.get("enabled")):
         wanted.append("autoResume")
@@ -96,20 +154,9 @@ def _refuse_missing_options(body: dict[str, object]) -> None:
         if lifecycle.get("autoResume"):
             wanted.append("lifecycle.autoResume")
     elif lifecycle is not None:
-        wanted.append("lifecycle")
-    network = body.get("network")
-    if isinstance(network, dict):
-        wanted += [
-            f"network.{name}"
-            for name, value in network.items()
-            if value and (name, value) != ("allowPublicTraffic", True)
-        ]
-        if network.get("allowPublicTraffic") is False:
-            wanted.append("network.allowPublicTraffic")
-    elif network is not None:
-        raise CallerError("network takes an object")
+        raise CallerError("lifecycle takes an object")
     if wanted:
-        raise CallerError(f"this server does not have {', '.join(wanted)[:300]}; leave it out")
+        raise CallerError(f"this server does not have {', '.join(wanted)}; leave it out")
 
 
 def parse_list_query(query_string: str) -> ListQuery:
@@ -133,7 +180,7 @@ def parse_list_query(query_string: str) -> ListQuery:
         ascending=order == "asc",
         started_after_unix_ms=_unix_ms(query.get("startedAfter", "")),
         template=query.get("template", ""),
-        limit=_page_size(query.get("limit", "")),
+        limit=parse_page_size(query.get("limit", "")),
         after=_cursor(query.get("nextToken", "")),
     )
 
@@ -164,7 +211,8 @@ def _cursor(token: str) -> tuple[int, str] | None:
     return int(match[1]), match[2]
 
 
-def _page_size(text: str) -> int:
+def parse_page_size(text: str) -> int:
+    """The query parameter `limit`, 100 when empty; raises CallerError."""
     if not text:
         return MAX_PAGE
     if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= MAX_PAGE:

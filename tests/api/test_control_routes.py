@@ -3,45 +3,23 @@
 from __future__ import annotations
 
 import datetime
-import json
 import sqlite3
+from pathlib import Path
 from urllib.parse import quote, urlencode
 
 import pytest
-from api_service import ApiService
+from api_service import ApiService, api_service
+from control_client import Client, assert_error
 from falcon import testing
 
+from vmcell_api.egress import CLOSED
 from vmcell_api.node_client import NodeUnreachable
 from vmcell_protos.errors import CallerError, HostError
-
-
-class Client:
-    def __init__(self, service: ApiService, key: str | None = None) -> None:
-        self._client = testing.TestClient(service.app)
-        self.headers = {"X-API-KEY": key or service.key}
-
-    def __call__(self, method: str, path: str, body: object = None, **options: object):
-        if body is not None:
-            options["body"] = body if isinstance(body, bytes) else json.dumps(body)
-        headers = {**self.headers, **options.pop("headers", {})}
-        return self._client.simulate_request(method, path, headers=headers, **options)
-
-    def create(self, **body: object) -> dict:
-        answer = self("POST", "/v2/sandboxes", {"templateID": "base", **body})
-        assert answer.status_code == 201, answer.text
-        return answer.json
 
 
 @pytest.fixture
 def client(service: ApiService) -> Client:
     return Client(service)
-
-
-def _assert_error(answer: testing.Result, status: int, *words: str) -> None:
-    assert answer.status_code == status, answer.text
-    assert answer.json["code"] == status
-    for word in words:
-        assert word in answer.json["message"]
 
 
 def test_create_v2_hands_everything_to_the_node(service: ApiService, client: Client) -> None:
@@ -54,7 +32,7 @@ def test_create_v2_hands_everything_to_the_node(service: ApiService, client: Cli
     assert order.sandbox_id == answer["sandboxID"]
     assert order.access_token == answer["envdAccessToken"]
     assert len(order.access_token) == 64
-    assert (order.timeout_s, order.environment, order.allow_internet) == (77, {"X": "1"}, False)
+    assert (order.timeout_s, order.environment, order.egress) == (77, {"X": "1"}, CLOSED)
     assert order.image == "docker.io/vmcell/base:latest"
     detail = client("GET", f"/sandboxes/{answer['sandboxID']}").json
     assert detail["metadata"] == {"a": "b"}
@@ -90,11 +68,24 @@ def test_defaults_of_the_two_create_versions(service: ApiService, client: Client
     assert service.node.orders[1].access_token == ""
 
 
+def test_a_timeout_without_an_end(client: Client) -> None:
+    """cubesandbox's -1; noded's longest is 400 days."""
+    answer = client.create(timeout=-1)
+    left = _end_at(client, answer["sandboxID"]) - datetime.datetime.now(datetime.UTC)
+    assert left > datetime.timedelta(days=399)
+
+
+def test_a_server_that_ends_every_sandbox_refuses_to_keep_one(tmp_path: Path) -> None:
+    with api_service(tmp_path, allow_no_end=False) as service:
+        body = {"templateID": "base", "timeout": -1}
+        assert_error(Client(service)("POST", "/v2/sandboxes", body), 400, "86400")
+
+
 def test_an_imported_image_is_a_template_too(service: ApiService, client: Client) -> None:
     answer = client("POST", "/v2/sandboxes", {"templateID": "docker.io/x/y:1"})
     assert answer.status_code == 201
     assert service.node.orders[0].image == "docker.io/x/y:1"
-    _assert_error(
+    assert_error(
         client("POST", "/v2/sandboxes", {"templateID": "nothing"}), 404, "template", "nothing"
     )
     assert len(client("GET", "/v2/sandboxes").json) == 1
@@ -109,7 +100,8 @@ def test_an_imported_image_is_a_template_too(service: ApiService, client: Client
         ({"templateID": "base", "timeout": "9"}, "timeout"),
         ({"templateID": "base", "timeout": True}, "timeout"),
         ({"templateID": "base", "timeout": 0}, "timeout"),
-        ({"templateID": "base", "timeout": -1}, "timeout"),
+        ({"templateID": "base", "timeout": -2}, "timeout"),
+        ({"templateID": "base", "timeout": -1.0}, "timeout"),
         ({"templateID": "base", "timeout": 86401}, "timeout"),
         ({"templateID": "base", "timeout": 1.5}, "timeout"),
         ({"templateID": "base", "metadata": {"a": 1}}, "metadata"),
@@ -122,52 +114,50 @@ def test_an_imported_image_is_a_template_too(service: ApiService, client: Client
         ({"templateID": "base", "autoResume": {"enabled": True}}, "autoResume"),
         ({"templateID": "base", "mcp": {"x": {}}}, "mcp"),
         ({"templateID": "base", "volumeMounts": [{"name": "v"}]}, "volumeMounts"),
+        ({"templateID": "base", "volumeMounts": [{"name": "v", "path": "/v"}]}, "volumeMounts"),
         ({"templateID": "base", "iam": {"tokens": {}}}, "iam"),
-        ({"templateID": "base", "network": {"allowOut": ["1.1.1.1/32"]}}, "network.allowOut"),
-        ({"templateID": "base", "network": {"denyOut": ["0.0.0.0/0"]}}, "network.denyOut"),
-        ({"templateID": "base", "network": {"allowPublicTraffic": False}}, "allowPublicTraffic"),
         ({"templateID": "base", "lifecycle": {"onTimeout": "pause"}}, "lifecycle.onTimeout"),
+        ({"templateID": "base", "lifecycle": {"autoResume": True}}, "lifecycle.autoResume"),
+        ({"templateID": "base", "lifecycle": "kill"}, "lifecycle"),
+        ({"templateID": "base", "autoResume": True}, "autoResume"),
+        ({"templateID": "base", "autoPauseMemory": False}, "autoPauseMemory"),
+        ({"templateID": "base", "distributionScope": ["a"]}, "distributionScope"),
         ({"templateID": "base", "metadata": {str(i): "" for i in range(10001)}}, "values"),
     ],
 )
 def test_bad_create_is_refused_by_name(
     service: ApiService, client: Client, body: dict, word: str
 ) -> None:
-    _assert_error(client("POST", "/v2/sandboxes", body), 400, word)
+    assert_error(client("POST", "/v2/sandboxes", body), 400, word)
     assert not service.node.orders
     assert not service.store.sandboxes(team_id=service.store.ensure_team("team-one").team_id)
-
-
-def test_an_idempotency_key_is_refused(service: ApiService, client: Client) -> None:
-    body = {"templateID": "base"}
-    answer = client("POST", "/v2/sandboxes", body, headers={"Idempotency-Key": "k"})
-    _assert_error(answer, 400, "Idempotency-Key")
-    assert not service.node.orders
 
 
 def test_options_that_ask_for_nothing_are_fine(client: Client) -> None:
     client.create(
         autoPause=False,
+        autoPauseMemory=True,
         autoResume={"enabled": False},
+        distributionScope=[],
         mcp=None,
         volumeMounts=[],
         network={"allowPublicTraffic": True, "allowOut": []},
-        lifecycle={"onTimeout": "kill"},
+        lifecycle={"onTimeout": "kill", "autoResume": False},
         unknown_field=7,
     )
 
 
 @pytest.mark.parametrize("data", ["[1]", "{", '"x"', "[" * 100000, '{"a": NaN}', "\xff"])
 def test_bodies_that_are_no_object(client: Client, data: str) -> None:
-    _assert_error(client("POST", "/v2/sandboxes", data.encode("latin-1")), 400, "body")
+    assert_error(client("POST", "/v2/sandboxes", data.encode("latin-1")), 400, "body")
 
 
 def test_deep_and_large_bodies(client: Client) -> None:
     deep: object = {}
     for _ in range(40):
         deep = {"x": deep}
-    _assert_error(client("POST", "/v2/sandboxes", deep), 400, "nested")
-    _assert_error(client("POST", "/v2/sandboxes", {"x": "y" * (1 << 20)}), 413, "1048576")
+    assert_error(client("POST", "/v2/sandboxes", deep), 400, "nested")
+    assert_error(client("POST", "/v2/sandboxes", {"x": "y" * (1 << 20)}), 413, "1048576")
 
 
 def test_another_teams_sandbox_is_unknown(service: ApiService, client: Client) -> None:
@@ -181,7 +171,7 @@ def test_another_teams_sandbox_is_unknown(service: ApiService, client: Client) -
         ("POST", "/refreshes", {"duration": 5}),
     ]
     for method, tail, body in calls:
-        _assert_error(stranger(method, f"/sandboxes/{sandbox_id}{tail}", body), 404)
+        assert_error(stranger(method, f"/sandboxes/{sandbox_id}{tail}", body), 404)
     assert stranger("GET", "/v2/sandboxes").json == []
     assert client("GET", f"/sandboxes/{sandbox_id}").status_code == 200
 
@@ -189,15 +179,15 @@ def test_another_teams_sandbox_is_unknown(service: ApiService, client: Client) -
 def test_kill_once(client: Client) -> None:
     sandbox_id = client.create()["sandboxID"]
     assert client("DELETE", f"/sandboxes/{sandbox_id}").status_code == 204
-    _assert_error(client("DELETE", f"/sandboxes/{sandbox_id}"), 404, "was not found")
-    _assert_error(client("GET", f"/sandboxes/{sandbox_id}"), 404)
+    assert_error(client("DELETE", f"/sandboxes/{sandbox_id}"), 404, "was not found")
+    assert_error(client("GET", f"/sandboxes/{sandbox_id}"), 404)
 
 
 def test_the_joined_id_of_old_sdks(client: Client) -> None:
     sandbox_id = client.create()["sandboxID"]
     assert client("GET", f"/sandboxes/{sandbox_id}-vmcell").status_code == 200
-    _assert_error(client("GET", "/sandboxes/..%2f..%2fetc"), 404)
-    _assert_error(client("GET", "/sandboxes/" + "a" * 5000), 404)
+    assert_error(client("GET", "/sandboxes/..%2f..%2fetc"), 404)
+    assert_error(client("GET", "/sandboxes/" + "a" * 5000), 404)
 
 
 def _end_at(client: Client, sandbox_id: str) -> datetime.datetime:
@@ -220,11 +210,11 @@ def test_timeouts(client: Client) -> None:
     path = f"/sandboxes/{sandbox_id}/refreshes"
     assert client("POST", path, {"duration": 3600}).status_code == 204
     assert _end_at(client, sandbox_id) > extended
-    _assert_error(client("POST", path, {"duration": 3601}), 400, "duration")
-    _assert_error(client("POST", f"/sandboxes/{sandbox_id}/timeout", {}), 400, "timeout")
-    _assert_error(client("POST", f"/sandboxes/{sandbox_id}/timeout", {"timeout": -1}), 400)
+    assert_error(client("POST", path, {"duration": 3601}), 400, "duration")
+    assert_error(client("POST", f"/sandboxes/{sandbox_id}/timeout", {}), 400, "timeout")
+    assert_error(client("POST", f"/sandboxes/{sandbox_id}/timeout", {"timeout": -1}), 400)
     unknown = "i" + "0" * 19
-    _assert_error(client("POST", f"/sandboxes/{unknown}/timeout", {"timeout": 1}), 404)
+    assert_error(client("POST", f"/sandboxes/{unknown}/timeout", {"timeout": 1}), 404)
 
 
 def test_list_pages_in_both_orders(client: Client) -> None:
@@ -268,24 +258,24 @@ def test_list_filters(client: Client) -> None:
               "nextToken=YWJj", "startedAfter=yesterday"]
 )  # fmt: skip
 def test_bad_list_queries(client: Client, query: str) -> None:
-    _assert_error(client("GET", "/v2/sandboxes", query_string=query), 400, query.split("=")[0])
+    assert_error(client("GET", "/v2/sandboxes", query_string=query), 400, query.split("=")[0])
 
 
 def test_keys(service: ApiService) -> None:
     anonymous = testing.TestClient(service.app)
-    _assert_error(anonymous.simulate_get("/v2/sandboxes"), 401)
+    assert_error(anonymous.simulate_get("/v2/sandboxes"), 401)
     for wrong in ("e2b_" + "0" * 40, "x", "e2b_zz", "é"):
         headers = {"X-API-KEY": wrong}
-        _assert_error(anonymous.simulate_get("/v2/sandboxes", headers=headers), 401)
+        assert_error(anonymous.simulate_get("/v2/sandboxes", headers=headers), 401)
     bearer = {"Authorization": f"Bearer {service.key}"}
     assert anonymous.simulate_get("/v2/sandboxes", headers=bearer).status_code == 200
     assert anonymous.simulate_get("/health").json == {"status": "ok"}
 
 
 def test_no_route_no_method(client: Client) -> None:
-    _assert_error(client("GET", "/nothing"), 404, "/nothing")
+    assert_error(client("GET", "/nothing"), 404, "/nothing")
     answer = client("PUT", "/v2/sandboxes")
-    _assert_error(answer, 405, "PUT")
+    assert_error(answer, 405, "PUT")
     assert "POST" in answer.headers["allow"]
 
 
@@ -324,7 +314,7 @@ def test_errors_of_the_node(
 
     service.node.on_create = fail
     answer = client("POST", "/v2/sandboxes", {"templateID": "base"})
-    _assert_error(answer, status, str(error))
+    assert_error(answer, status, str(error))
     if status >= 500:
         assert ("retry-after" in answer.headers) is retry
         assert (answer.headers.get("should-retry") == "false") is not retry
@@ -336,7 +326,7 @@ def test_a_bug_is_a_500_without_its_trace(service: ApiService, client: Client) -
 
     service.node.on_create = fail
     answer = client("POST", "/v2/sandboxes", {"templateID": "base"})
-    _assert_error(answer, 500)
+    assert_error(answer, 500)
     assert "secret" not in answer.text
 
 
@@ -346,7 +336,7 @@ def test_the_teams_limit(service: ApiService, client: Client) -> None:
     for _ in range(team.sandbox_limit - 1):
         client.create()
     answer = client("POST", "/v2/sandboxes", {"templateID": "base"})
-    _assert_error(answer, 429, str(team.sandbox_limit))
+    assert_error(answer, 429, str(team.sandbox_limit))
     assert answer.headers["should-retry"] == "false"
     client("DELETE", f"/sandboxes/{first}")
     client.create()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from api_service import ApiService, listening
 from e2b import NotFoundException, Sandbox, SandboxQuery, SandboxState
 from e2b.exceptions import AuthenticationException, RateLimitException, SandboxException
 
+from vmcell_api.egress import Egress
+from vmcell_api.metric_sample import MetricSample
 from vmcell_protos.errors import HostError
 
 
@@ -48,6 +52,93 @@ def test_create_look_extend_kill(sdk: ApiService) -> None:
         Sandbox.connect(sandbox.sandbox_id)
 
 
+def test_network_rules(sdk: ApiService) -> None:
+    sandbox = Sandbox.create(
+        template="base",
+        network={
+            "allow_out": ["1.1.1.1"],
+            "deny_out": lambda ctx: [ctx.all_traffic],
+            "allow_public_traffic": False,
+        },
+    )
+    assert sdk.node.orders[0].egress == Egress(allow_out=("1.1.1.1",), deny_out=("0.0.0.0/0",))
+    assert sandbox.traffic_access_token
+    again = Sandbox.connect(sandbox.sandbox_id)
+    assert again.traffic_access_token == sandbox.traffic_access_token
+    network = sandbox.get_info().network
+    assert network is not None
+    assert (network["allow_out"], network["deny_out"]) == (["1.1.1.1"], ["0.0.0.0/0"])
+    sandbox.update_network({"deny_out": ["8.8.8.8/32"], "allow_internet_access": True})
+    assert sdk.node.running[sandbox.sandbox_id].egress == Egress(deny_out=("8.8.8.8/32",))
+    sandbox.kill()
+    with pytest.raises(NotFoundException):
+        sandbox.update_network({"deny_out": []})
+
+
+def test_a_repeated_create_with_its_key(sdk: ApiService) -> None:
+    first = Sandbox.create(template="base", idempotency_key="order-1")
+    again = Sandbox.create(template="base", idempotency_key="order-1")
+    assert again.sandbox_id == first.sandbox_id
+    assert len(sdk.node.orders) == 1
+    with pytest.raises(SandboxException, match="another body"):
+        Sandbox.create(template="base", timeout=7, idempotency_key="order-1")
+
+
+def test_a_create_is_repeated_while_the_first_is_at_work(sdk: ApiService) -> None:
+    """The SDK does so by itself, as the answer says."""
+    asked, go_on = threading.Event(), threading.Event()
+
+    def wait(order: object) -> None:
+        asked.set()
+        assert go_on.wait(20)
+
+    sdk.node.on_create = wait
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(Sandbox.create, template="base", idempotency_key="order-1")
+        assert asked.wait(20)
+        second = pool.submit(Sandbox.create, template="base", idempotency_key="order-1")
+        go_on.set()
+        assert second.result(30).sandbox_id == first.result(30).sandbox_id
+    assert len(sdk.node.orders) == 1
+
+
+def test_metrics(sdk: ApiService) -> None:
+    sandbox = Sandbox.create(template="base")
+    assert sandbox.get_metrics() == []
+    sdk.node.samples[sandbox.sandbox_id] = [
+        MetricSample(
+            unix_ms=1_800_000_000_000 + 5000 * number,
+            cpu_count=2,
+            cpu_used_pct=99.5,
+            mem_used_bytes=1,
+            mem_total_bytes=2,
+            mem_cache_bytes=3,
+            disk_used_bytes=4,
+            disk_total_bytes=5,
+        )
+        for number in range(4)
+    ]
+    found = sandbox.get_metrics()
+    assert len(found) == 4
+    assert (found[0].cpu_used_pct, found[0].mem_cache, found[0].disk_total) == (99.5, 3, 5)
+    start = datetime.datetime.fromtimestamp(1_800_000_005, datetime.UTC)
+    assert len(sandbox.get_metrics(start=start)) == 3
+    assert len(sandbox.get_metrics(end=start)) == 2
+    sandbox.kill()
+    with pytest.raises(NotFoundException):
+        sandbox.get_metrics()
+
+
+def test_what_needs_snapshots_is_refused_by_name(sdk: ApiService) -> None:
+    sandbox = Sandbox.create(template="base")
+    calls = (sandbox.pause, sandbox.create_snapshot, sandbox.fork)
+    for call, name in zip(calls, ("pause", "snapshots", "fork"), strict=True):
+        with pytest.raises(SandboxException, match=f"does not have {name}"):
+            call()
+    assert sandbox.list_snapshots().next_items() == []
+    assert sandbox.get_info().state == SandboxState.RUNNING
+
+
 def test_list_and_its_filters(sdk: ApiService) -> None:
     red = Sandbox.create(template="base", metadata={"colour": "dark red", "n=1": "50%"})
     blue = Sandbox.create(template="small", metadata={"colour": "blue"})
@@ -72,8 +163,13 @@ def test_errors_reach_the_caller_as_its_exceptions(
         Sandbox.create(template="no-such-template")
     with pytest.raises(SandboxException, match="autoPause"):
         Sandbox.create(template="base", lifecycle={"on_timeout": "pause"})
-    with pytest.raises(SandboxException, match=r"network\.denyOut"):
-        Sandbox.create(template="base", network={"deny_out": ["0.0.0.0/0"]})
+    with pytest.raises(SandboxException, match=r"network\.allowOut"):
+        Sandbox.create(
+            template="base",
+            network={"allow_out": ["example.com"], "deny_out": lambda ctx: [ctx.all_traffic]},
+        )
+    with pytest.raises(SandboxException, match=r"network\.dnsServers"):
+        Sandbox.create(template="base", network={"dns_servers": ["9.9.9.9"]})
 
     attempts = []
 

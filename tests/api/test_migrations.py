@@ -22,6 +22,8 @@ from vmcell_api.store.teams import Teams
 from vmcell_protos.errors import HostError
 
 SCHEMAS = Path(__file__).with_name("released_schemas")
+# Steps that only ever came together with a later one.
+NEVER_ALONE = {"0002"}
 RELEASED = sorted(path.stem for path in SCHEMAS.glob("*.sql"))
 TEAM_ONE = "0b5e0a3e-0000-4000-8000-000000000001"
 
@@ -56,11 +58,11 @@ def _assert_tables_are_right(url: str) -> None:
     engine.dispose()
 
 
-def test_every_version_but_the_newest_has_its_fixture() -> None:
+def test_every_released_version_but_the_newest_has_its_fixture() -> None:
     """A schema that was released may not be forgotten: write tests/api/released_schemas/N.sql."""
     versions = {script.revision for script in _script().walk_revisions()}
     assert _script().get_current_head() == SCHEMA_VERSION
-    assert {*RELEASED} == versions - {SCHEMA_VERSION}
+    assert {*RELEASED} == versions - NEVER_ALONE - {SCHEMA_VERSION}
 
 
 def test_from_nothing(empty_url: str) -> None:

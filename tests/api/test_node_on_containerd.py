@@ -26,6 +26,7 @@ from real_containerd import RealContainerd, real_containerd
 from stand_in_images import BROKEN, GOOD, REFUSES, SILENT, import_stand_ins
 
 from vmcell_api.config import ApiConfig
+from vmcell_api.egress import CLOSED, OPEN, Egress
 from vmcell_api.identifiers import new_sandbox_id
 from vmcell_api.node import door
 from vmcell_api.node import node as node_module
@@ -296,6 +297,59 @@ def _shim_of(sandbox_id: str) -> int:
     raise AssertionError(f"no shim of {sandbox_id}")
 
 
+def test_rules_are_kept_by_the_next_noded(containerd: RealContainerd, config: ApiConfig) -> None:
+    rules = Egress(allow_out=("1.1.1.1",), deny_out=("0.0.0.0/0", "::/0"))
+    first = build_node(config)
+    first.open()
+    made = first.create(_request(egress=CLOSED))
+    assert first.set_egress(made.sandbox_id, rules).egress == rules
+    first.close()
+    second = build_node(config)
+    second.open()
+    try:
+        assert [sandbox.egress for sandbox in second.list()] == [rules]
+        table = subprocess.run(
+            ["nft", "list", "chain", "inet", "vmcell", "rules_vmc1"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert "1.1.1.1" in table
+        second.set_egress(made.sandbox_id, OPEN)
+        assert second.get(made.sandbox_id).egress == OPEN
+        info = json.loads(containerd.ctr("containers", "info", made.sandbox_id))
+        assert not info["Labels"].get("io.vmcell.deny-out")
+        second.kill(made.sandbox_id)
+        with pytest.raises(CallerError, match="was not found"):
+            second.set_egress(made.sandbox_id, rules)
+        _nothing_left(second, containerd, config)
+    finally:
+        second.close()
+        second.slots.close_all()
+
+
+def test_rules_that_cannot_be_written_are_not_in_force(
+    node: Node, containerd: RealContainerd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = node.create(_request(egress=CLOSED))
+
+    def refuse(*_: object) -> None:
+        raise HostError("containerd does not take labels")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(node.containerd, "set_labels", refuse)
+        with pytest.raises(HostError, match="labels"):
+            node.set_egress(made.sandbox_id, OPEN)
+    assert node.get(made.sandbox_id).egress == CLOSED
+    egress = subprocess.run(
+        ["nft", "list", "map", "inet", "vmcell", "egress"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert '"vmc1"' not in egress
+
+
 def test_only_one_noded_of_a_socket(config: ApiConfig) -> None:
     with (
         door.only_one(config.node_socket),
@@ -408,10 +462,10 @@ def test_the_door(node: Node, config: ApiConfig) -> None:
             vcpus=2,
             memory_mib=128,
             timeout_s=60,
-            allow_internet=False,
+            egress=CLOSED,
         )
         running = client.create(order)
-        assert (running.disk_mib, running.vcpus, running.allow_internet) == (77, 2, False)
+        assert (running.disk_mib, running.vcpus, running.egress) == (77, 2, CLOSED)
         assert client.list() == [running]
         assert client.get(order.sandbox_id) == running
         moved = client.set_deadline(order.sandbox_id, 600, only_extend=True)

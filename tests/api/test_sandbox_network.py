@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import pytest
 from own_netns import own_netns
 
+from vmcell_api.egress import CLOSED, OPEN, Egress
 from vmcell_api.node import firewall
 from vmcell_api.node.slot_plan import Slot
 from vmcell_api.node.slots import SlotPool
@@ -59,7 +60,7 @@ def pool() -> Iterator[SlotPool]:
 def _claim_again(pool: SlotPool, slot: Slot) -> Slot:
     """The slot's next turn; the one that has been free for longest comes first."""
     for _ in range(pool.slot_count):
-        if pool.claim(allow_internet=True).number == slot.number:
+        if pool.claim(OPEN).number == slot.number:
             return slot
     raise AssertionError(f"slot {slot.number} did not come round")
 
@@ -201,8 +202,8 @@ def _leaves(
 
 def test_out_to_the_internet_and_nowhere_else(pool: SlotPool) -> None:
     with (
-        _guest(pool.claim(allow_internet=True)) as guest,
-        _guest(pool.claim(allow_internet=False)) as closed,
+        _guest(pool.claim(OPEN)) as guest,
+        _guest(pool.claim(CLOSED)) as closed,
         _way_out() as out,
     ):
         frame = _leaves(out, guest, guest, OUTSIDE)
@@ -214,10 +215,97 @@ def test_out_to_the_internet_and_nowhere_else(pool: SlotPool) -> None:
         assert _leaves(out, closed, guest, OUTSIDE) is None
 
 
+RULES = [
+    (Egress(deny_out=("93.184.216.0/24",)), {OUTSIDE: False, "1.1.1.1": True}),
+    (Egress(deny_out=("0.0.0.0/0",)), {OUTSIDE: False, "1.1.1.1": False}),
+    (
+        Egress(allow_out=(OUTSIDE,), deny_out=("0.0.0.0/0", "::/0")),
+        {OUTSIDE: True, "93.184.216.35": False, "1.1.1.1": False},
+    ),
+    (
+        Egress(allow_internet=False, allow_out=("93.184.216.34/30", "93.184.216.32/28")),
+        {OUTSIDE: True, "93.184.216.47": True, "93.184.216.48": False},
+    ),
+    (
+        Egress(allow_out=("0.0.0.0/0",), deny_out=("1.1.1.1",)),
+        {OUTSIDE: True, "1.1.1.1": True, "10.1.2.3": False, "169.254.169.254": False},
+    ),
+    (Egress(allow_out=(OUTSIDE,)), {OUTSIDE: True, "1.1.1.1": True}),
+]
+
+
+@pytest.mark.parametrize(("rules", "expected"), RULES)
+def test_rules_by_address(pool: SlotPool, rules: Egress, expected: dict[str, bool]) -> None:
+    """At a claim, after a change, and when a new noded opens the slots again."""
+    claimed, changed, witness = pool.claim(rules), pool.claim(CLOSED), pool.claim(OPEN)
+    pool.set_egress(changed.number, Egress(deny_out=("8.8.8.8",)))
+    pool.set_egress(changed.number, rules)
+    with _guest(witness) as passing, _way_out() as out:
+        for slot in (claimed, changed):
+            with _guest(slot) as guest:
+                for address, passes in expected.items():
+                    left = _leaves(out, guest, passing, address)
+                    assert (left is not None) is passes, (address, slot.tap)
+        taken = {slot.number: rules for slot in (claimed, changed)}
+        again = SlotPool(network="10.88.0.0/16", slot_count=3)
+        again.open({**taken, witness.number: OPEN})
+        with _guest(claimed) as guest:
+            for address, passes in expected.items():
+                assert (_leaves(out, guest, passing, address) is not None) is passes, address
+        again.release(claimed.number)
+        assert f"rules_{claimed.tap}" not in _run("nft", "list", "table", "inet", "vmcell")
+        with _guest(claimed) as guest:
+            assert _leaves(out, guest, passing, "1.1.1.1") is not None
+
+
+def test_rules_hold_for_the_name_server_too(pool: SlotPool) -> None:
+    denied, witness = pool.claim(Egress(deny_out=("0.0.0.0/0",))), pool.claim(OPEN)
+    with _guest(denied) as guest, _guest(witness) as passing, _way_out() as out:
+        assert _leaves(out, guest, passing, "198.18.0.2", port=53) is None
+        pool.set_egress(denied.number, OPEN)
+        assert _leaves(out, guest, passing, "198.18.0.2", port=53) is not None
+
+
+def test_a_connection_that_a_change_denies_ends(pool: SlotPool) -> None:
+    slot = pool.claim(OPEN)
+    other = "1.1.1.1"
+    with _guest(slot) as guest, _way_out() as out:
+        leaving = {}
+        for address, source_port in ((OUTSIDE, 4000), (other, 4001)):
+            guest.send(address, MARK, source_port=source_port)
+            leaving[address] = _until(out, MARK)
+            os.write(out, _answer_to(leaving[address], b"answer"))
+            guest.receive(b"answer")
+        pool.set_egress(slot.number, Egress(deny_out=(OUTSIDE,)))
+        os.write(out, _answer_to(leaving[OUTSIDE], b"denied peer"))
+        os.write(out, _answer_to(leaving[other], b"allowed peer"))
+        seen: list[bytes] = []
+        _until(guest.fd, b"allowed peer", seen)
+        assert not [frame for frame in seen if b"denied peer" in frame]
+
+
+def test_a_new_noded_forgets_the_connections_of_free_slots(pool: SlotPool) -> None:
+    """The last one may have died when the sandbox was gone and its slot not yet released."""
+    slot = pool.claim(OPEN)
+    with _guest(slot) as guest, _way_out() as out:
+        guest.send(OUTSIDE, MARK, source_port=4000)
+        answer = _answer_to(_until(out, MARK), b"late answer")
+        os.write(out, answer)
+        guest.receive(b"late answer")
+        again = SlotPool(network="10.88.0.0/16", slot_count=3)
+        again.open({})
+        os.write(out, answer)
+        guest.send(OUTSIDE, b"of the next", port=8, source_port=4001)
+        os.write(out, _answer_to(_until(out, b"of the next"), b"fresh answer"))
+        seen: list[bytes] = []
+        _until(guest.fd, b"fresh answer", seen)
+        assert not [frame for frame in seen if b"late answer" in frame]
+
+
 def test_a_private_name_server_is_open_on_its_port(pool: SlotPool) -> None:
     with (
-        _guest(pool.claim(allow_internet=True)) as guest,
-        _guest(pool.claim(allow_internet=False)) as closed,
+        _guest(pool.claim(OPEN)) as guest,
+        _guest(pool.claim(CLOSED)) as closed,
         _way_out() as out,
     ):
         assert _leaves(out, guest, guest, "198.18.0.2", port=53) is not None
@@ -226,7 +314,7 @@ def test_a_private_name_server_is_open_on_its_port(pool: SlotPool) -> None:
 
 
 def test_a_released_slot_has_its_internet_again(pool: SlotPool) -> None:
-    closed = pool.claim(allow_internet=False)
+    closed = pool.claim(CLOSED)
     pool.release(closed.number)
     pool.release(closed.number)
     assert pool.free_count == 3
@@ -237,7 +325,7 @@ def test_a_released_slot_has_its_internet_again(pool: SlotPool) -> None:
 
 
 def test_the_peers_of_the_last_sandbox_do_not_reach_the_next(pool: SlotPool) -> None:
-    slot = pool.claim(allow_internet=True)
+    slot = pool.claim(OPEN)
     with _guest(slot) as guest, _way_out() as out, _host_socket() as host:
         guest.send(OUTSIDE, MARK, port=7, source_port=4000)
         leaving = _until(out, MARK)
@@ -258,7 +346,7 @@ def test_the_peers_of_the_last_sandbox_do_not_reach_the_next(pool: SlotPool) -> 
 
 
 def test_what_was_meant_for_the_last_sandbox_does_not_reach_the_next(pool: SlotPool) -> None:
-    slot = pool.claim(allow_internet=True)
+    slot = pool.claim(OPEN)
     with _guest(slot) as guest, _host_socket() as host, socket.socket() as proxy:
         proxy.setblocking(False)
         proxy.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -287,7 +375,7 @@ def _wait_for_the_end(connection: socket.socket, ended: list[bool]) -> None:
 
 
 def test_arp_tells_the_gateway_and_no_other_address_of_the_host(pool: SlotPool) -> None:
-    slot = pool.claim(allow_internet=True)
+    slot = pool.claim(OPEN)
     with _guest(slot) as guest:
         guest.ask_arp("198.18.0.1")
         guest.ask_arp(slot.host_address, source=pool.at(2).guest_address)
@@ -306,8 +394,8 @@ def _answer_to(frame: bytes, payload: bytes) -> bytes:
 
 
 def test_only_as_itself(pool: SlotPool) -> None:
-    with _guest(pool.claim(allow_internet=True)) as guest, _way_out() as out:
-        other = pool.claim(allow_internet=True)
+    with _guest(pool.claim(OPEN)) as guest, _way_out() as out:
+        other = pool.claim(OPEN)
         for disguise in (
             {"source": other.guest_address},
             {"source": "8.8.8.8"},
@@ -322,7 +410,7 @@ def test_only_as_itself(pool: SlotPool) -> None:
 
 
 def test_not_to_another_sandbox(pool: SlotPool) -> None:
-    one, two = pool.claim(allow_internet=True), pool.claim(allow_internet=True)
+    one, two = pool.claim(OPEN), pool.claim(OPEN)
     with (
         _guest(one) as guest,
         _guest(two) as victim,
@@ -337,7 +425,7 @@ def test_not_to_another_sandbox(pool: SlotPool) -> None:
 
 def test_the_host_reaches_the_guest_but_not_the_other_way(pool: SlotPool) -> None:
     with (
-        _guest(pool.claim(allow_internet=True)) as guest,
+        _guest(pool.claim(OPEN)) as guest,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as listening,
     ):
@@ -359,16 +447,16 @@ def test_the_host_reaches_the_guest_but_not_the_other_way(pool: SlotPool) -> Non
 
 
 def test_opening_again_keeps_running_sandboxes(pool: SlotPool) -> None:
-    closed = pool.claim(allow_internet=False)
+    closed = pool.claim(CLOSED)
     second = SlotPool(network="10.88.0.0/16", slot_count=2)
-    second.open({closed.number: False, 9: True})
+    second.open({closed.number: CLOSED, 9: OPEN})
     assert second.free_count == 1
     egress = _run("nft", "list", "map", "inet", "vmcell", "egress")
     assert f'"{closed.tap}"' not in egress
     assert '"vmc9"' in egress
-    assert second.claim(allow_internet=True).number != closed.number
+    assert second.claim(OPEN).number != closed.number
     with pytest.raises(HostError, match="all 2 sandbox slots") as caught:
-        second.claim(allow_internet=True)
+        second.claim(OPEN)
     assert caught.value.code == "resource_exhausted"
     second.release(9)
     assert second.free_count == 0, "slot 9 is beyond the pool and does not come back"
@@ -388,7 +476,7 @@ def test_a_refused_rule_is_one_sentence() -> None:
 
 def test_the_slot_that_is_free_for_longest_comes_first(pool: SlotPool) -> None:
     """So that an answer of the router that is a moment old does not name another sandbox's slot."""
-    first = pool.claim(allow_internet=True)
+    first = pool.claim(OPEN)
     pool.release(first.number)
-    taken = [pool.claim(allow_internet=True).number for _ in range(pool.slot_count)]
+    taken = [pool.claim(OPEN).number for _ in range(pool.slot_count)]
     assert taken[-1] == first.number

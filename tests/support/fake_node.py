@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from vmcell_api.egress import Egress
+from vmcell_api.metric_sample import MetricSample
 from vmcell_api.node_client import NewSandbox, NodeInfo, RunningSandbox
 from vmcell_protos.errors import CallerError, VmcellError
 
@@ -21,6 +23,8 @@ class FakeNode:
         self.running: dict[str, RunningSandbox] = {}
         self.orders: list[NewSandbox] = []
         self.fail_next: VmcellError | None = None
+        self.samples: dict[str, list[MetricSample]] = {}
+        self.logs = b'{"entries": []}'
         self.on_create: Callable[[NewSandbox], None] = lambda order: None
         self._lock = threading.Lock()
         self._clock_ms = time.time_ns() // 1_000_000
@@ -43,7 +47,7 @@ class FakeNode:
                 started_at_unix_ms=self._clock_ms,
                 end_at_unix_ms=self._now_ms() + sandbox.timeout_s * 1000,
                 address=self.address,
-                allow_internet=sandbox.allow_internet,
+                egress=sandbox.egress,
             )
             self.running[sandbox.sandbox_id] = running
         return running
@@ -74,6 +78,31 @@ class FakeNode:
     def info(self) -> NodeInfo:
         self._maybe_fail()
         return NodeInfo(containerd_version="0", slot_count=8, slots_free=8 - len(self.running))
+
+    def set_egress(self, sandbox_id: str, egress: Egress) -> RunningSandbox:
+        self.running[sandbox_id] = replace(self.get(sandbox_id), egress=egress)
+        return self.running[sandbox_id]
+
+    def metrics(
+        self,
+        sandbox_ids: Sequence[str],
+        *,
+        start_unix_ms: int = 0,
+        end_unix_ms: int = 0,
+        newest_only: bool = False,
+    ) -> dict[str, Sequence[MetricSample]]:
+        self._maybe_fail()
+        end = end_unix_ms or 1 << 62
+        found: dict[str, Sequence[MetricSample]] = {}
+        for key in self.running.keys() & set(sandbox_ids):
+            samples = self.samples.get(key, [])
+            inside = [row for row in samples if start_unix_ms <= row.unix_ms <= end]
+            found[key] = samples[-1:] if newest_only else inside
+        return found
+
+    def envd_logs(self, running: RunningSandbox, access_token: str) -> bytes:
+        self._maybe_fail()
+        return self.logs
 
     def _maybe_fail(self) -> None:
         if self.fail_next is not None:

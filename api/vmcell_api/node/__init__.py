@@ -11,6 +11,7 @@ containerd     containerd's gRPC services, errors as ours
 guest_init     envd's token, environment and health
 sandbox_files  resolv.conf, hosts and hostname for a guest
 sandbox        a sandbox, as labels and back
+metrics        what sandboxes used over time
 teardown       removing a sandbox, however much of it there is
 build          making a sandbox
 deadlines      a timer on the monotonic clock

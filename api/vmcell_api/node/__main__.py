@@ -49,7 +49,13 @@ def build_node(config: ApiConfig) -> Node:
         slot_count=config.slot_count,
         nameservers=config.nameservers,
     )
-    return Node(containerd, slots, SandboxBuilder(containerd, settings), config.state_dir)
+    return Node(
+        containerd,
+        slots,
+        SandboxBuilder(containerd, settings),
+        config.state_dir,
+        metrics_interval_s=config.metrics_interval_s,
+    )
 
 
 def wait_for_containerd(containerd: Containerd, socket_path: str) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import dataclass, field, replace
 
+from vmcell_api.egress import OPEN, Egress
 from vmcell_api.node import guest_init, oci_image, oci_spec, sandbox_files
 from vmcell_api.node.containerd import Containerd
 from vmcell_api.node.sandbox import (
@@ -43,7 +44,7 @@ class SandboxRequest:
     environment: dict[str, str] = field(default_factory=dict)
     access_token: str = field(default="", repr=False)
     default_user: str = ""
-    allow_internet: bool = True
+    egress: Egress = OPEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +96,18 @@ class SandboxBuilder:
             vcpus=request.vcpus,
             memory_mib=request.memory_mib,
             slot_number=slot.number,
-            allow_internet=request.allow_internet,
+            egress=request.egress,
             address=slot.guest_address,
         )
         deadline = time.monotonic() + self._settings.start_timeout_s
-        self._create_task(sandbox, image, slot, deadline)
+        files = sandbox_files.write(
+            self._settings.state_dir,
+            sandbox.sandbox_id,
+            address=slot.guest_address,
+            nameservers=self._settings.nameservers,
+            access_token=request.access_token,
+        )
+        self._create_task(sandbox, image, slot, files, deadline)
         self._containerd.start_task(
             sandbox.sandbox_id, timeout_s=max(1.0, deadline - time.monotonic())
         )
@@ -119,19 +127,18 @@ class SandboxBuilder:
         return sandbox
 
     def _create_task(
-        self, sandbox: Sandbox, image: oci_image.ImageConfig, slot: Slot, deadline: float
+        self,
+        sandbox: Sandbox,
+        image: oci_image.ImageConfig,
+        slot: Slot,
+        files: tuple[tuple[str, str], ...],
+        deadline: float,
     ) -> None:
         containerd, sandbox_id = self._containerd, sandbox.sandbox_id
         lease = LEASE_PREFIX + sandbox_id
         expiry = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + LEASE_LIFE_S))
         containerd.create_lease(lease, {"containerd.io/gc.expire": expiry})
         mounts = self._prepare_snapshot(sandbox, image, lease)
-        files = sandbox_files.write(
-            self._settings.state_dir,
-            sandbox_id,
-            address=slot.guest_address,
-            nameservers=self._settings.nameservers,
-        )
         spec = oci_spec.build_spec(
             oci_spec.SandboxMachine(
                 sandbox_id=sandbox_id,

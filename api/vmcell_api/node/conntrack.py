@@ -7,7 +7,9 @@ what was on its way to the last. A machine that is gone says no FIN: nginx would
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from pyroute2 import NFCTSocket
@@ -35,16 +37,41 @@ def forget(address: str) -> None:
 
     Raises HostError.
     """
+    with _conntrack(f"forget the connections of {address}") as netlink:
+        for end in ("saddr", "daddr"):
+            for entry in list(netlink.dump(tuple_orig=NFCTAttrTuple(**{end: address}))):
+                if _end(entry, end) == address:  # kernels before 5.8 do not filter
+                    _delete(netlink, entry)
+
+
+def forget_all(addresses: Collection[str]) -> None:
+    """`forget` for all of `addresses`, in one pass over the kernel's table."""
+    with _conntrack("forget the connections of free slots") as netlink:
+        for entry in list(netlink.dump()):
+            if _end(entry, "saddr") in addresses or _end(entry, "daddr") in addresses:
+                _delete(netlink, entry)
+
+
+def forget_opened(address: str, *, unless: Callable[[str], bool]) -> None:
+    """Deletes the entries that `address` (IPv4) opened to a peer that is not `unless(peer)`.
+
+    Connections of the host to `address`, envd's among them, stay. Raises HostError.
+    """
+    with _conntrack(f"end the connections of {address}") as netlink:
+        for entry in list(netlink.dump(tuple_orig=NFCTAttrTuple(saddr=address))):
+            peer = _end(entry, "daddr")
+            if _end(entry, "saddr") == address and peer is not None and not unless(peer):
+                _delete(netlink, entry)
+
+
+@contextlib.contextmanager
+def _conntrack(what: str) -> Iterator[NFCTSocket]:
     try:
         with NFCTSocket() as netlink:
-            for end in ("saddr", "daddr"):
-                for entry in list(netlink.dump(tuple_orig=NFCTAttrTuple(**{end: address}))):
-                    if _has(entry, end, address):
-                        _delete(netlink, entry)
+            yield netlink
     except (NetlinkError, OSError) as error:
         raise HostError(
-            f"cannot forget the connections of {address} ({error}); noded needs the kernel module "
-            "nf_conntrack_netlink"
+            f"cannot {what} ({error}); noded needs the kernel module nf_conntrack_netlink"
         ) from error
 
 
@@ -66,11 +93,11 @@ def close_sockets(address: str) -> None:
         raise HostError(f"cannot close the connections to {address}: {error}") from error
 
 
-def _has(entry: Any, end: str, address: str) -> bool:
-    """Kernels before 5.8 do not filter."""
+def _end(entry: Any, end: str) -> str | None:
+    """One end of an entry's first packet; None for IPv6."""
     name = "CTA_IP_V4_SRC" if end == "saddr" else "CTA_IP_V4_DST"
-    ends = entry.get_attr("CTA_TUPLE_ORIG").get_attr("CTA_TUPLE_IP")
-    return bool(ends.get_attr(name) == address)
+    address: str | None = entry.get_attr("CTA_TUPLE_ORIG").get_attr("CTA_TUPLE_IP").get_attr(name)
+    return address
 
 
 def _delete(netlink: NFCTSocket, entry: Any) -> None:

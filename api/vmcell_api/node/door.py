@@ -12,10 +12,13 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import grpc
 
+from vmcell_api.egress import Egress, checked_egress
 from vmcell_api.identifiers import SANDBOX_ID
+from vmcell_api.metric_sample import MetricSample
 from vmcell_api.node.build import SandboxRequest
 from vmcell_api.node.node import Node
 from vmcell_api.node.sandbox import Sandbox
@@ -96,6 +99,29 @@ class Door(node_pb2_grpc.NodeServicer):
         return self._message(sandbox)
 
     @_answering
+    def SetEgress(self, request: node_pb2.SetEgressRequest) -> node_pb2.Sandbox:
+        """Changes what a sandbox may reach."""
+        sandbox_id = _checked_id(request.sandbox_id)
+        return self._message(self._node.set_egress(sandbox_id, _checked_egress(request)))
+
+    @_answering
+    def ReadMetrics(self, request: node_pb2.ReadMetricsRequest) -> node_pb2.ReadMetricsResponse:
+        """What sandboxes used over time; those that are not there are left out."""
+        found = [
+            node_pb2.SandboxMetrics(
+                sandbox_id=sandbox_id,
+                samples=[_sample_message(sample) for sample in samples],
+            )
+            for sandbox_id, samples in self._node.metrics(
+                [_checked_id(name) for name in request.sandbox_ids],
+                start_unix_ms=request.start_unix_ms,
+                end_unix_ms=request.end_unix_ms,
+                newest_only=request.newest_only,
+            ).items()
+        ]
+        return node_pb2.ReadMetricsResponse(sandboxes=found)
+
+    @_answering
     def NodeInfo(self, _: node_pb2.NodeInfoRequest) -> node_pb2.NodeInfoResponse:
         """What this node is."""
         return node_pb2.NodeInfoResponse(
@@ -115,8 +141,14 @@ class Door(node_pb2_grpc.NodeServicer):
             started_at_unix_ms=sandbox.started_at_unix_ms,
             end_at_unix_ms=sandbox.end_at_unix_ms,
             address=sandbox.address,
-            allow_internet=sandbox.allow_internet,
+            allow_internet=sandbox.egress.allow_internet,
+            allow_out=sandbox.egress.allow_out,
+            deny_out=sandbox.egress.deny_out,
         )
+
+
+def _sample_message(sample: MetricSample) -> node_pb2.MetricSample:
+    return node_pb2.MetricSample(**asdict(sample))
 
 
 def checked_request(request: node_pb2.CreateSandboxRequest) -> SandboxRequest:
@@ -146,7 +178,17 @@ def checked_request(request: node_pb2.CreateSandboxRequest) -> SandboxRequest:
         environment=dict(request.environment),
         access_token=request.access_token,
         default_user=request.default_user,
+        egress=_checked_egress(request),
+    )
+
+
+def _checked_egress(
+    request: node_pb2.CreateSandboxRequest | node_pb2.SetEgressRequest,
+) -> Egress:
+    return checked_egress(
         allow_internet=request.allow_internet,
+        allow_out=list(request.allow_out),
+        deny_out=list(request.deny_out),
     )
 
 

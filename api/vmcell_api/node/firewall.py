@@ -1,44 +1,44 @@
 """The nftables table `inet vmcell`: what a sandbox may send, and to whom.
 
 The table is written whole in one transaction; afterwards a sandbox's policy is one element of the
-verdict map `egress`, keyed by its TAP. Sandbox to sandbox, to the host, to private ranges and to
-metadata addresses is closed whatever the map says; a slot that the map does not name is closed.
-The name servers of the node's settings are open on port 53 to whoever has the internet.
+verdict map `egress`, keyed by its TAP: accept, or a chain of its own when it has rules by address.
+Sandbox to sandbox, to the host, to private ranges and to metadata addresses is closed whatever the
+map says; a slot that the map does not name is closed. The name servers of the node's settings may
+be private: on port 53 the sandbox's own policy alone decides.
 Written and applied as libnftables JSON (libnftables-json(5)).
 """
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 
+from vmcell_api.egress import CLOSED_RANGES, OPEN, Egress
 from vmcell_api.node.slot_plan import TAP_PREFIX, Slot
 from vmcell_protos.errors import HostError
 
 TABLE = {"family": "inet", "table": "vmcell"}
-# IANA's special-purpose registry (RFC 6890): nothing of it is the internet. 100.64/10 and
-# 169.254/16 hold the metadata services of clouds.
-CLOSED_RANGES = (
-    *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16"),
-    *("172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.168.0.0/16", "198.18.0.0/15"),
-    *("198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
-)
 NFT_TIMEOUT_S = 30
 
 Statement = dict[str, object]
 
 
 def table_commands(
-    network: str, slots: Iterable[Slot], closed_taps: Iterable[str], nameservers: Iterable[str]
+    network: str,
+    slots: Iterable[Slot],
+    policies: Mapping[str, Egress],
+    nameservers: Iterable[str],
 ) -> list[Statement]:
-    """The commands that replace the whole table; `closed_taps` get no internet."""
-    slots, closed = list(slots), set(closed_taps)
+    """The commands that replace the whole table; a TAP without a policy has the internet."""
+    slots = list(slots)
     return [
         {"add": {"table": {"family": "inet", "name": "vmcell"}}},
         {"delete": {"table": {"family": "inet", "name": "vmcell"}}},
         {"add": {"table": {"family": "inet", "name": "vmcell"}}},
-        *_sets(slots, closed, list(nameservers)),
+        *_sets(slots, list(nameservers)),
+        *(row for slot in slots for row in _opening(slot.tap, policies.get(slot.tap, OPEN))),
         _chain("spoofed", "prerouting", -300),
         _chain("forward", "forward", 0),
         _chain("input", "input", 0),
@@ -52,15 +52,59 @@ def table_commands(
     ]
 
 
-def egress_commands(tap: str, *, allow_internet: bool, known: bool) -> list[Statement]:
-    """The commands that set one slot's verdict; `known`: the map names it already."""
+def egress_commands(tap: str, before: Egress, after: Egress) -> list[Statement]:
+    """The commands that change one slot's policy, in one transaction, from `before` to `after`."""
     commands: list[Statement] = []
-    if known:
+    if not before.is_closed:
         commands.append({"delete": {"element": {**TABLE, "name": "egress", "elem": [tap]}}})
-    if allow_internet:
-        element = [[tap, {"accept": None}]]
-        commands.append({"add": {"element": {**TABLE, "name": "egress", "elem": element}}})
-    return commands
+    if _has_chain(before):
+        chain = {"chain": {**TABLE, "name": _rules_chain(tap)}}
+        commands += [{"flush": chain}, {"delete": chain}]
+    return [*commands, *_opening(tap, after)]
+
+
+def _opening(tap: str, policy: Egress) -> list[Statement]:
+    """Puts `tap` into the map, with a chain of its own where `policy` has rules by address."""
+    if policy.is_closed:
+        return []
+    verdict: Statement = {"accept": None}
+    commands: list[Statement] = []
+    if _has_chain(policy):
+        name = _rules_chain(tap)
+        verdict = {"goto": {"target": name}}
+        commands = [{"add": {"chain": {**TABLE, "name": name}}}, *_policy_rules(name, policy)]
+    return [*commands, _elements("egress", [[tap, verdict]])]
+
+
+def _has_chain(policy: Egress) -> bool:
+    return not policy.is_open and not policy.is_closed
+
+
+def _rules_chain(tap: str) -> str:
+    return f"rules_{tap}"
+
+
+def _policy_rules(chain: str, policy: Egress) -> list[Statement]:
+    """Allowed first: an allowed address beats a denied one."""
+    last: Statement = {"accept": None} if policy.allow_internet else {"drop": None}
+    return [
+        *_to_networks(chain, policy.allowed(), {"accept": None}),
+        *_to_networks(chain, policy.denied(), {"drop": None}),
+        _rule(chain, last),
+    ]
+
+
+def _to_networks(
+    chain: str, networks: Sequence[ipaddress.IPv4Network], verdict: Statement
+) -> list[Statement]:
+    if not networks:
+        return []
+    if networks[0].prefixlen == 0:  # every address; a set cannot say it
+        return [_rule(chain, verdict)]
+    ranges = [
+        {"prefix": {"addr": str(row.network_address), "len": row.prefixlen}} for row in networks
+    ]
+    return [_rule(chain, _match(_ip("daddr"), {"set": ranges}), verdict)]
 
 
 def remove_commands() -> list[Statement]:
@@ -92,9 +136,8 @@ def apply(commands: list[Statement]) -> None:
         raise HostError(f"nft refused the rules of table inet vmcell: {words}")
 
 
-def _sets(slots: list[Slot], closed: set[str], nameservers: list[str]) -> list[Statement]:
+def _sets(slots: list[Slot], nameservers: list[str]) -> list[Statement]:
     own = [{"concat": [slot.tap, slot.guest_mac, slot.guest_address]} for slot in slots]
-    opened = [[slot.tap, {"accept": None}] for slot in slots if slot.tap not in closed]
     ranges = []
     for text in CLOSED_RANGES:
         address, _, length = text.partition("/")
@@ -104,7 +147,6 @@ def _sets(slots: list[Slot], closed: set[str], nameservers: list[str]) -> list[S
         _set("closed", "ipv4_addr", ranges, flags=["interval"]),
         _set("nameservers", "ipv4_addr", nameservers),
         {"add": {"map": {**TABLE, "name": "egress", "type": "ifname", "map": "verdict"}}},
-        *([_elements("egress", opened)] if opened else []),
     ]
 
 

@@ -10,20 +10,24 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from vmcell_api.egress import OPEN, Egress
+from vmcell_api.metric_sample import MetricSample
 from vmcell_api.node import sandbox_files
 from vmcell_api.node.build import SandboxBuilder, SandboxRequest
 from vmcell_api.node.containerd import Containerd
 from vmcell_api.node.deadlines import Deadlines
+from vmcell_api.node.metrics import MetricSampler
 from vmcell_api.node.sandbox import (
     END_LABEL,
     RUNNING,
     SANDBOX_LABEL,
     STATE_LABEL,
     Sandbox,
+    egress_labels,
     from_labels,
     unix_ms_now,
 )
@@ -60,7 +64,13 @@ class Node:
     """All sandboxes of this host. Thread-safe. `open()` first, `close()` leaves them running."""
 
     def __init__(
-        self, containerd: Containerd, slots: SlotPool, builder: SandboxBuilder, state_dir: str
+        self,
+        containerd: Containerd,
+        slots: SlotPool,
+        builder: SandboxBuilder,
+        state_dir: str,
+        *,
+        metrics_interval_s: float = 0,
     ) -> None:
         self.containerd = containerd
         self.slots = slots
@@ -72,6 +82,7 @@ class Node:
         # Removals that failed, by sandbox id: tried again until they succeed.
         self._retries = Deadlines(lambda key: self._later(self._remove_again, key))
         self._unfinished: dict[str, int | None] = {}
+        self._metrics = MetricSampler(self.list, state_dir, interval_s=metrics_interval_s)
         self._pool = ThreadPoolExecutor(max_workers=8, thread_name_prefix="end")
         self._stop = threading.Event()
         self._listener = threading.Thread(target=self._listen, name="exits", daemon=True)
@@ -83,10 +94,12 @@ class Node:
         self._deadlines.start()
         self._retries.start()
         self._listener.start()
+        self._metrics.start()
 
     def close(self) -> None:
         """Stops the threads; sandboxes, TAPs and the nftables table stay. Idempotent."""
         self._stop.set()
+        self._metrics.stop()
         self._deadlines.stop()
         self._retries.stop()
         self._pool.shutdown(wait=True)
@@ -100,7 +113,7 @@ class Node:
         """Builds a sandbox; on failure everything of it is gone and the error says why."""
         image = self._builder.image_config(request.image)
         with self._new_entry(request.sandbox_id) as entry:
-            slot = self.slots.claim(allow_internet=request.allow_internet)
+            slot = self.slots.claim(request.egress)
             try:
                 sandbox = self._builder.build(request, image, slot, entry.died)
             except BaseException:
@@ -150,6 +163,33 @@ class Node:
             entry.sandbox = entry.sandbox.ending_at(end_at)
             self._set_due(entry, sandbox_id=sandbox_id, left_ms=timeout_ms)
             return entry.sandbox
+
+    def set_egress(self, sandbox_id: str, egress: Egress) -> Sandbox:
+        """Changes what a sandbox may reach, at once and for good; all or nothing."""
+        entry = self._entry(sandbox_id)
+        with entry.lock:
+            if entry.ended or entry.sandbox is None:
+                raise _not_found(sandbox_id)
+            before, number = entry.sandbox.egress, entry.sandbox.slot_number
+            self.slots.set_egress(number, egress)
+            try:
+                self.containerd.set_labels(sandbox_id, egress_labels(egress))
+            except VmcellError:
+                self.slots.set_egress(number, before)
+                raise
+            entry.sandbox = entry.sandbox.reaching(egress)
+            return entry.sandbox
+
+    def metrics(
+        self, sandbox_ids: Sequence[str], *, start_unix_ms: int, end_unix_ms: int, newest_only: bool
+    ) -> dict[str, Sequence[MetricSample]]:
+        """What sandboxes used, oldest first; those that are not running are left out."""
+        return self._metrics.read(
+            sandbox_ids,
+            start_unix_ms=start_unix_ms,
+            end_unix_ms=end_unix_ms,
+            newest_only=newest_only,
+        )
 
     # The registry.
 
@@ -258,10 +298,10 @@ class Node:
         known = {sandbox.sandbox_id for sandbox in alive}
         for sandbox_id in self._traces() - known:
             doomed.setdefault(sandbox_id, None)
-        taken = {sandbox.slot_number: sandbox.allow_internet for sandbox in alive}
+        taken = {sandbox.slot_number: sandbox.egress for sandbox in alive}
         for number in doomed.values():
             if number is not None:
-                taken.setdefault(number, True)
+                taken.setdefault(number, OPEN)
         self.slots.open(taken)
         for sandbox in alive:
             entry = self._entries[sandbox.sandbox_id] = _Entry(sandbox=sandbox)

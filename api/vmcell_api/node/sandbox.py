@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
+from vmcell_api.egress import OPEN, Egress
 from vmcell_protos.errors import HostError
 
 PREFIX = "io.vmcell."
@@ -16,6 +17,9 @@ SANDBOX_LABEL = PREFIX + "sandbox"
 STATE_LABEL = PREFIX + "state"
 END_LABEL = PREFIX + "end-at"
 STARTED_LABEL = PREFIX + "started-at"
+INTERNET_LABEL = PREFIX + "internet"
+ALLOW_LABEL = PREFIX + "allow-out"
+DENY_LABEL = PREFIX + "deny-out"
 CREATING, RUNNING = "creating", "running"
 
 
@@ -29,7 +33,7 @@ class Sandbox:
     vcpus: int
     memory_mib: int
     slot_number: int
-    allow_internet: bool
+    egress: Egress = OPEN
     address: str
     started_at_unix_ms: int = 0
     end_at_unix_ms: int = 0
@@ -43,15 +47,37 @@ class Sandbox:
             PREFIX + "vcpus": str(self.vcpus),
             PREFIX + "memory-mib": str(self.memory_mib),
             PREFIX + "slot": str(self.slot_number),
-            PREFIX + "internet": "yes" if self.allow_internet else "no",
+            **egress_labels(self.egress),
             PREFIX + "address": self.address,
             STARTED_LABEL: str(self.started_at_unix_ms),
             END_LABEL: str(self.end_at_unix_ms),
         }
 
+    def reaching(self, egress: Egress) -> Sandbox:
+        """The same sandbox with other rules."""
+        return replace(self, egress=egress)
+
     def ending_at(self, end_at_unix_ms: int) -> Sandbox:
         """The same sandbox with another deadline."""
         return replace(self, end_at_unix_ms=end_at_unix_ms)
+
+
+def egress_labels(egress: Egress) -> dict[str, str]:
+    """The labels that hold the rules."""
+    return {
+        INTERNET_LABEL: "yes" if egress.allow_internet else "no",
+        ALLOW_LABEL: ",".join(egress.allow_out),
+        DENY_LABEL: ",".join(egress.deny_out),
+    }
+
+
+def _egress(labels: dict[str, str]) -> Egress:
+    """The rules in `labels`; an earlier version wrote no lists."""
+    return Egress(
+        allow_internet=labels[INTERNET_LABEL] == "yes",
+        allow_out=tuple(filter(None, labels.get(ALLOW_LABEL, "").split(","))),
+        deny_out=tuple(filter(None, labels.get(DENY_LABEL, "").split(","))),
+    )
 
 
 def from_labels(labels: dict[str, str], image: str) -> Sandbox:
@@ -64,7 +90,7 @@ def from_labels(labels: dict[str, str], image: str) -> Sandbox:
             vcpus=int(labels[PREFIX + "vcpus"]),
             memory_mib=int(labels[PREFIX + "memory-mib"]),
             slot_number=int(labels[PREFIX + "slot"]),
-            allow_internet=labels[PREFIX + "internet"] == "yes",
+            egress=_egress(labels),
             address=labels[PREFIX + "address"],
             started_at_unix_ms=int(labels[STARTED_LABEL]),
             end_at_unix_ms=int(labels[END_LABEL]),

@@ -1,24 +1,40 @@
-"""Files that noded writes for a sandbox and that the shim copies into the guest.
+"""Files that noded keeps for a sandbox: three that the shim copies into the guest, envd's token.
 
 They live in `<state_dir>/.noded/<id>/`: the leading dot keeps the folder apart from containerd's
-namespaces, whose names begin with a letter or digit.
+namespaces, whose names begin with a letter or digit. The token is for root only; a noded that
+starts anew asks envd with it.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 from vmcell_protos.errors import HostError
 
 FOLDER = ".noded"
+TOKEN_FILE = "access-token"
+
+
+def folder_of(state_dir: str, sandbox_id: str) -> Path:
+    """The sandbox's folder; `write` makes it."""
+    return Path(state_dir, FOLDER, sandbox_id)
 
 
 def write(
-    state_dir: str, sandbox_id: str, *, address: str, nameservers: tuple[str, ...]
+    state_dir: str,
+    sandbox_id: str,
+    *,
+    address: str,
+    nameservers: tuple[str, ...],
+    access_token: str = "",
 ) -> tuple[tuple[str, str], ...]:
-    """Writes resolv.conf, hosts and hostname; answers (path in the guest, path here) pairs."""
-    folder = Path(state_dir, FOLDER, sandbox_id)
+    """Writes resolv.conf, hosts, hostname and the token.
+
+    Answers (path in the guest, path here) pairs of what is for the guest.
+    """
+    folder = folder_of(state_dir, sandbox_id)
     hosts = f"127.0.0.1 localhost\n::1 localhost ip6-localhost\n{address} {sandbox_id}\n"
     contents = {
         "resolv.conf": "".join(f"nameserver {server}\n" for server in nameservers),
@@ -29,15 +45,27 @@ def write(
         folder.mkdir(parents=True, mode=0o755)
         for name, text in contents.items():
             (folder / name).write_text(text)
+        _write_secret(folder / TOKEN_FILE, access_token)
     except OSError as error:
         raise HostError(f"cannot write the files of sandbox {sandbox_id}: {error}") from error
     return tuple((f"/etc/{name}", str(folder / name)) for name in contents)
 
 
+def _write_secret(path: Path, text: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+
+
+def access_token(state_dir: str, sandbox_id: str) -> str:
+    """envd's token, "" where it asks for none; FileNotFoundError when the sandbox is gone."""
+    return (folder_of(state_dir, sandbox_id) / TOKEN_FILE).read_text()
+
+
 def remove(state_dir: str, sandbox_id: str) -> None:
     """Removes the folder; a missing one is fine."""
     try:
-        shutil.rmtree(Path(state_dir, FOLDER, sandbox_id))
+        shutil.rmtree(folder_of(state_dir, sandbox_id))
     except FileNotFoundError:
         return
     except OSError as error:

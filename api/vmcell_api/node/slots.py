@@ -14,6 +14,7 @@ from pathlib import Path
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from vmcell_api.egress import OPEN, Egress
 from vmcell_api.node import conntrack, firewall
 from vmcell_api.node.slot_plan import TAP_PREFIX, Slot, slot_at
 from vmcell_protos.errors import HostError
@@ -32,11 +33,12 @@ class SlotPool:
         self.slot_count = slot_count
         self._slots = {n: slot_at(network, n) for n in range(1, slot_count + 1)}
         self._free: list[int] = []
-        self._closed_taps: set[str] = set()
+        # By TAP; one that is not named has the internet.
+        self._policies: dict[str, Egress] = {}
         self._lock = threading.Lock()
 
-    def open(self, taken: dict[int, bool]) -> None:
-        """Makes TAPs and table; `taken` maps slot numbers in use to "internet allowed".
+    def open(self, taken: dict[int, Egress]) -> None:
+        """Makes TAPs and table; `taken` maps slot numbers in use to what they may reach.
 
         A number above `slot_count` (the pool was larger once) is kept until it is released.
         Raises HostError.
@@ -44,20 +46,18 @@ class SlotPool:
         with self._lock:
             for number in taken:
                 self._slots.setdefault(number, slot_at(self.network, number))
-            self._closed_taps = {
-                self._slots[number].tap for number, allowed in taken.items() if not allowed
-            }
+            self._policies = {self._slots[number].tap: row for number, row in taken.items()}
             _make_taps(list(self._slots.values()))
             _enable_forwarding()
             firewall.apply(
                 firewall.table_commands(
-                    self.network, self._slots.values(), self._closed_taps, self._nameservers
+                    self.network, self._slots.values(), self._policies, self._nameservers
                 )
             )
             numbers = range(1, self.slot_count + 1)
             self._free = [number for number in numbers if number not in taken]
-            if self._free:  # says now, not at the first end, that the kernel cannot
-                conntrack.forget(self._slots[self._free[0]].guest_address)
+            # An earlier noded may have died between a sandbox's end and this.
+            conntrack.forget_all({self._slots[number].guest_address for number in self._free})
 
     @property
     def free_count(self) -> int:
@@ -69,7 +69,7 @@ class SlotPool:
         """The slot of that number."""
         return self._slots[number]
 
-    def claim(self, *, allow_internet: bool) -> Slot:
+    def claim(self, egress: Egress) -> Slot:
         """Takes a free slot; raises HostError (resource_exhausted) when all are in use."""
         with self._lock:
             if not self._free:
@@ -81,11 +81,18 @@ class SlotPool:
             # The oldest first: an answer of the router, a moment old, names nobody else's slot.
             slot = self._slots[self._free.pop(0)]
             try:
-                self._set_egress(slot, allow_internet)
+                self._set_egress(slot, egress)
             except HostError:
                 self._free.append(slot.number)
                 raise
             return slot
+
+    def set_egress(self, number: int, egress: Egress) -> None:
+        """Changes what a slot in use may reach; what it is connected to and may no more, ends."""
+        with self._lock:
+            slot = self._slots[number]
+            self._set_egress(slot, egress)
+            conntrack.forget_opened(slot.guest_address, unless=egress.permits)
 
     def release(self, number: int) -> None:
         """Gives a slot back, its connections forgotten, its policy the default one.
@@ -97,7 +104,7 @@ class SlotPool:
                 return
             conntrack.close_sockets(self._slots[number].guest_address)
             conntrack.forget(self._slots[number].guest_address)
-            self._set_egress(self._slots[number], True)
+            self._set_egress(self._slots[number], OPEN)
             if number <= self.slot_count:
                 self._free.append(number)
 
@@ -108,14 +115,11 @@ class SlotPool:
             _remove_taps()
             self._free = []
 
-    def _set_egress(self, slot: Slot, allow_internet: bool) -> None:
-        was_allowed = slot.tap not in self._closed_taps
-        if was_allowed == allow_internet:
-            return
-        firewall.apply(
-            firewall.egress_commands(slot.tap, allow_internet=allow_internet, known=was_allowed)
-        )
-        (self._closed_taps.discard if allow_internet else self._closed_taps.add)(slot.tap)
+    def _set_egress(self, slot: Slot, after: Egress) -> None:
+        before = self._policies.get(slot.tap, OPEN)
+        if before != after:
+            firewall.apply(firewall.egress_commands(slot.tap, before, after))
+            self._policies[slot.tap] = after
 
 
 def _make_taps(slots: list[Slot]) -> None:

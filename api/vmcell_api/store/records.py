@@ -44,7 +44,10 @@ class Template:
 
 @dataclass(frozen=True, kw_only=True)
 class SandboxRecord:
-    """What the store keeps of a sandbox; `access_token` "": envd asks for none."""
+    """What the store keeps of a sandbox.
+
+    `access_token` "": envd asks for none; `traffic_token` "": its ports are open to everybody.
+    """
 
     sandbox_id: str
     team_id: str
@@ -52,6 +55,7 @@ class SandboxRecord:
     access_token: str = field(repr=False)
     metadata: dict[str, str]
     created_at_unix_ms: int
+    traffic_token: str = field(default="", repr=False)
 
 
 class Store:
@@ -124,6 +128,7 @@ class Store:
                     team_id=record.team_id,
                     template_id=record.template_id,
                     access_token=record.access_token,
+                    traffic_token=record.traffic_token,
                     user_metadata=record.metadata,
                     built=False,
                     created_at_unix_ms=record.created_at_unix_ms,
@@ -211,6 +216,7 @@ def _sandbox(row: SandboxRow) -> SandboxRecord:
         team_id=row.team_id,
         template_id=row.template_id,
         access_token=row.access_token,
+        traffic_token=row.traffic_token,
         metadata=row.user_metadata,
         created_at_unix_ms=row.created_at_unix_ms,
     )

@@ -10,7 +10,7 @@ from sqlalchemy import JSON, BigInteger, Boolean, ForeignKey, Integer, String
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 # The newest revision in `migrations`; a test compares.
-SCHEMA_VERSION = "0002"
+SCHEMA_VERSION = "0004"
 
 
 class Base(DeclarativeBase):
@@ -85,7 +85,10 @@ class TemplateRow(Base):
 
 
 class SandboxRow(Base):
-    """A sandbox's owner, token and metadata; written before the node is asked to make it."""
+    """A sandbox's owner, tokens and metadata; written before the node is asked to make it.
+
+    `traffic_token` "": its ports are open to everybody.
+    """
 
     __tablename__ = "sandboxes"
 
@@ -93,6 +96,20 @@ class SandboxRow(Base):
     team_id: Mapped[str] = mapped_column(ForeignKey("teams.id"), index=True)
     template_id: Mapped[str] = mapped_column(String(512))
     access_token: Mapped[str] = mapped_column(String(64))
+    traffic_token: Mapped[str] = mapped_column(String(64), server_default="")
     user_metadata: Mapped[dict[str, str]]
     built: Mapped[bool] = mapped_column(Boolean)
     created_at_unix_ms: Mapped[int] = mapped_column(BigInteger)
+
+
+class CreateKeyRow(Base):
+    """An Idempotency-Key of a team, what it was sent with and the sandbox it stands for."""
+
+    __tablename__ = "create_keys"
+
+    team_id: Mapped[str] = mapped_column(ForeignKey("teams.id"), primary_key=True)
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    sandbox_id: Mapped[str] = mapped_column(String(20))
+    done: Mapped[bool] = mapped_column(Boolean)
+    created_at_unix_ms: Mapped[int] = mapped_column(BigInteger, index=True)

@@ -15,6 +15,7 @@ connection          HTTP/1.1 on one socket
 rpc                 Connect calls
 spawn               fork and exec of one command
 stdin               writing to a child that may not read
+journal             starts, output and ends, for GET /logs
 process             one process, its listeners, its end
 process_table       all processes; reaping
 process_service     process.Process

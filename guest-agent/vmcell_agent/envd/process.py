@@ -23,6 +23,7 @@ from typing import Protocol
 
 from vmcell_protos.errors import CallerError
 
+from .journal import Journal
 from .loop import READABLE, Loop, Timer
 from .spawn import Spawned, TerminalSize, set_terminal_size
 from .stdin import Done, StdinWriter
@@ -81,12 +82,14 @@ class Process:
         *,
         terminal: bool,
         ended: Callable[[Process], None],
+        journal: Journal,
     ) -> None:
         self.pid = spawned.pid
         self.config = config
         self.terminal = terminal
         self._loop = loop
         self._ended = ended
+        self._journal = journal
         self._listeners: list[Listener] = []
         self._wait_status: int | None = None
         self._killed = False
@@ -165,6 +168,7 @@ class Process:
         if not data:
             self._close_output(descriptor)
             return False
+        self._journal.output(self.pid, self._outputs[descriptor], data)
         self._publish(_data_frame(self._outputs[descriptor], data))
         return True
 
@@ -195,6 +199,7 @@ class Process:
             if descriptor in self._outputs:
                 self._close_output(descriptor)
         code, exited, status = exit_text(self._wait_status)
+        self._journal.ended(self.pid, code, status)
         end: dict[str, object] = {"exitCode": code, "exited": exited, "status": status}
         if code != 0:
             end["error"] = status

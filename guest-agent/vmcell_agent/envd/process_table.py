@@ -6,9 +6,10 @@ import os
 
 from vmcell_protos.errors import CallerError
 
+from .journal import Journal
 from .loop import Loop
 from .process import Process, ProcessConfig
-from .spawn import Launch, spawn
+from .spawn import Launch, SpawnError, spawn
 
 # How long a client may still ask how a process ended.
 REMEMBER_SECONDS = 30.0
@@ -18,6 +19,7 @@ class ProcessTable:
     """Live processes by pid; ended ones stay for REMEMBER_SECONDS, for Connect only."""
 
     def __init__(self, loop: Loop) -> None:
+        self.journal = Journal()
         self._loop = loop
         self._live: dict[int, Process] = {}
         self._past: dict[int, Process] = {}
@@ -26,9 +28,19 @@ class ProcessTable:
 
     def start(self, launch: Launch, config: ProcessConfig) -> Process:
         """Raises SpawnError."""
-        spawned = spawn(launch)
+        try:
+            spawned = spawn(launch)
+        except SpawnError as error:
+            self.journal.refused(config.command, config.arguments, str(error))
+            raise
+        self.journal.started(spawned.pid, config.command, config.arguments)
         process = Process(
-            self._loop, spawned, config, terminal=launch.terminal is not None, ended=self._ended
+            self._loop,
+            spawned,
+            config,
+            terminal=launch.terminal is not None,
+            ended=self._ended,
+            journal=self.journal,
         )
         self._past.pop(process.pid, None)
         self._live[process.pid] = process

@@ -36,6 +36,7 @@ class Router:
         self._loop = loop
         self._settings = settings
         self._metrics = Metrics()
+        self._journal = table.journal
         self._clock = clock
         self._calls: dict[str, Method] = {}
         for service, methods in (
@@ -52,6 +53,7 @@ class Router:
             "/files": {"GET": (False, self._download), "POST": (False, self._upload)},
             "/envs": {"GET": (True, self._envs)},
             "/metrics": {"GET": (True, self._read_metrics)},
+            "/logs": {"GET": (True, self._read_logs)},
         }
 
     def __call__(self, exchange: Exchange) -> BodyReader:
@@ -103,6 +105,11 @@ class Router:
     def _read_metrics(self, exchange: Exchange) -> BodyReader:
         return _ignored(
             lambda: exchange.reply_json(200, self._metrics.read(), [("Cache-Control", "no-store")])
+        )
+
+    def _read_logs(self, exchange: Exchange) -> BodyReader:
+        return _ignored(
+            lambda: exchange.reply_json(200, self._journal.read(), [("Cache-Control", "no-store")])
         )
 
 

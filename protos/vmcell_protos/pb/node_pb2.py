@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bvmcell_protos/pb/node.proto\x12\x0evmcell.node.v1\"\xc9\x02\n\x14\x43reateSandboxRequest\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x13\n\x0btemplate_id\x18\x02 \x01(\t\x12\r\n\x05image\x18\x03 \x01(\t\x12\r\n\x05vcpus\x18\x04 \x01(\r\x12\x12\n\nmemory_mib\x18\x05 \x01(\r\x12\x12\n\ntimeout_ms\x18\x06 \x01(\x04\x12J\n\x0b\x65nvironment\x18\x07 \x03(\x0b\x32\x35.vmcell.node.v1.CreateSandboxRequest.EnvironmentEntry\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x08 \x01(\t\x12\x14\n\x0c\x64\x65\x66\x61ult_user\x18\t \x01(\t\x12\x16\n\x0e\x61llow_internet\x18\n \x01(\x08\x1a\x32\n\x10\x45nvironmentEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\" \n\nSandboxRef\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\"\xd3\x01\n\x07Sandbox\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x13\n\x0btemplate_id\x18\x02 \x01(\t\x12\r\n\x05image\x18\x03 \x01(\t\x12\r\n\x05vcpus\x18\x04 \x01(\r\x12\x12\n\nmemory_mib\x18\x05 \x01(\r\x12\x10\n\x08\x64isk_mib\x18\x06 \x01(\x04\x12\x1a\n\x12started_at_unix_ms\x18\x07 \x01(\x03\x12\x16\n\x0e\x65nd_at_unix_ms\x18\x08 \x01(\x03\x12\x0f\n\x07\x61\x64\x64ress\x18\t \x01(\t\x12\x16\n\x0e\x61llow_internet\x18\n \x01(\x08\"\x15\n\x13KillSandboxResponse\"\x16\n\x14ListSandboxesRequest\"C\n\x15ListSandboxesResponse\x12*\n\tsandboxes\x18\x01 \x03(\x0b\x32\x17.vmcell.node.v1.Sandbox\"Q\n\x12SetDeadlineRequest\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x12\n\ntimeout_ms\x18\x02 \x01(\x04\x12\x13\n\x0bonly_extend\x18\x03 \x01(\x08\"\x11\n\x0fNodeInfoRequest\"V\n\x10NodeInfoResponse\x12\x1a\n\x12\x63ontainerd_version\x18\x01 \x01(\t\x12\x12\n\nslot_count\x18\x02 \x01(\r\x12\x12\n\nslots_free\x18\x03 \x01(\r2\xe2\x03\n\x04Node\x12N\n\rCreateSandbox\x12$.vmcell.node.v1.CreateSandboxRequest\x1a\x17.vmcell.node.v1.Sandbox\x12N\n\x0bKillSandbox\x12\x1a.vmcell.node.v1.SandboxRef\x1a#.vmcell.node.v1.KillSandboxResponse\x12\x41\n\nGetSandbox\x12\x1a.vmcell.node.v1.SandboxRef\x1a\x17.vmcell.node.v1.Sandbox\x12\\\n\rListSandboxes\x12$.vmcell.node.v1.ListSandboxesRequest\x1a%.vmcell.node.v1.ListSandboxesResponse\x12J\n\x0bSetDeadline\x12\".vmcell.node.v1.SetDeadlineRequest\x1a\x17.vmcell.node.v1.Sandbox\x12M\n\x08NodeInfo\x12\x1f.vmcell.node.v1.NodeInfoRequest\x1a .vmcell.node.v1.NodeInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bvmcell_protos/pb/node.proto\x12\x0evmcell.node.v1\"\xee\x02\n\x14\x43reateSandboxRequest\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x13\n\x0btemplate_id\x18\x02 \x01(\t\x12\r\n\x05image\x18\x03 \x01(\t\x12\r\n\x05vcpus\x18\x04 \x01(\r\x12\x12\n\nmemory_mib\x18\x05 \x01(\r\x12\x12\n\ntimeout_ms\x18\x06 \x01(\x04\x12J\n\x0b\x65nvironment\x18\x07 \x03(\x0b\x32\x35.vmcell.node.v1.CreateSandboxRequest.EnvironmentEntry\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x08 \x01(\t\x12\x14\n\x0c\x64\x65\x66\x61ult_user\x18\t \x01(\t\x12\x16\n\x0e\x61llow_internet\x18\n \x01(\x08\x12\x11\n\tallow_out\x18\x14 \x03(\t\x12\x10\n\x08\x64\x65ny_out\x18\x15 \x03(\t\x1a\x32\n\x10\x45nvironmentEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\" \n\nSandboxRef\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\"\xf8\x01\n\x07Sandbox\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x13\n\x0btemplate_id\x18\x02 \x01(\t\x12\r\n\x05image\x18\x03 \x01(\t\x12\r\n\x05vcpus\x18\x04 \x01(\r\x12\x12\n\nmemory_mib\x18\x05 \x01(\r\x12\x10\n\x08\x64isk_mib\x18\x06 \x01(\x04\x12\x1a\n\x12started_at_unix_ms\x18\x07 \x01(\x03\x12\x16\n\x0e\x65nd_at_unix_ms\x18\x08 \x01(\x03\x12\x0f\n\x07\x61\x64\x64ress\x18\t \x01(\t\x12\x16\n\x0e\x61llow_internet\x18\n \x01(\x08\x12\x11\n\tallow_out\x18\x14 \x03(\t\x12\x10\n\x08\x64\x65ny_out\x18\x15 \x03(\t\"\x15\n\x13KillSandboxResponse\"\x16\n\x14ListSandboxesRequest\"C\n\x15ListSandboxesResponse\x12*\n\tsandboxes\x18\x01 \x03(\x0b\x32\x17.vmcell.node.v1.Sandbox\"Q\n\x12SetDeadlineRequest\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x12\n\ntimeout_ms\x18\x02 \x01(\x04\x12\x13\n\x0bonly_extend\x18\x03 \x01(\x08\"c\n\x10SetEgressRequest\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61llow_internet\x18\x02 \x01(\x08\x12\x11\n\tallow_out\x18\x03 \x03(\t\x12\x10\n\x08\x64\x65ny_out\x18\x04 \x03(\t\"j\n\x12ReadMetricsRequest\x12\x13\n\x0bsandbox_ids\x18\x01 \x03(\t\x12\x15\n\rstart_unix_ms\x18\x02 \x01(\x03\x12\x13\n\x0b\x65nd_unix_ms\x18\x03 \x01(\x03\x12\x13\n\x0bnewest_only\x18\x04 \x01(\x08\"H\n\x13ReadMetricsResponse\x12\x31\n\tsandboxes\x18\x01 \x03(\x0b\x32\x1e.vmcell.node.v1.SandboxMetrics\"S\n\x0eSandboxMetrics\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12-\n\x07samples\x18\x02 \x03(\x0b\x32\x1c.vmcell.node.v1.MetricSample\"\xc5\x01\n\x0cMetricSample\x12\x0f\n\x07unix_ms\x18\x01 \x01(\x03\x12\x11\n\tcpu_count\x18\x02 \x01(\r\x12\x14\n\x0c\x63pu_used_pct\x18\x03 \x01(\x01\x12\x16\n\x0emem_used_bytes\x18\x04 \x01(\x04\x12\x17\n\x0fmem_total_bytes\x18\x05 \x01(\x04\x12\x17\n\x0fmem_cache_bytes\x18\x06 \x01(\x04\x12\x17\n\x0f\x64isk_used_bytes\x18\x07 \x01(\x04\x12\x18\n\x10\x64isk_total_bytes\x18\x08 \x01(\x04\"\x11\n\x0fNodeInfoRequest\"V\n\x10NodeInfoResponse\x12\x1a\n\x12\x63ontainerd_version\x18\x01 \x01(\t\x12\x12\n\nslot_count\x18\x02 \x01(\r\x12\x12\n\nslots_free\x18\x03 \x01(\r2\x82\x05\n\x04Node\x12N\n\rCreateSandbox\x12$.vmcell.node.v1.CreateSandboxRequest\x1a\x17.vmcell.node.v1.Sandbox\x12N\n\x0bKillSandbox\x12\x1a.vmcell.node.v1.SandboxRef\x1a#.vmcell.node.v1.KillSandboxResponse\x12\x41\n\nGetSandbox\x12\x1a.vmcell.node.v1.SandboxRef\x1a\x17.vmcell.node.v1.Sandbox\x12\\\n\rListSandboxes\x12$.vmcell.node.v1.ListSandboxesRequest\x1a%.vmcell.node.v1.ListSandboxesResponse\x12J\n\x0bSetDeadline\x12\".vmcell.node.v1.SetDeadlineRequest\x1a\x17.vmcell.node.v1.Sandbox\x12\x46\n\tSetEgress\x12 .vmcell.node.v1.SetEgressRequest\x1a\x17.vmcell.node.v1.Sandbox\x12V\n\x0bReadMetrics\x12\".vmcell.node.v1.ReadMetricsRequest\x1a#.vmcell.node.v1.ReadMetricsResponse\x12M\n\x08NodeInfo\x12\x1f.vmcell.node.v1.NodeInfoRequest\x1a .vmcell.node.v1.NodeInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,25 +34,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATESANDBOXREQUEST_ENVIRONMENTENTRY']._loaded_options = None
   _globals['_CREATESANDBOXREQUEST_ENVIRONMENTENTRY']._serialized_options = b'8\001'
   _globals['_CREATESANDBOXREQUEST']._serialized_start=48
-  _globals['_CREATESANDBOXREQUEST']._serialized_end=377
-  _globals['_CREATESANDBOXREQUEST_ENVIRONMENTENTRY']._serialized_start=327
-  _globals['_CREATESANDBOXREQUEST_ENVIRONMENTENTRY']._serialized_end=377
-  _globals['_SANDBOXREF']._serialized_start=379
-  _globals['_SANDBOXREF']._serialized_end=411
-  _globals['_SANDBOX']._serialized_start=414
-  _globals['_SANDBOX']._serialized_end=625
-  _globals['_KILLSANDBOXRESPONSE']._serialized_start=627
-  _globals['_KILLSANDBOXRESPONSE']._serialized_end=648
-  _globals['_LISTSANDBOXESREQUEST']._serialized_start=650
-  _globals['_LISTSANDBOXESREQUEST']._serialized_end=672
-  _globals['_LISTSANDBOXESRESPONSE']._serialized_start=674
-  _globals['_LISTSANDBOXESRESPONSE']._serialized_end=741
-  _globals['_SETDEADLINEREQUEST']._serialized_start=743
-  _globals['_SETDEADLINEREQUEST']._serialized_end=824
-  _globals['_NODEINFOREQUEST']._serialized_start=826
-  _globals['_NODEINFOREQUEST']._serialized_end=843
-  _globals['_NODEINFORESPONSE']._serialized_start=845
-  _globals['_NODEINFORESPONSE']._serialized_end=931
-  _globals['_NODE']._serialized_start=934
-  _globals['_NODE']._serialized_end=1416
+  _globals['_CREATESANDBOXREQUEST']._serialized_end=414
+  _globals['_CREATESANDBOXREQUEST_ENVIRONMENTENTRY']._serialized_start=364
+  _globals['_CREATESANDBOXREQUEST_ENVIRONMENTENTRY']._serialized_end=414
+  _globals['_SANDBOXREF']._serialized_start=416
+  _globals['_SANDBOXREF']._serialized_end=448
+  _globals['_SANDBOX']._serialized_start=451
+  _globals['_SANDBOX']._serialized_end=699
+  _globals['_KILLSANDBOXRESPONSE']._serialized_start=701
+  _globals['_KILLSANDBOXRESPONSE']._serialized_end=722
+  _globals['_LISTSANDBOXESREQUEST']._serialized_start=724
+  _globals['_LISTSANDBOXESREQUEST']._serialized_end=746
+  _globals['_LISTSANDBOXESRESPONSE']._serialized_start=748
+  _globals['_LISTSANDBOXESRESPONSE']._serialized_end=815
+  _globals['_SETDEADLINEREQUEST']._serialized_start=817
+  _globals['_SETDEADLINEREQUEST']._serialized_end=898
+  _globals['_SETEGRESSREQUEST']._serialized_start=900
+  _globals['_SETEGRESSREQUEST']._serialized_end=999
+  _globals['_READMETRICSREQUEST']._serialized_start=1001
+  _globals['_READMETRICSREQUEST']._serialized_end=1107
+  _globals['_READMETRICSRESPONSE']._serialized_start=1109
+  _globals['_READMETRICSRESPONSE']._serialized_end=1181
+  _globals['_SANDBOXMETRICS']._serialized_start=1183
+  _globals['_SANDBOXMETRICS']._serialized_end=1266
+  _globals['_METRICSAMPLE']._serialized_start=1269
+  _globals['_METRICSAMPLE']._serialized_end=1466
+  _globals['_NODEINFOREQUEST']._serialized_start=1468
+  _globals['_NODEINFOREQUEST']._serialized_end=1485
+  _globals['_NODEINFORESPONSE']._serialized_start=1487
+  _globals['_NODEINFORESPONSE']._serialized_end=1573
+  _globals['_NODE']._serialized_start=1576
+  _globals['_NODE']._serialized_end=2218
 # @@protoc_insertion_point(module_scope)

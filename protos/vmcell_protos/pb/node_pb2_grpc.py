@@ -59,6 +59,16 @@ class NodeStub:
                 request_serializer=vmcell__protos_dot_pb_dot_node__pb2.SetDeadlineRequest.SerializeToString,
                 response_deserializer=vmcell__protos_dot_pb_dot_node__pb2.Sandbox.FromString,
                 _registered_method=True)
+        self.SetEgress = channel.unary_unary(
+                '/vmcell.node.v1.Node/SetEgress',
+                request_serializer=vmcell__protos_dot_pb_dot_node__pb2.SetEgressRequest.SerializeToString,
+                response_deserializer=vmcell__protos_dot_pb_dot_node__pb2.Sandbox.FromString,
+                _registered_method=True)
+        self.ReadMetrics = channel.unary_unary(
+                '/vmcell.node.v1.Node/ReadMetrics',
+                request_serializer=vmcell__protos_dot_pb_dot_node__pb2.ReadMetricsRequest.SerializeToString,
+                response_deserializer=vmcell__protos_dot_pb_dot_node__pb2.ReadMetricsResponse.FromString,
+                _registered_method=True)
         self.NodeInfo = channel.unary_unary(
                 '/vmcell.node.v1.Node/NodeInfo',
                 request_serializer=vmcell__protos_dot_pb_dot_node__pb2.NodeInfoRequest.SerializeToString,
@@ -101,6 +111,19 @@ class NodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetEgress(self, request, context):
+        """Replaces the rules of what the sandbox may reach; in force when it answers, and after a restart.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadMetrics(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def NodeInfo(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -134,6 +157,16 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.SetDeadline,
                     request_deserializer=vmcell__protos_dot_pb_dot_node__pb2.SetDeadlineRequest.FromString,
                     response_serializer=vmcell__protos_dot_pb_dot_node__pb2.Sandbox.SerializeToString,
+            ),
+            'SetEgress': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetEgress,
+                    request_deserializer=vmcell__protos_dot_pb_dot_node__pb2.SetEgressRequest.FromString,
+                    response_serializer=vmcell__protos_dot_pb_dot_node__pb2.Sandbox.SerializeToString,
+            ),
+            'ReadMetrics': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadMetrics,
+                    request_deserializer=vmcell__protos_dot_pb_dot_node__pb2.ReadMetricsRequest.FromString,
+                    response_serializer=vmcell__protos_dot_pb_dot_node__pb2.ReadMetricsResponse.SerializeToString,
             ),
             'NodeInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.NodeInfo,
@@ -276,6 +309,60 @@ class Node:
             '/vmcell.node.v1.Node/SetDeadline',
             vmcell__protos_dot_pb_dot_node__pb2.SetDeadlineRequest.SerializeToString,
             vmcell__protos_dot_pb_dot_node__pb2.Sandbox.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetEgress(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmcell.node.v1.Node/SetEgress',
+            vmcell__protos_dot_pb_dot_node__pb2.SetEgressRequest.SerializeToString,
+            vmcell__protos_dot_pb_dot_node__pb2.Sandbox.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadMetrics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmcell.node.v1.Node/ReadMetrics',
+            vmcell__protos_dot_pb_dot_node__pb2.ReadMetricsRequest.SerializeToString,
+            vmcell__protos_dot_pb_dot_node__pb2.ReadMetricsResponse.FromString,
             options,
             channel_credentials,
             insecure,

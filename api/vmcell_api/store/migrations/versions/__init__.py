@@ -1,6 +1,7 @@
 """The migrations, oldest first; each names the one before it.
 
 Reading order:
-v0001_first_tables  teams, api_keys, templates, sandboxes
-v0002_keys_and_audit  ids, scopes and ends of keys, limits of teams, audit
+v0001_first_tables             teams, api_keys, templates, sandboxes
+v0002_keys_and_audit           ids, scopes and ends of keys, limits of teams, audit
+v0004_network_and_create_keys  traffic tokens, idempotency keys
 """

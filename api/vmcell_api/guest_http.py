@@ -1,0 +1,77 @@
+"""Asking a guest's envd one thing: bounded in bytes and in time, because guests are strangers."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import socket
+import time
+
+from vmcell_protos.errors import GuestError, HostError
+
+ENVD_PORT = 49983
+HEADERS_BYTES = 16384
+_PART_BYTES = 65536
+
+
+class _Received:
+    """Bytes in the place of a socket, for http.client's parser."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def makefile(self, mode: str) -> io.BytesIO:
+        return io.BytesIO(self._data)
+
+
+def fetch(
+    address: str,
+    path: str,
+    *,
+    access_token: str,
+    limit_bytes: int,
+    timeout_s: float,
+    port: int = ENVD_PORT,
+) -> bytes:
+    """The body of envd's 200 to `GET path`, at most `limit_bytes` long.
+
+    Raises HostError when nothing whole came in time, GuestError for an answer that is none.
+    """
+    token = f"X-Access-Token: {access_token}\r\n" if access_token else ""
+    head = f"GET {path} HTTP/1.1\r\nHost: {address}\r\n{token}Connection: close\r\n\r\n"
+    try:
+        data = _exchange((address, port), head.encode(), limit_bytes + HEADERS_BYTES, timeout_s)
+    except OSError as error:
+        words = str(error) or type(error).__name__
+        raise HostError(f"envd at {address} did not answer GET {path}: {words}") from error
+    answer = http.client.HTTPResponse(_Received(data))  # type: ignore[arg-type]  # makefile is all
+    try:
+        answer.begin()
+        body = answer.read(limit_bytes + 1)
+    except http.client.HTTPException as error:
+        raise GuestError(f"envd at {address} gave no valid answer to GET {path}") from error
+    if answer.status != 200 or len(body) > limit_bytes:
+        raise GuestError(
+            f"envd at {address} answered GET {path} with {answer.status} and {len(body)} bytes"
+        )
+    return body
+
+
+def _exchange(
+    address: tuple[str, int], request: bytes, limit_bytes: int, timeout_s: float
+) -> bytes:
+    """Everything until the end, or `limit_bytes`; the whole within `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    data = bytearray()
+    with socket.create_connection(address, timeout=timeout_s) as connection:
+        connection.sendall(request)
+        while len(data) <= limit_bytes:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError("it was too slow")
+            connection.settimeout(left_s)
+            part = connection.recv(_PART_BYTES)
+            if not part:
+                break
+            data += part
+    return bytes(data)

@@ -1,0 +1,34 @@
+"""noded or the API as a process that dies at one point of `kill_points`; a program.
+
+argv: "noded" or "api", the point's name. The settings are VMCELL_API_CONFIG's. The API says its
+port on standard output.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from api_service import listening
+from kill_points import API_POINTS, API_VERBS, NODED_POINTS, NODED_VERBS, arm
+
+from vmcell_api.__main__ import make_app
+from vmcell_api.config import load_config
+from vmcell_api.node.__main__ import serve
+
+
+def main() -> int:
+    what, point = sys.argv[1:]
+    config = load_config()
+    if what == "noded":
+        arm(NODED_POINTS[point], NODED_VERBS)
+        return serve(config)
+    arm(API_POINTS[point], API_VERBS)
+    with listening(make_app(config)) as address:
+        sys.stdout.write(f"{address}\n")
+        sys.stdout.flush()
+        sys.stdin.read()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""The points of a create and of a kill at which a process is killed (SIGKILL) by tests.
+
+Each point is a call that noded or the API makes; `arm()` wraps it so that this very process dies
+there. The wrapped call is only deadly inside the verb, so that what comes before it works.
+`leaves` says what the next process must find: "nothing", or the "whole" sandbox.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+BEFORE, DURING, AFTER = "before", "during", "after"
+NOTHING, WHOLE = "nothing", "whole"
+# Well inside what runc needs for a task, and long enough for the call to have reached containerd.
+DURING_S = 0.03
+
+NODE, BUILD = "vmcell_api.node.node:Node", "vmcell_api.node.build:SandboxBuilder"
+DAEMON, SLOTS = "vmcell_api.node.containerd:Containerd", "vmcell_api.node.slots:SlotPool"
+FILES, GUEST = "vmcell_api.node.sandbox_files:", "vmcell_api.node.guest_init:"
+PLANE, CLIENT = "vmcell_api.control_plane:ControlPlane", "vmcell_api.node_client:NodeClient"
+ONCE = "vmcell_api.create_once:CreateOnce"
+STORE, KEYS = "vmcell_api.store.records:Store", "vmcell_api.store.create_keys:CreateKeys"
+
+NODED_VERBS = {"create": NODE, "kill": NODE}
+API_VERBS = {"create": ONCE, "kill": PLANE}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """`owner` is "module:class" (or "module:"), whose function `call` is deadly inside `verb`."""
+
+    verb: str
+    owner: str
+    call: str
+    when: str = AFTER
+    leaves: str = NOTHING
+
+
+NODED_POINTS = {
+    "create: image looked up": Point(verb="create", owner=BUILD, call="image_config"),
+    "create: slot claimed": Point(verb="create", owner=SLOTS, call="claim"),
+    "create: files written": Point(verb="create", owner=FILES, call="write"),
+    "create: lease taken": Point(verb="create", owner=DAEMON, call="create_lease"),
+    "create: snapshot prepared": Point(verb="create", owner=DAEMON, call="prepare_snapshot"),
+    "create: container written": Point(verb="create", owner=DAEMON, call="create_container"),
+    "create: lease given back": Point(verb="create", owner=DAEMON, call="delete_lease"),
+    "create: task in the making": Point(
+        verb="create", owner=DAEMON, call="create_task", when=DURING
+    ),
+    "create: task made": Point(verb="create", owner=DAEMON, call="create_task"),
+    "create: task at its start": Point(verb="create", owner=DAEMON, call="start_task", when=DURING),
+    "create: task started": Point(verb="create", owner=DAEMON, call="start_task"),
+    "create: guest initialised": Point(verb="create", owner=GUEST, call="initialise"),
+    "create: labelled running": Point(verb="create", owner=DAEMON, call="set_labels", leaves=WHOLE),
+    "kill: before anything": Point(
+        verb="kill", owner=DAEMON, call="kill_task", when=BEFORE, leaves=WHOLE
+    ),
+    "kill: task killed": Point(verb="kill", owner=DAEMON, call="kill_task"),
+    "kill: task deleted": Point(verb="kill", owner=DAEMON, call="delete_task"),
+    "kill: container deleted": Point(verb="kill", owner=DAEMON, call="delete_container"),
+    "kill: snapshot removed": Point(verb="kill", owner=DAEMON, call="remove_snapshot"),
+    "kill: lease deleted": Point(verb="kill", owner=DAEMON, call="delete_lease"),
+    "kill: files removed": Point(verb="kill", owner=FILES, call="remove"),
+    "kill: slot released": Point(verb="kill", owner=SLOTS, call="release"),
+}
+API_POINTS = {
+    "create: key taken": Point(verb="create", owner=KEYS, call="take"),
+    "create: row written": Point(verb="create", owner=STORE, call="add_sandbox"),
+    "create: node at work": Point(
+        verb="create", owner=CLIENT, call="create", when=DURING, leaves=WHOLE
+    ),
+    "create: node done": Point(verb="create", owner=CLIENT, call="create", leaves=WHOLE),
+    "create: row marked": Point(verb="create", owner=STORE, call="mark_built", leaves=WHOLE),
+    "create: key marked": Point(verb="create", owner=KEYS, call="mark_done", leaves=WHOLE),
+    "kill: before the node": Point(
+        verb="kill", owner=CLIENT, call="kill", when=BEFORE, leaves=WHOLE
+    ),
+    "kill: node done": Point(verb="kill", owner=CLIENT, call="kill"),
+    "kill: row forgotten": Point(verb="kill", owner=STORE, call="forget_sandboxes"),
+}
+
+_inside = threading.local()
+
+
+def arm(point: Point, verbs: dict[str, str]) -> None:
+    """From now on this process dies at `point`; `verbs` says whose "create" and "kill" count."""
+    for verb, owner in verbs.items():
+        _wrap(owner, verb, functools.partial(_in_verb, verb))
+    _wrap(point.owner, point.call, functools.partial(_deadly, point))
+
+
+def _in_verb(verb: str, original: Callable, *arguments: object, **options: object) -> object:
+    _inside.verb = verb
+    try:
+        return original(*arguments, **options)
+    finally:
+        _inside.verb = None
+
+
+def _deadly(point: Point, original: Callable, *arguments: object, **options: object) -> object:
+    if getattr(_inside, "verb", None) != point.verb:
+        return original(*arguments, **options)
+    if point.when == BEFORE:
+        _die()
+    if point.when == DURING:
+        threading.Timer(DURING_S, _die).start()
+    original(*arguments, **options)
+    return _die()
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _wrap(owner: str, name: str, around: Callable) -> None:
+    module_name, _, class_name = owner.partition(":")
+    module = importlib.import_module(module_name)
+    place = getattr(module, class_name) if class_name else module
+    original = getattr(place, name)
+
+    @functools.wraps(original)
+    def wrapped(*arguments: object, **options: object) -> object:
+        return around(original, *arguments, **options)
+
+    setattr(place, name, wrapped)
