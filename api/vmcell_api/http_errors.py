@@ -64,7 +64,7 @@ def on_http_error(
     req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError, params: object
 ) -> None:
     """One of Falcon's: no such route, no such method, a header it cannot read."""
-    words = {404: f"no route {req.path}", 405: f"{req.method} is not allowed on {req.path}"}
+    words = {404: f"no route {req.path[:100]}", 405: f"{req.method} is not allowed here"}
     message = words.get(error.status_code) or error.description or error.title or "refused"
     req.context.error_code = HTTP_CODES.get(error.status_code, "invalid_argument")
     write_error(resp, error.status_code, message)
