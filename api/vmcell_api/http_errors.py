@@ -10,6 +10,7 @@ import json
 import logging
 
 import falcon
+from gunicorn.http.errors import ParseException
 
 from vmcell_api.json_body import BodyTooLarge
 from vmcell_api.node_client import NodeUnreachable
@@ -72,6 +73,14 @@ def on_http_error(
         resp.set_headers(error.headers)
 
 
+def on_broken_body(
+    req: falcon.Request, resp: falcon.Response, error: ParseException, params: object
+) -> None:
+    """gunicorn found out while the body was read: its words may quote it, and are left out."""
+    req.context.error_code = "invalid_argument"
+    write_error(resp, 400, "the body is badly chunked or cut short; send it again")
+
+
 def on_bug(req: falcon.Request, resp: falcon.Response, error: Exception, params: object) -> None:
     """Anything else is a bug: the trace goes to the log, not to the client."""
     req.context.error_code = "internal"
@@ -82,5 +91,6 @@ def on_bug(req: falcon.Request, resp: falcon.Response, error: Exception, params:
 def install(app: falcon.App) -> None:
     """Makes every error of `app` leave in this form."""
     app.add_error_handler(Exception, on_bug)
+    app.add_error_handler(ParseException, on_broken_body)
     app.add_error_handler(falcon.HTTPError, on_http_error)
     app.add_error_handler(VmcellError, on_vmcell_error)

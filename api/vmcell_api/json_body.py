@@ -50,8 +50,8 @@ def read_json(stream: Readable, content_length: int | None) -> dict[str, object]
     while len(data) <= MAX_BODY_BYTES:
         try:
             part = stream.read(min(65536, MAX_BODY_BYTES + 1 - len(data)))
-        except OSError as error:  # gunicorn's, for chunks that are none and for a client that left
-            raise CallerError("the body is cut short or badly chunked; send it again") from error
+        except OSError as error:  # the client left, or waited too long
+            raise CallerError("the body is cut short; send it again") from error
         if not part:
             return parse_json(bytes(data))
         data += part
