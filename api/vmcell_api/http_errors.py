@@ -10,6 +10,7 @@ import json
 import logging
 
 import falcon
+from gunicorn.http.errors import ParseException
 
 from vmcell_api.coded_errors import CodedError
 from vmcell_api.json_body import BodyTooLarge
@@ -69,12 +70,20 @@ def on_http_error(
     req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError, params: object
 ) -> None:
     """One of Falcon's: no such route, no such method, a header it cannot read."""
-    words = {404: f"no route {req.path}", 405: f"{req.method} is not allowed on {req.path}"}
+    words = {404: f"no route {req.path[:100]}", 405: f"{req.method} is not allowed here"}
     message = words.get(error.status_code) or error.description or error.title or "refused"
     req.context.error_code = HTTP_CODES.get(error.status_code, "invalid_argument")
     write_error(resp, error.status_code, message)
     if error.headers:
         resp.set_headers(error.headers)
+
+
+def on_broken_body(
+    req: falcon.Request, resp: falcon.Response, error: ParseException, params: object
+) -> None:
+    """gunicorn found out while the body was read: its words may quote it, and are left out."""
+    req.context.error_code = "invalid_argument"
+    write_error(resp, 400, "the body is badly chunked or cut short; send it again")
 
 
 def on_bug(req: falcon.Request, resp: falcon.Response, error: Exception, params: object) -> None:
@@ -88,5 +97,6 @@ def on_bug(req: falcon.Request, resp: falcon.Response, error: Exception, params:
 def install(app: falcon.App) -> None:
     """Makes every error of `app` leave in this form."""
     app.add_error_handler(Exception, on_bug)
+    app.add_error_handler(ParseException, on_broken_body)
     app.add_error_handler(falcon.HTTPError, on_http_error)
     app.add_error_handler(VmcellError, on_vmcell_error)

@@ -48,7 +48,10 @@ def read_json(stream: Readable, content_length: int | None) -> dict[str, object]
         raise BodyTooLarge(f"the body has {content_length} bytes; at most {MAX_BODY_BYTES}")
     data = bytearray()
     while len(data) <= MAX_BODY_BYTES:
-        part = stream.read(min(65536, MAX_BODY_BYTES + 1 - len(data)))
+        try:
+            part = stream.read(min(65536, MAX_BODY_BYTES + 1 - len(data)))
+        except OSError as error:  # the client left, or waited too long
+            raise CallerError("the body is cut short; send it again") from error
         if not part:
             return parse_json(bytes(data))
         data += part

@@ -47,9 +47,11 @@ def parse_scopes(words: Iterable[str]) -> tuple[str, ...]:
     found = sorted({word.strip() for word in words if word.strip()})
     for word in found:
         if word not in SCOPES:
-            raise CallerError(f"{word[:60]!r} is no scope; known are {', '.join(SCOPES)}")
+            raise CallerError(
+                f"scopes has {word[:60]!r}, which is none; known are {', '.join(SCOPES)}"
+            )
     if not found:
-        raise CallerError(f"a key needs a scope; known are {', '.join(SCOPES)}")
+        raise CallerError(f"scopes is empty; known are {', '.join(SCOPES)}")
     return tuple(found)
 
 
