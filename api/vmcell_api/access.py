@@ -12,6 +12,8 @@ from vmcell_api.store.records import Store
 from vmcell_protos.errors import CallerError
 
 OPEN_PATHS = ("/health",)
+# Links for uploads carry their own permission; SDKs send no key with them.
+OPEN_PREFIX = "/vmcell/uploads/"
 
 
 class KeyCheck:
@@ -23,6 +25,8 @@ class KeyCheck:
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Checks the key of every request but preflights and health checks."""
         if req.method == "OPTIONS" or req.path in OPEN_PATHS:
+            return
+        if req.path.startswith(OPEN_PREFIX):
             return
         key = req.get_header("X-API-KEY") or _bearer(req.get_header("Authorization") or "")
         if not key:

@@ -24,6 +24,9 @@ class ApiConfig:
     `slot_network`: IPv4 network that is cut into /31 pairs, one per sandbox slot.
     `api_uid`: the user the API runs as; it needs no entry in /etc/passwd.
     `disk_mib` is told to clients; it is the shim's `writable_mib`.
+    `api_url`: how clients reach the API, for the links it hands out; "": as they just did.
+    `upload_dir` holds what clients upload for templates, `build_dir` the logs of builds;
+    `build_cache_limit` is a number of steps, `build_places` of builds at once.
     `start_timeout_s`: how long a sandbox may take from its task's creation to envd's answer.
     """
 
@@ -49,6 +52,13 @@ class ApiConfig:
     start_timeout_s: int = 120
     max_timeout_s: int = 86400
     disk_mib: int = 10240
+    api_url: str = ""
+    upload_dir: str = "/var/lib/vmcell/api/uploads"
+    max_upload_mib: int = 1024
+    build_dir: str = "/var/lib/vmcell/builds"
+    build_places: int = 2
+    build_timeout_s: int = 3600
+    build_cache_limit: int = 256
     workers: int = 2
     threads: int = 16
 
@@ -57,7 +67,10 @@ class ApiConfig:
             _, colon, port = getattr(self, name).rpartition(":")
             if not colon or not port.isdigit() or not 0 < int(port) < 65536:
                 raise HostError(f"{name} is {getattr(self, name)!r}; it takes ADDRESS:PORT")
-        for name in ("slot_count", "start_timeout_s", "max_timeout_s", "workers", "threads"):
+        for name in (
+            *("slot_count", "start_timeout_s", "max_timeout_s", "workers", "threads"),
+            *("max_upload_mib", "build_places", "build_timeout_s", "build_cache_limit"),
+        ):
             if getattr(self, name) < 1:
                 raise HostError(f"{name} is {getattr(self, name)}; it takes a number above 0")
         try:

@@ -42,6 +42,9 @@ class NewSandbox:
     access_token: str = field(default="", repr=False)
     default_user: str = ""
     allow_internet: bool = True
+    default_workdir: str = ""
+    start_command: str = ""
+    ready_command: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,9 @@ class NodeClient:
             access_token=sandbox.access_token,
             default_user=sandbox.default_user,
             allow_internet=sandbox.allow_internet,
+            default_workdir=sandbox.default_workdir,
+            start_command=sandbox.start_command,
+            ready_command=sandbox.ready_command,
         )
         return _running(self._call("CreateSandbox", request, self._create_timeout_s))
 
@@ -137,7 +143,7 @@ class NodeClient:
         try:
             return method(request, timeout=timeout_s)
         except grpc.RpcError as error:
-            raise _translate(error, self._socket_path) from error
+            raise translate_fault(error, self._socket_path) from error
 
     def _connected(self) -> node_pb2_grpc.NodeStub:
         with self._lock:
@@ -153,7 +159,7 @@ class NodeClient:
             return self._stub
 
 
-def _translate(error: grpc.RpcError, socket_path: str) -> VmcellError:
+def translate_fault(error: grpc.RpcError, socket_path: str) -> VmcellError:
     """Our error for one of gRPC's; noded marks its own answers in the trailing metadata."""
     spoken = any(key == "vmcell-fault" for key, _ in error.trailing_metadata() or ())
     code = CODE_NAMES.get(error.code().value[0], "unknown")

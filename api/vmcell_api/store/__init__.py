@@ -2,7 +2,9 @@
 
 Reading order:
 tables      the tables
+template_tables  the tables of teams' templates
 migrations  Alembic's environment and versions
 database    engine, migration, ownership of the SQLite file
 records     the questions the service asks, one transaction each
+templates   the same for teams' templates, builds, tags and upload links
 """

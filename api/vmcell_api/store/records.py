@@ -38,6 +38,10 @@ class Template:
     image: str
     vcpus: int
     memory_mib: int
+    default_user: str = ""
+    default_workdir: str = ""
+    start_command: str = ""
+    ready_command: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +99,7 @@ class Store:
         """The template of that name."""
         with self._transaction() as session:
             row = session.get(TemplateRow, name)
-            if row is None:
-                return None
-            return Template(
-                name=row.name, image=row.image, vcpus=row.vcpus, memory_mib=row.memory_mib
-            )
+            return _template(row) if row else None
 
     def add_sandbox(self, record: SandboxRecord, *, limit: int, live: Collection[str]) -> None:
         """Writes the row of a sandbox that is about to be made.
@@ -170,11 +170,21 @@ class Store:
         with self._transaction() as session:
             session.execute(sa.delete(SandboxRow).where(SandboxRow.id.in_(sandbox_ids)))
 
-    def _transaction(self) -> _Transaction:
-        return _Transaction(self._engine)
+    def templates(self) -> list[Template]:
+        """The templates that every team may use, by name."""
+        query = sa.select(TemplateRow).order_by(TemplateRow.name)
+        with self._transaction() as session:
+            return [_template(row) for row in session.scalars(query)]
+
+    def transaction(self) -> Transaction:
+        """One transaction for the modules beside this one."""
+        return Transaction(self._engine)
+
+    def _transaction(self) -> Transaction:
+        return Transaction(self._engine)
 
 
-class _Transaction:
+class Transaction:
     """One session that commits at the end of the block and turns database errors into ours."""
 
     def __init__(self, engine: Engine) -> None:
@@ -201,6 +211,10 @@ def _words(error: sa.exc.SQLAlchemyError) -> str:
 
 def _team(row: TeamRow) -> Team:
     return Team(team_id=row.id, name=row.name, sandbox_limit=row.sandbox_limit)
+
+
+def _template(row: TemplateRow) -> Template:
+    return Template(name=row.name, image=row.image, vcpus=row.vcpus, memory_mib=row.memory_mib)
 
 
 def _sandbox(row: SandboxRow) -> SandboxRecord:

@@ -10,7 +10,7 @@ from sqlalchemy import JSON, BigInteger, Boolean, ForeignKey, String
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 # The newest revision in `migrations`; a test compares.
-SCHEMA_VERSION = "0001"
+SCHEMA_VERSION = "0003"
 
 
 class Base(DeclarativeBase):
@@ -41,7 +41,7 @@ class ApiKeyRow(Base):
 
 
 class TemplateRow(Base):
-    """A name that creates may use, and what it stands for."""
+    """A name that every team may use, and what it stands for: part of the installation."""
 
     __tablename__ = "templates"
 

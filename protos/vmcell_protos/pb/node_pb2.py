@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bvmcell_protos/pb/node.proto\x12\x0evmcell.node.v1\"\xc9\x02\n\x14\x43reateSandboxRequest\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x13\n\x0btemplate_id\x18\x02 \x01(\t\x12\r\n\x05image\x18\x03 \x01(\t\x12\r\n\x05vcpus\x18\x04 \x01(\r\x12\x12\n\nmemory_mib\x18\x05 \x01(\r\x12\x12\n\ntimeout_ms\x18\x06 \x01(\x04\x12J\n\x0b\x65nvironment\x18\x07 \x03(\x0b\x32\x35.vmcell.node.v1.CreateSandboxRequest.EnvironmentEntry\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x08 \x01(\t\x12\x14\n\x0c\x64\x65\x66\x61ult_user\x18\t \x01(\t\x12\x16\n\x0e\x61llow_internet\x18\n \x01(\x08\x1a\x32\n\x10\x45nvironmentEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\" \n\nSandboxRef\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\"\xd3\x01\n\x07Sandbox\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x13\n\x0btemplate_id\x18\x02 \x01(\t\x12\r\n\x05image\x18\x03 \x01(\t\x12\r\n\x05vcpus\x18\x04 \x01(\r\x12\x12\n\nmemory_mib\x18\x05 \x01(\r\x12\x10\n\x08\x64isk_mib\x18\x06 \x01(\x04\x12\x1a\n\x12started_at_unix_ms\x18\x07 \x01(\x03\x12\x16\n\x0e\x65nd_at_unix_ms\x18\x08 \x01(\x03\x12\x0f\n\x07\x61\x64\x64ress\x18\t \x01(\t\x12\x16\n\x0e\x61llow_internet\x18\n \x01(\x08\"\x15\n\x13KillSandboxResponse\"\x16\n\x14ListSandboxesRequest\"C\n\x15ListSandboxesResponse\x12*\n\tsandboxes\x18\x01 \x03(\x0b\x32\x17.vmcell.node.v1.Sandbox\"Q\n\x12SetDeadlineRequest\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x12\n\ntimeout_ms\x18\x02 \x01(\x04\x12\x13\n\x0bonly_extend\x18\x03 \x01(\x08\"\x11\n\x0fNodeInfoRequest\"V\n\x10NodeInfoResponse\x12\x1a\n\x12\x63ontainerd_version\x18\x01 \x01(\t\x12\x12\n\nslot_count\x18\x02 \x01(\r\x12\x12\n\nslots_free\x18\x03 \x01(\r2\xe2\x03\n\x04Node\x12N\n\rCreateSandbox\x12$.vmcell.node.v1.CreateSandboxRequest\x1a\x17.vmcell.node.v1.Sandbox\x12N\n\x0bKillSandbox\x12\x1a.vmcell.node.v1.SandboxRef\x1a#.vmcell.node.v1.KillSandboxResponse\x12\x41\n\nGetSandbox\x12\x1a.vmcell.node.v1.SandboxRef\x1a\x17.vmcell.node.v1.Sandbox\x12\\\n\rListSandboxes\x12$.vmcell.node.v1.ListSandboxesRequest\x1a%.vmcell.node.v1.ListSandboxesResponse\x12J\n\x0bSetDeadline\x12\".vmcell.node.v1.SetDeadlineRequest\x1a\x17.vmcell.node.v1.Sandbox\x12M\n\x08NodeInfo\x12\x1f.vmcell.node.v1.NodeInfoRequest\x1a .vmcell.node.v1.NodeInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bvmcell_protos/pb/node.proto\x12\x0evmcell.node.v1\"\x90\x03\n\x14\x43reateSandboxRequest\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x13\n\x0btemplate_id\x18\x02 \x01(\t\x12\r\n\x05image\x18\x03 \x01(\t\x12\r\n\x05vcpus\x18\x04 \x01(\r\x12\x12\n\nmemory_mib\x18\x05 \x01(\r\x12\x12\n\ntimeout_ms\x18\x06 \x01(\x04\x12J\n\x0b\x65nvironment\x18\x07 \x03(\x0b\x32\x35.vmcell.node.v1.CreateSandboxRequest.EnvironmentEntry\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x08 \x01(\t\x12\x14\n\x0c\x64\x65\x66\x61ult_user\x18\t \x01(\t\x12\x16\n\x0e\x61llow_internet\x18\n \x01(\x08\x12\x17\n\x0f\x64\x65\x66\x61ult_workdir\x18\x1e \x01(\t\x12\x15\n\rstart_command\x18\x1f \x01(\t\x12\x15\n\rready_command\x18  \x01(\t\x1a\x32\n\x10\x45nvironmentEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\" \n\nSandboxRef\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\"\xd3\x01\n\x07Sandbox\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x13\n\x0btemplate_id\x18\x02 \x01(\t\x12\r\n\x05image\x18\x03 \x01(\t\x12\r\n\x05vcpus\x18\x04 \x01(\r\x12\x12\n\nmemory_mib\x18\x05 \x01(\r\x12\x10\n\x08\x64isk_mib\x18\x06 \x01(\x04\x12\x1a\n\x12started_at_unix_ms\x18\x07 \x01(\x03\x12\x16\n\x0e\x65nd_at_unix_ms\x18\x08 \x01(\x03\x12\x0f\n\x07\x61\x64\x64ress\x18\t \x01(\t\x12\x16\n\x0e\x61llow_internet\x18\n \x01(\x08\"\x15\n\x13KillSandboxResponse\"\x16\n\x14ListSandboxesRequest\"C\n\x15ListSandboxesResponse\x12*\n\tsandboxes\x18\x01 \x03(\x0b\x32\x17.vmcell.node.v1.Sandbox\"Q\n\x12SetDeadlineRequest\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x12\n\ntimeout_ms\x18\x02 \x01(\x04\x12\x13\n\x0bonly_extend\x18\x03 \x01(\x08\"\x11\n\x0fNodeInfoRequest\"V\n\x10NodeInfoResponse\x12\x1a\n\x12\x63ontainerd_version\x18\x01 \x01(\t\x12\x12\n\nslot_count\x18\x02 \x01(\r\x12\x12\n\nslots_free\x18\x03 \x01(\r\"J\n\tBuildStep\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x0c\n\x04\x61rgs\x18\x02 \x03(\t\x12\x12\n\nfiles_hash\x18\x03 \x01(\t\x12\r\n\x05\x66orce\x18\x04 \x01(\x08\"3\n\rRegistryLogin\x12\x10\n\x08username\x18\x01 \x01(\t\x12\x10\n\x08password\x18\x02 \x01(\t\"\xa0\x02\n\x11StartBuildRequest\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x0f\n\x07team_id\x18\x02 \x01(\t\x12\x13\n\x0btemplate_id\x18\x03 \x01(\t\x12\x12\n\nfrom_image\x18\x04 \x01(\t\x12\x35\n\x0eregistry_login\x18\x05 \x01(\x0b\x32\x1d.vmcell.node.v1.RegistryLogin\x12(\n\x05steps\x18\x06 \x03(\x0b\x32\x19.vmcell.node.v1.BuildStep\x12\r\n\x05\x66orce\x18\x07 \x01(\x08\x12\x15\n\rstart_command\x18\x08 \x01(\t\x12\x15\n\rready_command\x18\t \x01(\t\x12\r\n\x05vcpus\x18\n \x01(\r\x12\x12\n\nmemory_mib\x18\x0b \x01(\r\"\x1c\n\x08\x42uildRef\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\"B\n\x0fGetBuildRequest\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\r\n\x05limit\x18\x03 \x01(\r\"Q\n\rBuildLogEntry\x12\x12\n\nat_unix_ms\x18\x01 \x01(\x03\x12\r\n\x05level\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\t\"\x80\x02\n\nBuildState\x12\x10\n\x08\x62uild_id\x18\x01 \x01(\t\x12\x0e\n\x06status\x18\x02 \x01(\t\x12.\n\x07\x65ntries\x18\x03 \x03(\x0b\x32\x1d.vmcell.node.v1.BuildLogEntry\x12\x16\n\x0ereason_message\x18\x04 \x01(\t\x12\x13\n\x0breason_step\x18\x05 \x01(\t\x12\x35\n\x0ereason_entries\x18\x06 \x03(\x0b\x32\x1d.vmcell.node.v1.BuildLogEntry\x12\r\n\x05image\x18\x07 \x01(\t\x12\x14\n\x0c\x64\x65\x66\x61ult_user\x18\x08 \x01(\t\x12\x17\n\x0f\x64\x65\x66\x61ult_workdir\x18\t \x01(\t\"\x15\n\x13RemoveBuildResponse2\xe2\x03\n\x04Node\x12N\n\rCreateSandbox\x12$.vmcell.node.v1.CreateSandboxRequest\x1a\x17.vmcell.node.v1.Sandbox\x12N\n\x0bKillSandbox\x12\x1a.vmcell.node.v1.SandboxRef\x1a#.vmcell.node.v1.KillSandboxResponse\x12\x41\n\nGetSandbox\x12\x1a.vmcell.node.v1.SandboxRef\x1a\x17.vmcell.node.v1.Sandbox\x12\\\n\rListSandboxes\x12$.vmcell.node.v1.ListSandboxesRequest\x1a%.vmcell.node.v1.ListSandboxesResponse\x12J\n\x0bSetDeadline\x12\".vmcell.node.v1.SetDeadlineRequest\x1a\x17.vmcell.node.v1.Sandbox\x12M\n\x08NodeInfo\x12\x1f.vmcell.node.v1.NodeInfoRequest\x1a .vmcell.node.v1.NodeInfoResponse2\xb1\x02\n\x06\x42uilds\x12K\n\nStartBuild\x12!.vmcell.node.v1.StartBuildRequest\x1a\x1a.vmcell.node.v1.BuildState\x12G\n\x08GetBuild\x12\x1f.vmcell.node.v1.GetBuildRequest\x1a\x1a.vmcell.node.v1.BuildState\x12\x43\n\x0b\x43\x61ncelBuild\x12\x18.vmcell.node.v1.BuildRef\x1a\x1a.vmcell.node.v1.BuildState\x12L\n\x0bRemoveBuild\x12\x18.vmcell.node.v1.BuildRef\x1a#.vmcell.node.v1.RemoveBuildResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,25 +34,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATESANDBOXREQUEST_ENVIRONMENTENTRY']._loaded_options = None
   _globals['_CREATESANDBOXREQUEST_ENVIRONMENTENTRY']._serialized_options = b'8\001'
   _globals['_CREATESANDBOXREQUEST']._serialized_start=48
-  _globals['_CREATESANDBOXREQUEST']._serialized_end=377
-  _globals['_CREATESANDBOXREQUEST_ENVIRONMENTENTRY']._serialized_start=327
-  _globals['_CREATESANDBOXREQUEST_ENVIRONMENTENTRY']._serialized_end=377
-  _globals['_SANDBOXREF']._serialized_start=379
-  _globals['_SANDBOXREF']._serialized_end=411
-  _globals['_SANDBOX']._serialized_start=414
-  _globals['_SANDBOX']._serialized_end=625
-  _globals['_KILLSANDBOXRESPONSE']._serialized_start=627
-  _globals['_KILLSANDBOXRESPONSE']._serialized_end=648
-  _globals['_LISTSANDBOXESREQUEST']._serialized_start=650
-  _globals['_LISTSANDBOXESREQUEST']._serialized_end=672
-  _globals['_LISTSANDBOXESRESPONSE']._serialized_start=674
-  _globals['_LISTSANDBOXESRESPONSE']._serialized_end=741
-  _globals['_SETDEADLINEREQUEST']._serialized_start=743
-  _globals['_SETDEADLINEREQUEST']._serialized_end=824
-  _globals['_NODEINFOREQUEST']._serialized_start=826
-  _globals['_NODEINFOREQUEST']._serialized_end=843
-  _globals['_NODEINFORESPONSE']._serialized_start=845
-  _globals['_NODEINFORESPONSE']._serialized_end=931
-  _globals['_NODE']._serialized_start=934
-  _globals['_NODE']._serialized_end=1416
+  _globals['_CREATESANDBOXREQUEST']._serialized_end=448
+  _globals['_CREATESANDBOXREQUEST_ENVIRONMENTENTRY']._serialized_start=398
+  _globals['_CREATESANDBOXREQUEST_ENVIRONMENTENTRY']._serialized_end=448
+  _globals['_SANDBOXREF']._serialized_start=450
+  _globals['_SANDBOXREF']._serialized_end=482
+  _globals['_SANDBOX']._serialized_start=485
+  _globals['_SANDBOX']._serialized_end=696
+  _globals['_KILLSANDBOXRESPONSE']._serialized_start=698
+  _globals['_KILLSANDBOXRESPONSE']._serialized_end=719
+  _globals['_LISTSANDBOXESREQUEST']._serialized_start=721
+  _globals['_LISTSANDBOXESREQUEST']._serialized_end=743
+  _globals['_LISTSANDBOXESRESPONSE']._serialized_start=745
+  _globals['_LISTSANDBOXESRESPONSE']._serialized_end=812
+  _globals['_SETDEADLINEREQUEST']._serialized_start=814
+  _globals['_SETDEADLINEREQUEST']._serialized_end=895
+  _globals['_NODEINFOREQUEST']._serialized_start=897
+  _globals['_NODEINFOREQUEST']._serialized_end=914
+  _globals['_NODEINFORESPONSE']._serialized_start=916
+  _globals['_NODEINFORESPONSE']._serialized_end=1002
+  _globals['_BUILDSTEP']._serialized_start=1004
+  _globals['_BUILDSTEP']._serialized_end=1078
+  _globals['_REGISTRYLOGIN']._serialized_start=1080
+  _globals['_REGISTRYLOGIN']._serialized_end=1131
+  _globals['_STARTBUILDREQUEST']._serialized_start=1134
+  _globals['_STARTBUILDREQUEST']._serialized_end=1422
+  _globals['_BUILDREF']._serialized_start=1424
+  _globals['_BUILDREF']._serialized_end=1452
+  _globals['_GETBUILDREQUEST']._serialized_start=1454
+  _globals['_GETBUILDREQUEST']._serialized_end=1520
+  _globals['_BUILDLOGENTRY']._serialized_start=1522
+  _globals['_BUILDLOGENTRY']._serialized_end=1603
+  _globals['_BUILDSTATE']._serialized_start=1606
+  _globals['_BUILDSTATE']._serialized_end=1862
+  _globals['_REMOVEBUILDRESPONSE']._serialized_start=1864
+  _globals['_REMOVEBUILDRESPONSE']._serialized_end=1885
+  _globals['_NODE']._serialized_start=1888
+  _globals['_NODE']._serialized_end=2370
+  _globals['_BUILDS']._serialized_start=2373
+  _globals['_BUILDS']._serialized_end=2678
 # @@protoc_insertion_point(module_scope)

@@ -2,4 +2,5 @@
 
 Reading order:
 v0001_first_tables  teams, api_keys, templates, sandboxes
+v0003_templates     templates of teams, builds, tags, links for uploads
 """
