@@ -102,13 +102,11 @@ class BlobStore:
             ):
                 pass
         except grpc.RpcError as error:
+            self._abort(ref)
             if writing.failure is not None:
-                self._abort(ref)
                 raise writing.failure from error
             if error.code() is not grpc.StatusCode.ALREADY_EXISTS or not writing.complete:
-                self._abort(ref)
                 raise translate(error, f"writing blob {ref}") from error
-            self._abort(ref)
         if writing.failure is not None:
             self._abort(ref)
             raise writing.failure
@@ -263,12 +261,12 @@ class _Writing:
         self.failure: Exception | None = None
 
     def requests(self) -> Iterator[content_pb2.WriteContentRequest]:
-        """gRPC takes them in a thread of its own: what goes wrong is kept for the caller."""
+        """gRPC takes them in a thread of its own: what goes wrong is kept for the caller, and the
+        stream ends without a commit."""
         try:
             yield from self._requests()
         except Exception as error:
             self.failure = error
-            raise
 
     def _requests(self) -> Iterator[content_pb2.WriteContentRequest]:
         hashed = hashlib.sha256()
