@@ -265,7 +265,7 @@ class _Writing:
         stream ends without a commit."""
         try:
             yield from self._requests()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised again by write_stream
             self.failure = error
 
     def _requests(self) -> Iterator[content_pb2.WriteContentRequest]:

@@ -29,7 +29,8 @@ PULL_TIMEOUT_S = 1800.0
 # A line typed at a terminal holds no more (N_TTY_BUF_SIZE).
 MAX_PASSWORD_BYTES = 4000
 _REFERENCE = re.compile(
-    r"(?P<host>[A-Za-z0-9.-]+(:\d{1,5})?/)?(?P<path>[a-z0-9._/-]+)"
+    r"(?P<host>[A-Za-z0-9.-]+(:\d{1,5})?/)?"
+    r"(?P<path>[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*)"
     r"(?P<end>(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?)"
 )
 
