@@ -87,7 +87,7 @@ def parse_build_start(body: dict[str, object]) -> BuildStart:
     image, template = _optional(body, "fromImage"), _optional(body, "fromTemplate")
     if bool(image) == bool(template):
         raise CallerError("give one of fromImage and fromTemplate")
-    steps = body.get("steps") or []
+    steps = [] if body.get("steps") is None else body["steps"]
     if not isinstance(steps, list) or len(steps) > MAX_STEPS:
         raise CallerError(f"steps takes a list of at most {MAX_STEPS} steps")
     username, password = _registry(body.get("fromImageRegistry"))
@@ -116,7 +116,7 @@ def _step(number: int, step: object) -> StepBody:
     where = f"steps[{number - 1}]"
     if not isinstance(step, dict):
         raise CallerError(f"{where} takes an object")
-    kind, args = step.get("type"), step.get("args") or []
+    kind, args = step.get("type"), [] if step.get("args") is None else step["args"]
     if kind not in _STEP_TYPES:
         raise CallerError(f"{where}.type is {str(kind)[:40]!r}; it takes {', '.join(_STEP_TYPES)}")
     if not isinstance(args, list) or not all(isinstance(arg, str) for arg in args):

@@ -42,11 +42,11 @@ def open_upload(upload_dir: str, team_id: str, files_hash: str, *, owner_uid: in
             "ask GET /templates/{id}/files/{hash} and upload them first",
             code="failed_precondition",
         ) from error
-    file = os.fdopen(descriptor, "rb")
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_uid != owner_uid:
-        file.close()
+        os.close(descriptor)
         raise CallerError(f"upload {files_hash} is not a file of uid {owner_uid}")
+    file = os.fdopen(descriptor, "rb")
     magic = file.read(len(_GZIP_MAGIC))
     file.seek(0)
     return Upload(file=file, size=status.st_size, packed=magic == _GZIP_MAGIC)
