@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vmcell_api.config import ApiConfig
 from vmcell_api.identifiers import new_access_token, new_sandbox_id, sandbox_id_of
@@ -96,6 +96,8 @@ class ControlPlane:
 
     def list(self, team: Team, query: ListQuery) -> Page:
         """The team's running sandboxes that match, newest first unless asked otherwise."""
+        if query.template:
+            query = replace(query, template=self._templates.id_of(team, query.template))
         by_id = {running.sandbox_id: running for running in self._node.list()}
         records = self._store.sandboxes(team_id=team.team_id)
         self._drop_lost(records, by_id.keys())

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 import falcon
 
-PREFIXES = ("/templates/", "/v2/templates/", "/v3/templates/", "/vmcell/templates/")
+PREFIXES = ("/templates/", "/v2/templates/")
 
 
 class EncodedPaths:

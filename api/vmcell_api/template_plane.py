@@ -232,6 +232,12 @@ class TemplatePlane:
             ready_command=build.ready_command,
         )
 
+    def id_of(self, team: Team, text: str) -> str:
+        """The id of the template that `text` names, else `text`: sandboxes are listed by it."""
+        found = self._find(team, text)
+        template = found[0].team_template if found else None
+        return template.template_id if template else text
+
     def count_spawn(self, template_id: str) -> None:
         """A sandbox was made of a team's template; others are not counted."""
         if SANDBOX_ID.fullmatch(template_id):

@@ -151,6 +151,14 @@ def test_builds_wait_for_a_place_and_can_be_cancelled(bench: Bench) -> None:
     bench.service.cancel(first.build_id)
 
 
+def test_the_queue_is_bounded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_service, "MAX_LIVE", 1)
+    bench.service.start(_request("hang"))
+    with pytest.raises(CallerError, match="1 builds") as caught:
+        bench.service.start(_request("make"))
+    assert caught.value.code == "resource_exhausted"
+
+
 def test_removing_a_template_ends_its_build(bench: Bench) -> None:
     request = _request("hang")
     bench.service.start(request)

@@ -98,6 +98,10 @@ def test_every_field_that_clients_want_is_listed(client: Client) -> None:
     assert details.builds[0].finished_at
     made = client.ask("POST", "/v2/sandboxes", {"templateID": "shop"})
     assert made.status_code == 201
+    for named in ("shop", quote("team-one/shop", safe=""), template):
+        (listed,) = client.ask("GET", f"/v2/sandboxes?template={named}").json
+        assert listed["sandboxID"] == made.json["sandboxID"]
+    assert client.ask("GET", "/v2/sandboxes?template=base").json == []
     (row, *_) = client.ask("GET", "/templates").json
     assert row["spawnCount"] == 1
     assert row["lastSpawnedAt"]

@@ -40,6 +40,7 @@ log = logging.getLogger("vmcell.noded")
 
 BUILDER_INIT = "envd-builder"
 STOP_TIMEOUT_S = 20.0
+MAX_LIVE = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +151,11 @@ class BuildService:
         record = self._record(request.build_id)
         machines = self._machines(new_sandbox_id())
         with self._lock:
+            if len(self._live) >= MAX_LIVE:
+                raise CallerError(
+                    f"{MAX_LIVE} builds wait or run on this node; start this one later",
+                    code="resource_exhausted",
+                )
             if self._closing:
                 raise HostError("noded is ending; start the build again in a moment")
             record.create(machines.sandbox_id)
