@@ -14,6 +14,7 @@ node_client      the API's side of noded's door
 tenancy          what the operator does with teams and keys
 metrics          counters for Prometheus
 request_rate     how many requests a team may make
+build_client     the API's side of noded's builds
 json_body        bodies with bounds, field by field
 request_bounds   what no request may hold
 network_rules    E2B's network objects
@@ -21,14 +22,21 @@ sandbox_bodies   E2B's create bodies and list queries
 sandbox_answers  E2B's sandbox objects
 sandbox_logs     what envd logged
 coded_errors     errors that E2B has a word for
+template_names   names and tags of templates
+template_bodies  E2B's template bodies and log queries
+template_answers  E2B's template, build and tag objects
+upload_store     files that clients upload for templates
+template_plane   templates and builds, without HTTP
 control_plane    the verbs, without HTTP
 create_once      creates with an Idempotency-Key
 http_errors      errors as E2B's bodies
 access           API keys of requests: team, scopes, rate
 request_record   a request's id, log line, counts and audit entry
+encoded_paths    paths with encoded slashes
 resources        the routes of sandboxes
 snapshot_routes  what needs snapshots: refused
 activity_routes  metrics and logs
+template_routes  the routes of templates
 openapi          the API's own description, one module per resource
 operator_resources  the routes of teams, keys, audit and metrics
 app              the WSGI application

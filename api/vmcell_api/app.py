@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import falcon
 
-from vmcell_api import http_errors
+from vmcell_api import http_errors, template_routes
 from vmcell_api.access import KeyCheck
 from vmcell_api.activity_routes import add_activity_routes
+from vmcell_api.build_client import BuildClient, BuildVerbs
 from vmcell_api.config import ApiConfig
 from vmcell_api.control_plane import LOST_AFTER_MS, ControlPlane
 from vmcell_api.create_once import CreateOnce
+from vmcell_api.encoded_paths import EncodedPaths
 from vmcell_api.metrics import Metrics
 from vmcell_api.node_client import NodeVerbs
 from vmcell_api.operator_resources import add_operator_routes
@@ -22,6 +24,8 @@ from vmcell_api.store.api_keys import ApiKeys
 from vmcell_api.store.audit import Audit
 from vmcell_api.store.create_keys import CreateKeys
 from vmcell_api.store.records import Store
+from vmcell_api.template_plane import TemplatePlane
+from vmcell_api.upload_store import UploadStore
 
 EXPOSED_HEADERS = ["X-Next-Token", "X-Total-Running", "X-Request-Id"]
 
@@ -31,10 +35,11 @@ def create_app(
     node: NodeVerbs,
     config: ApiConfig,
     *,
+    builds: BuildVerbs | None = None,
     rates: RequestRates | None = None,
     metrics_dir: str = "",
 ) -> falcon.App:
-    """The application; store, node and rates stay the caller's.
+    """The application; store, node, builds (noded's own unless given) and rates stay the caller's.
 
     `rates` and `metrics_dir` are what all workers share; without them this one counts alone.
     """
@@ -43,11 +48,15 @@ def create_app(
     metrics = Metrics(node, metrics_dir)
     app.add_middleware(falcon.CORSMiddleware(allow_origins="*", expose_headers=EXPOSED_HEADERS))
     app.add_middleware(RequestRecord(audit, metrics))
+    app.add_middleware(EncodedPaths())
     app.add_middleware(RequestBounds())
     app.add_middleware(KeyCheck(ApiKeys(store.engine), rates or RequestRates(), config))
     app.req_options.strip_url_path_trailing_slash = True
     http_errors.install(app)
-    control = ControlPlane(store, node, config)
+    uploads = UploadStore(config.upload_dir, limit_mib=config.max_upload_mib)
+    templates = TemplatePlane(store, builds or BuildClient(config.node_socket), uploads)
+    template_routes.add_routes(app, templates, uploads, config)
+    control = ControlPlane(store, node, config, templates)
     window_ms = config.start_timeout_s * 1000 + LOST_AFTER_MS
     once = CreateOnce(control, CreateKeys(store), window_ms=window_ms)
     sandboxes, sandbox = Sandboxes(control, once, config), Sandbox(control, config)

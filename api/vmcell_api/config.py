@@ -29,6 +29,9 @@ class ApiConfig:
     `audit_days`, `audit_rows`: how long, and how many, entries of the audit are kept.
     `metrics_dir` is where the API's workers count, for Prometheus.
     `metrics_interval_s`: how often noded asks each sandbox what it uses; 0: never.
+    `api_url`: how clients reach the API, for the links it hands out; "": as they just did.
+    `upload_dir` holds what clients upload for templates, `build_dir` the logs of builds;
+    `build_cache_limit` is a number of steps, `build_places` of builds at once.
     `start_timeout_s`: how long a sandbox may take from its task's creation to envd's answer.
     """
 
@@ -56,6 +59,13 @@ class ApiConfig:
     allow_no_end: bool = True
     metrics_interval_s: int = 5
     disk_mib: int = 10240
+    api_url: str = ""
+    upload_dir: str = "/var/lib/vmcell/api/uploads"
+    max_upload_mib: int = 1024
+    build_dir: str = "/var/lib/vmcell/builds"
+    build_places: int = 2
+    build_timeout_s: int = 3600
+    build_cache_limit: int = 256
     workers: int = 2
     threads: int = 16
     requests_per_s: int = 100
@@ -74,6 +84,7 @@ class ApiConfig:
         for name in (
             *("slot_count", "start_timeout_s", "max_timeout_s", "workers", "threads"),
             *("requests_per_s", "audit_days", "audit_rows"),
+            *("max_upload_mib", "build_places", "build_timeout_s", "build_cache_limit"),
         ):
             if getattr(self, name) < 1:
                 raise HostError(f"{name} is {getattr(self, name)}; it takes a number above 0")

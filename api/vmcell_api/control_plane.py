@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vmcell_api.coded_errors import CodedHostError
 from vmcell_api.config import ApiConfig
@@ -20,6 +20,7 @@ from vmcell_api.node_client import NewSandbox, NodeUnreachable, NodeVerbs, Runni
 from vmcell_api.sandbox_bodies import CreateBody, ListQuery
 from vmcell_api.sandbox_logs import LogEntry, parse_entries
 from vmcell_api.store.records import SandboxRecord, Store, Team, Template
+from vmcell_api.template_plane import OWN_IMAGES, TemplatePlane
 from vmcell_protos.errors import CallerError, GuestError, HostError, VmcellError
 
 log = logging.getLogger("vmcell.api")
@@ -43,8 +44,11 @@ class Page:
 class ControlPlane:
     """The verbs of the API for one team at a time; thread-safe."""
 
-    def __init__(self, store: Store, node: NodeVerbs, config: ApiConfig) -> None:
+    def __init__(
+        self, store: Store, node: NodeVerbs, config: ApiConfig, templates: TemplatePlane
+    ) -> None:
         self._store = store
+        self._templates = templates
         self._node = node
         self._config = config
 
@@ -52,7 +56,7 @@ class ControlPlane:
         """Makes a sandbox of that fresh id; CallerError not_found for an unknown template."""
         if body.volume_mounts:
             raise CallerError("this server does not have volumeMounts; leave it out")
-        template = self._template(body.template)
+        template = self._template(team, body.template)
         record = SandboxRecord(
             sandbox_id=sandbox_id or new_sandbox_id(),
             team_id=team.team_id,
@@ -73,6 +77,7 @@ class ControlPlane:
             raise _create_error(error, body.template) from error
         try:
             self._store.mark_built(record.sandbox_id)
+            self._templates.count_spawn(template.name)
         except HostError as error:  # costs a place in the team's limit for a while, no more
             log.error("sandbox %s runs, but %s", record.sandbox_id, error)
         return record, running
@@ -133,6 +138,8 @@ class ControlPlane:
 
     def list(self, team: Team, query: ListQuery) -> Page:
         """The team's running sandboxes that match, newest first unless asked otherwise."""
+        if query.template:
+            query = replace(query, template=self._templates.id_of(team, query.template))
         by_id = {running.sandbox_id: running for running in self._node.list()}
         records = self._store.sandboxes(team_id=team.team_id)
         self._drop_lost(records, by_id.keys())
@@ -145,13 +152,14 @@ class ControlPlane:
         more = len(matching) > len(page)
         return Page(entries=page, following=page[-1] if more else None, running_count=len(pairs))
 
-    def _template(self, name: str) -> Template:
-        """A template of the store, else the imported image of that name with default sizes."""
-        plain = name.removesuffix(":default")
-        found = self._store.template(plain)
-        return found or Template(
-            name=name, image=name, vcpus=DEFAULT_VCPUS, memory_mib=DEFAULT_MEMORY_MIB
-        )
+    def _template(self, team: Team, name: str) -> Template:
+        """The team's or installation's template, else the imported image of that name."""
+        found = self._templates.resolve(team, name)
+        if found is not None:
+            return found
+        if name.startswith(OWN_IMAGES):  # what builds made belongs to teams
+            raise CallerError(f"template {name[:80]!r} does not exist", code="not_found")
+        return Template(name=name, image=name, vcpus=DEFAULT_VCPUS, memory_mib=DEFAULT_MEMORY_MIB)
 
     def _order(self, record: SandboxRecord, template: Template, body: CreateBody) -> NewSandbox:
         return NewSandbox(
@@ -163,8 +171,11 @@ class ControlPlane:
             timeout_s=body.timeout_s,
             environment=body.environment,
             access_token=record.access_token,
-            default_user=self._config.default_user,
+            default_user=template.default_user or self._config.default_user,
             egress=body.network.egress,
+            default_workdir=template.default_workdir,
+            start_command=template.start_command,
+            ready_command=template.ready_command,
         )
 
     def _record(self, team: Team, text: str) -> SandboxRecord:

@@ -19,7 +19,7 @@ from vmcell_api.identifiers import SANDBOX_ID
 
 ENVD_PORT = 49983
 INTERNAL_PATHS = frozenset(
-    {"init", "freeze", "unfreeze", "fsfreeze", "fsthaw", "collapse", "upgrade"}
+    {"init", "layer", "freeze", "unfreeze", "fsfreeze", "fsthaw", "collapse", "upgrade"}
 )
 # Dots and slashes a server may see in a path once it has decoded it.
 _SEPARATORS = re.compile(r"[/\\]+")

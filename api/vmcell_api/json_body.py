@@ -32,11 +32,19 @@ class BodyTooLarge(CallerError):
 
 
 def request_json(req: falcon.Request) -> dict[str, object]:
-    """The request's JSON; JavaScript SDKs send it chunked, without a length. Raises CallerError."""
-    if req.content_length is None and not req.env.get("wsgi.input_terminated"):
-        return {}
-    stream = req.bounded_stream if req.content_length is not None else req.stream
-    return read_json(stream, req.content_length)
+    """The request's JSON object; {} without a body. Raises CallerError."""
+    stream = request_stream(req)
+    return {} if stream is None else read_json(stream, req.content_length)
+
+
+def request_stream(req: falcon.Request) -> Readable | None:
+    """The body, which ends by itself; None when there is none.
+
+    JavaScript SDKs send bodies chunked, without a length.
+    """
+    if req.content_length is not None:
+        return req.bounded_stream
+    return req.stream if req.env.get("wsgi.input_terminated") else None
 
 
 def read_json(stream: Readable, content_length: int | None) -> dict[str, object]:

@@ -46,6 +46,9 @@ class NewSandbox:
     access_token: str = field(default="", repr=False)
     default_user: str = ""
     egress: Egress = OPEN
+    default_workdir: str = ""
+    start_command: str = ""
+    ready_command: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +149,9 @@ class NodeClient:
             allow_internet=sandbox.egress.allow_internet,
             allow_out=sandbox.egress.allow_out,
             deny_out=sandbox.egress.deny_out,
+            default_workdir=sandbox.default_workdir,
+            start_command=sandbox.start_command,
+            ready_command=sandbox.ready_command,
         )
         return _running(self._call("CreateSandbox", request, self._create_timeout_s))
 
@@ -227,7 +233,7 @@ class NodeClient:
         try:
             return method(request, timeout=timeout_s)
         except grpc.RpcError as error:
-            raise _translate(error, self._socket_path) from error
+            raise translate_fault(error, self._socket_path) from error
 
     def _connected(self) -> node_pb2_grpc.NodeStub:
         with self._lock:
@@ -243,7 +249,7 @@ class NodeClient:
             return self._stub
 
 
-def _translate(error: grpc.RpcError, socket_path: str) -> VmcellError:
+def translate_fault(error: grpc.RpcError, socket_path: str) -> VmcellError:
     """Our error for one of gRPC's; noded marks its own answers in the trailing metadata."""
     spoken = any(key == "vmcell-fault" for key, _ in error.trailing_metadata() or ())
     code = CODE_NAMES.get(error.code().value[0], "unknown")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import socket
 
 from vmcell_agent import abi, machine
+from vmcell_agent.container import BUILDER
 from vmcell_agent.guest import Places, Transports, serve
 from vmcell_agent.log import KernelLog
 
@@ -13,6 +15,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import NoReturn
+
+    from vmcell_agent.container import Builtin
 
 CONTROL_PORT = 1024  # on the host
 STREAM_PORT = 1025  # on the guest
@@ -27,7 +31,15 @@ def _load_envd() -> Callable[[Callable[[], None]], NoReturn]:
     return lambda ready: run(ready=ready)
 
 
-BUILTINS = {"envd": _load_envd}
+def _load_builder(upper: str) -> Callable[[Callable[[], None]], NoReturn]:
+    """envd that gives away what was written; `upper` is the overlay's upper directory."""
+    from vmcell_agent.envd.serve import run_builder
+
+    descriptor = os.open(upper, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    return lambda ready: run_builder(descriptor, ready=ready)
+
+
+BUILTINS: dict[str, Builtin] = {"envd": _load_envd, BUILDER: _load_builder}
 
 
 def _from_the_host(address: object) -> bool:

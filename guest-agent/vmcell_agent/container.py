@@ -35,10 +35,12 @@ if TYPE_CHECKING:
     from vmcell_agent.streamdoor import StreamDoor
     from vmcell_protos.agent import AddProcessRequest, CreateContainerRequest, Rootfs
 
-    Builtin = Callable[[], Callable[[Callable[[], None]], NoReturn]]
+    # The builder's takes the path of the overlay's upper directory, others take nothing.
+    Builtin = Callable[..., Callable[[Callable[[], None]], NoReturn]]
     Done = Callable[[VmcellError | None], None]
 
 MAX_PROCESSES = 64
+BUILDER = "envd-builder"  # the init that gives away what was written into the root
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", re.ASCII)
 _REMOVE_SECONDS, _REMOVE_STEP_SECONDS = 5.0, 0.02
 _END_SECONDS, _END_STEP_SECONDS = 1.0, 0.01
@@ -102,6 +104,7 @@ class Container:
         self._shared = pod.shared_flags(request.shared_namespaces)
         self._around = around
         self._builtin = builtin
+        self._is_builder = request.init == BUILDER
         self._shared_memory = self._live_share = ""
         self._cgroup = Cgroup(f"{around.cgroup_root}/{self.id}")
         self._oom: OomWatch | None = None
@@ -125,8 +128,15 @@ class Container:
         self._cgroup.create(self.spec.cgroup_files)
         try:
             self._root.mount(
-                rootfs, self._around.device_directory, read_only=self.spec.root_read_only
+                rootfs,
+                self._around.device_directory,
+                read_only=self.spec.root_read_only,
+                user_xattrs=self._is_builder,
             )
+            if self._is_builder and not self._root.upper:
+                raise CallerError(
+                    f"init {BUILDER} needs a root of layers with a disk for writes above them"
+                )
             self._join_pod()
         except VmcellError:
             self._root.close()
@@ -239,8 +249,15 @@ class Container:
             pid_namespace=self._around.pod.pid_namespace() if shares_pids else -1,
             shared_memory=self._shared_memory,
             live_share=self._live_share,
-            load_builtin=self._builtin,
+            load_builtin=self._load_builtin,
         )
+
+    @property
+    def _load_builtin(self) -> Builtin | None:
+        builtin, upper = self._builtin, self._root.upper
+        if builtin is None or not self._is_builder:
+            return builtin
+        return lambda: builtin(upper)
 
     def _init_reaped(self, wait_status: int) -> None:
         if self._shared & abi.CLONE_NEWPID:  # it was not pid 1, so the kernel kills nobody with it

@@ -34,13 +34,24 @@ class RootFilesystem:
         self.directory = directory
         self.path = f"{directory}/root"
         self.writable = False
+        self.upper = ""  # the overlay's directory for writes, where it lies on a disk
+        self._user_xattrs = False
         self._made: list[str] = []
         self._mounted: list[str] = []
 
-    def mount(self, rootfs: Rootfs, device_directory: str, *, read_only: bool) -> None:
-        """Mount it; `read_only`: the container is to have it so. Raises CallerError or HostError,
-        and leaves nothing behind then."""
+    def mount(
+        self,
+        rootfs: Rootfs,
+        device_directory: str,
+        *,
+        read_only: bool,
+        user_xattrs: bool = False,
+    ) -> None:
+        """Mount it; `read_only`: the container is to have it so; `user_xattrs`: the overlay keeps
+        its notes where a container can read them. Raises CallerError or HostError, and leaves
+        nothing behind then."""
         _check(rootfs)
+        self._user_xattrs = user_xattrs
         disk = rootfs.block_device
         self.writable = bool(rootfs.upper_device or disk)
         try:
@@ -75,12 +86,15 @@ class RootFilesystem:
             self._mount(source, f"{self.directory}/{name}", fstype, abi.MS_RDONLY, data)
         if upper_disk:
             self._mount_disk(upper_disk, upper)
+            self.upper = f"{upper}/upper"
         else:
             self._mount("tmpfs", upper, "tmpfs", 0, _SCRATCH_OPTIONS)
         with attempt(f"make overlay directories in {upper}"):
             for directory in (f"{upper}/upper", f"{upper}/work"):
                 os.makedirs(directory, 0o755, exist_ok=True)
         data = f"lowerdir={':'.join(names)},upperdir=upper/upper,workdir=upper/work"
+        if self._user_xattrs:
+            data += ",userxattr"
         # Many long paths would be more than the page that mount(2) takes.
         here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

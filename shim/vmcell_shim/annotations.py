@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vmcell_shim.oci_json import Json
 
 PREFIX = "io.vmcell."
+# What the guest can run as an init by itself: E2B's data plane, and the same for builds.
+INITS = ("envd", "envd-builder")
 NAMES = (
     "vcpus",
     "memory-mib",
@@ -70,8 +72,8 @@ def parse_annotations(spec: Json) -> Annotations:
             raise CallerError(f"annotation {key} is {value!r}; it must be a string")
         values[name] = value
     init = values.get("init", "")
-    if init not in ("", "envd"):
-        raise CallerError(f"annotation {PREFIX}init is {init!r}; the one value is 'envd'")
+    if init not in ("", *INITS):
+        raise CallerError(f"annotation {PREFIX}init is {init!r}; it takes {' or '.join(INITS)}")
     return Annotations(
         vcpus=_number(values, "vcpus"),
         memory_mib=_number(values, "memory-mib"),

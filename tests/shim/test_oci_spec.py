@@ -95,7 +95,7 @@ REFUSED = {
     "1048576 bytes of memory": {"linux": limits(memory={"limit": 1 << 20})},
     "asks for 99 vCPUs": {"linux": limits(cpu={"quota": 9_900_000, "period": 100_000})},
     "io.vmcell.kernel": {"annotations": {"io.vmcell.kernel": "/etc/shadow"}},
-    "the one value is 'envd'": {"annotations": {"io.vmcell.init": "/bin/sh"}},
+    "it takes envd or envd-builder": {"annotations": {"io.vmcell.init": "/bin/sh"}},
     "without io.vmcell.net.mac": {
         "annotations": {k: v for k, v in NETWORK.items() if not k.endswith("mac")}
     },

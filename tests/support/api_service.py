@@ -11,6 +11,7 @@ from socketserver import ThreadingMixIn
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import falcon
+from fake_builder import FakeBuilder
 from fake_node import FakeNode
 
 from vmcell_api.app import create_app
@@ -29,6 +30,7 @@ class ApiService:
     route_app: falcon.App
     store: Store
     node: FakeNode
+    builder: FakeBuilder
     config: ApiConfig
     key: str
 
@@ -42,17 +44,19 @@ class ApiService:
 def api_service(folder: Path, **settings: object) -> Iterator[ApiService]:
     """A service with a store of its own in `folder`, unless `settings` name one."""
     settings.setdefault("database_url", f"sqlite:///{folder}/store/api.sqlite")
+    settings.setdefault("upload_dir", f"{folder}/uploads")
     config = ApiConfig(**settings)  # type: ignore[arg-type]  # test settings
     migrate(config.database_url)
     store = Store(open_engine(config.database_url))
-    node = FakeNode()
+    node, builder = FakeNode(), FakeBuilder()
     key, _ = create_key(store, store.ensure_team("team-one"), scopes=("*",))
     try:
         yield ApiService(
-            app=create_app(store, node, config),
+            app=create_app(store, node, config, builds=builder),
             route_app=create_route_app(store, node, config.domain),
             store=store,
             node=node,
+            builder=builder,
             config=config,
             key=key,
         )
@@ -65,6 +69,10 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 
 class _Handler(WSGIRequestHandler):
+    def get_environ(self) -> dict[str, object]:
+        # As gunicorn does: the request's target as it was sent.
+        return {**super().get_environ(), "RAW_URI": self.path}
+
     def log_message(self, format: str, *arguments: object) -> None:
         """Quiet."""
 

@@ -31,7 +31,7 @@ class FakeNode:
 
     def create(self, sandbox: NewSandbox) -> RunningSandbox:
         self._maybe_fail()
-        if sandbox.image not in IMAGES:
+        if sandbox.image not in IMAGES and not sandbox.image.startswith("vmcell.local/build/"):
             raise CallerError(f"image {sandbox.image!r} is not on this node", code="not_found")
         self.on_create(sandbox)
         with self._lock:

@@ -39,11 +39,14 @@ dev_service      images and the E2B service in the dev VM
 bench_start      starts of containers timed, by part, beside runc
 operator_desk    the store, opened for the operator's commands, which are audited
 demo             an E2B client against a real microVM
+template_client  the API's template routes
+template_source  what a template is built from
 cli_output       errors, JSON and tables of all commands
 cli_dev          words and options of `vmcell dev`
 cli_host         words and options of `vmcell setup` and `doctor`
 cli_bench        words and options of `vmcell bench`
 cli_cache        words and options of `vmcell cache`
+cli_template     words and options of `vmcell template`
 cli_team         words and options of `vmcell team` and `migrate`
 cli_key          words and options of `vmcell key`
 cli_audit        words and options of `vmcell audit`

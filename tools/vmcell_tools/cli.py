@@ -16,6 +16,7 @@ from vmcell_tools.cli_host import doctor, setup
 from vmcell_tools.cli_key import key
 from vmcell_tools.cli_output import OneSentenceGroup
 from vmcell_tools.cli_team import migrate, team
+from vmcell_tools.cli_template import template
 
 
 @click.group(cls=OneSentenceGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,7 +25,10 @@ def main() -> None:
     """One microVM per container: setup, checks, images and the dev VM."""
 
 
-for command in (setup, doctor, kernel, image, cache, team, key, audit, migrate, bench, dev):
+COMMANDS = (
+    *(setup, doctor, kernel, image, template, cache, team, key, audit, migrate, bench, dev),
+)
+for command in COMMANDS:
     main.add_command(command)
 
 

@@ -9,6 +9,8 @@ conntrack      ending the connections of a slot
 slots          the pool of TAPs
 containerd     containerd's gRPC services, errors as ours
 guest_init     envd's token, environment and health
+guest_process  commands, uploads and layers through envd
+start_command  a template's start command, and when it is ready
 sandbox_files  resolv.conf, hosts and hostname for a guest
 sandbox        a sandbox, as labels and back
 metrics        what sandboxes used over time
@@ -18,5 +20,15 @@ deadlines      a timer on the monotonic clock
 node           every sandbox of the host and the verbs on them
 zygote         the node's zygote, kept while noded runs
 door           the gRPC service on noded's socket
+blob_store     blobs, images and unpacked layers
+image_json     config and manifest of an image that is built
+image_pull     images of registries, by ctr
+build_images   what a build starts from, keeps and ends with
+build_records  builds on disk: log and result
+build_steps    the steps of a build, without I/O
+upload_files   what clients uploaded, opened with care
+build_run      one build
+build_service  every build of the node
+build_door     the gRPC service of builds
 __main__       the process
 """

@@ -16,8 +16,11 @@ from collections.abc import Callable
 
 from vmcell_api import logs
 from vmcell_api.config import ApiConfig, load_config
-from vmcell_api.node import door
+from vmcell_api.node import build_service, door
 from vmcell_api.node.build import BuildSettings, SandboxBuilder
+from vmcell_api.node.build_door import BuildDoor
+from vmcell_api.node.build_images import BuildImages
+from vmcell_api.node.build_service import BuildService
 from vmcell_api.node.containerd import Containerd
 from vmcell_api.node.node import Node
 from vmcell_api.node.slots import SlotPool
@@ -56,6 +59,22 @@ def build_node(config: ApiConfig) -> Node:
         config.state_dir,
         metrics_interval_s=config.metrics_interval_s,
     )
+
+
+def build_builds(config: ApiConfig, node: Node) -> BuildService:
+    """The builds of that node, not opened yet."""
+    images = BuildImages(
+        node.containerd, config.containerd_socket, cache_limit=config.build_cache_limit
+    )
+    settings = build_service.BuildSettings(
+        build_dir=config.build_dir,
+        upload_dir=config.upload_dir,
+        upload_uid=config.api_uid if os.geteuid() == 0 else os.geteuid(),
+        places=config.build_places,
+        timeout_s=config.build_timeout_s,
+        layer_limit_mib=config.disk_mib,
+    )
+    return BuildService(node, images, settings)
 
 
 def wait_for_containerd(containerd: Containerd, socket_path: str) -> None:
@@ -98,11 +117,15 @@ def run(config: ApiConfig) -> None:
         stack.callback(node.close)
         wait_for_containerd(node.containerd, config.containerd_socket)
         node.open()
+        builds = build_builds(config, node)
+        builds.open()
+        stack.callback(builds.close)
         stack.callback(keep_zygote(config))
         server = door.serve(
             door.Door(node, disk_mib=config.disk_mib),
             config.node_socket,
             owner_uid=config.api_uid,
+            builds=BuildDoor(builds),
         )
         log.info("noded listens on %s, %d slots", config.node_socket, config.slot_count)
         ending.wait()

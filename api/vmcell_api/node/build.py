@@ -11,8 +11,9 @@ import time
 from dataclasses import dataclass, field, replace
 
 from vmcell_api.egress import OPEN, Egress
-from vmcell_api.node import guest_init, oci_image, oci_spec, sandbox_files
+from vmcell_api.node import guest_init, oci_image, oci_spec, sandbox_files, start_command
 from vmcell_api.node.containerd import Containerd
+from vmcell_api.node.guest_process import Command, GuestProcesses
 from vmcell_api.node.sandbox import (
     CREATING,
     END_LABEL,
@@ -45,6 +46,10 @@ class SandboxRequest:
     access_token: str = field(default="", repr=False)
     default_user: str = ""
     egress: Egress = OPEN
+    default_workdir: str = ""
+    start_command: str = ""
+    ready_command: str = ""
+    init: str = "envd"  # or the builder's, which gives away what was written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +112,7 @@ class SandboxBuilder:
             nameservers=self._settings.nameservers,
             access_token=request.access_token,
         )
-        self._create_task(sandbox, image, slot, files, deadline)
+        self._create_task(sandbox, image, slot, files, deadline, init=request.init)
         self._containerd.start_task(
             sandbox.sandbox_id, timeout_s=max(1.0, deadline - time.monotonic())
         )
@@ -116,9 +121,11 @@ class SandboxBuilder:
             access_token=request.access_token,
             environment=_guest_environment(request),
             default_user=request.default_user,
+            default_workdir=request.default_workdir,
             timeout_s=max(1.0, deadline - time.monotonic()),
             died=died,
         )
+        _start_template(request, sandbox.address, image, deadline)
         now = unix_ms_now()
         sandbox = replace(sandbox, started_at_unix_ms=now, end_at_unix_ms=now + request.timeout_ms)
         labels = sandbox.labels(RUNNING)
@@ -133,6 +140,8 @@ class SandboxBuilder:
         slot: Slot,
         files: tuple[tuple[str, str], ...],
         deadline: float,
+        *,
+        init: str,
     ) -> None:
         containerd, sandbox_id = self._containerd, sandbox.sandbox_id
         lease = LEASE_PREFIX + sandbox_id
@@ -152,6 +161,7 @@ class SandboxBuilder:
                 environment=image.environment,
                 working_directory=image.working_directory,
                 file_mounts=files,
+                init=init,
             )
         )
         containerd.create_container(
@@ -183,6 +193,29 @@ class SandboxBuilder:
                 f"{self._containerd.snapshotter}; import it again without --no-unpack",
                 code="failed_precondition",
             ) from error
+
+
+def _start_template(
+    request: SandboxRequest, address: str, image: oci_image.ImageConfig, deadline: float
+) -> None:
+    """What a template wants running in each of its sandboxes, and the wait until it is ready."""
+    if not request.start_command and not request.ready_command:
+        return
+    guest = GuestProcesses(address, request.access_token)
+    environment = dict(row.split("=", 1) for row in image.environment)
+
+    def command(text: str) -> Command:
+        return Command(
+            text=text,
+            user=request.default_user,
+            workdir=request.default_workdir,
+            environment=environment,
+        )
+
+    if request.start_command:
+        start_command.start(guest, command(request.start_command), deadline=deadline)
+    if request.ready_command:
+        start_command.wait_ready(guest, command(request.ready_command), deadline=deadline)
 
 
 def _guest_environment(request: SandboxRequest) -> dict[str, str]:

@@ -100,6 +100,16 @@ class Containerd:
         except grpc.RpcError as error:
             raise translate(error, tried) from error
 
+    def stub(self, kind: Callable[[grpc.Channel], typing.Any]) -> typing.Any:
+        """Another service of the daemon, on this connection."""
+        return kind(self._channel)
+
+    def call(
+        self, method: Callable, request: object, tried: str, *, lease: str = "", timeout_s: float
+    ) -> typing.Any:
+        """One call of such a service with namespace and deadline; errors are ours."""
+        return self._call(method, request, tried, lease=lease, timeout_s=timeout_s)
+
     def version(self) -> str:
         """The daemon's version; raises HostError when it does not answer."""
         answer = self._call(self._version.Version, Empty(), "asking containerd's version")

@@ -37,11 +37,11 @@ DOOR_THREADS = 64
 _STATUS = {row.value[0]: row for row in grpc.StatusCode}
 
 
-def _answering(verb: Callable) -> Callable:
+def answering(verb: Callable) -> Callable:
     """Turns our errors into gRPC statuses; anything else is a bug and is logged as one."""
 
     @functools.wraps(verb)
-    def call(self: Door, request: object, context: grpc.ServicerContext) -> object:
+    def call(self: object, request: object, context: grpc.ServicerContext) -> object:
         try:
             return verb(self, request)
         except VmcellError as error:
@@ -66,29 +66,29 @@ class Door(node_pb2_grpc.NodeServicer):
         self._node = node
         self._disk_mib = disk_mib
 
-    @_answering
+    @answering
     def CreateSandbox(self, request: node_pb2.CreateSandboxRequest) -> node_pb2.Sandbox:
         """Builds a sandbox."""
         return self._message(self._node.create(checked_request(request)))
 
-    @_answering
+    @answering
     def KillSandbox(self, request: node_pb2.SandboxRef) -> node_pb2.KillSandboxResponse:
         """Ends and removes a sandbox."""
         self._node.kill(_checked_id(request.sandbox_id))
         return node_pb2.KillSandboxResponse()
 
-    @_answering
+    @answering
     def GetSandbox(self, request: node_pb2.SandboxRef) -> node_pb2.Sandbox:
         """One running sandbox."""
         return self._message(self._node.get(_checked_id(request.sandbox_id)))
 
-    @_answering
+    @answering
     def ListSandboxes(self, _: node_pb2.ListSandboxesRequest) -> node_pb2.ListSandboxesResponse:
         """All running sandboxes."""
         found = [self._message(sandbox) for sandbox in self._node.list()]
         return node_pb2.ListSandboxesResponse(sandboxes=found)
 
-    @_answering
+    @answering
     def SetDeadline(self, request: node_pb2.SetDeadlineRequest) -> node_pb2.Sandbox:
         """Moves a sandbox's end."""
         if request.timeout_ms > MAX_TIMEOUT_MS:
@@ -98,13 +98,13 @@ class Door(node_pb2_grpc.NodeServicer):
         )
         return self._message(sandbox)
 
-    @_answering
+    @answering
     def SetEgress(self, request: node_pb2.SetEgressRequest) -> node_pb2.Sandbox:
         """Changes what a sandbox may reach."""
         sandbox_id = _checked_id(request.sandbox_id)
         return self._message(self._node.set_egress(sandbox_id, _checked_egress(request)))
 
-    @_answering
+    @answering
     def ReadMetrics(self, request: node_pb2.ReadMetricsRequest) -> node_pb2.ReadMetricsResponse:
         """What sandboxes used over time; those that are not there are left out."""
         found = [
@@ -121,7 +121,7 @@ class Door(node_pb2_grpc.NodeServicer):
         ]
         return node_pb2.ReadMetricsResponse(sandboxes=found)
 
-    @_answering
+    @answering
     def NodeInfo(self, _: node_pb2.NodeInfoRequest) -> node_pb2.NodeInfoResponse:
         """What this node is."""
         return node_pb2.NodeInfoResponse(
@@ -179,6 +179,9 @@ def checked_request(request: node_pb2.CreateSandboxRequest) -> SandboxRequest:
         access_token=request.access_token,
         default_user=request.default_user,
         egress=_checked_egress(request),
+        default_workdir=request.default_workdir,
+        start_command=request.start_command,
+        ready_command=request.ready_command,
     )
 
 
@@ -220,7 +223,13 @@ def only_one(socket_path: str) -> Iterator[None]:
         os.close(lock)
 
 
-def serve(door: node_pb2_grpc.NodeServicer, socket_path: str, *, owner_uid: int) -> grpc.Server:
+def serve(
+    door: node_pb2_grpc.NodeServicer,
+    socket_path: str,
+    *,
+    owner_uid: int,
+    builds: node_pb2_grpc.BuildsServicer | None = None,
+) -> grpc.Server:
     """A started server on `socket_path` that only root and `owner_uid` may dial.
 
     The caller stops it. Raises HostError when the socket cannot be made.
@@ -233,6 +242,8 @@ def serve(door: node_pb2_grpc.NodeServicer, socket_path: str, *, owner_uid: int)
         options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)],
     )
     node_pb2_grpc.add_NodeServicer_to_server(door, server)
+    if builds is not None:
+        node_pb2_grpc.add_BuildsServicer_to_server(builds, server)
     old_mask = os.umask(0o117)
     try:
         server.add_insecure_port(f"unix://{socket_path}")

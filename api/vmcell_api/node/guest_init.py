@@ -27,6 +27,7 @@ def initialise(
     access_token: str,
     environment: dict[str, str],
     default_user: str,
+    default_workdir: str = "",
     timeout_s: float,
     died: threading.Event,
 ) -> None:
@@ -39,6 +40,8 @@ def initialise(
         "defaultUser": default_user,
         "timestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    if default_workdir:
+        body["defaultWorkdir"] = default_workdir
     if access_token:
         body["accessToken"] = access_token
     deadline = time.monotonic() + timeout_s

@@ -30,6 +30,15 @@ class ImageConfig:
     working_directory: str = "/"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImageProcess:
+    """What an image says of its process; "" where it says nothing."""
+
+    environment: tuple[str, ...]
+    user: str
+    working_directory: str
+
+
 def chain_id(diff_ids: list[str]) -> str:
     """The chain id of layers, lowest first (OCI image-spec, config, "Layer ChainID")."""
     chain = diff_ids[0]
@@ -65,6 +74,16 @@ def config_digest(manifest: bytes, image: str) -> str:
 
 def parse_config(config: bytes, image: str) -> ImageConfig:
     """The part of an image config that a sandbox needs; raises CallerError."""
+    diff_ids, process = config_table(config, image)
+    return ImageConfig(
+        chain_id=chain_id(diff_ids),
+        environment=process.environment,
+        working_directory=process.working_directory or "/",
+    )
+
+
+def config_table(config: bytes, image: str) -> tuple[list[str], ImageProcess]:
+    """Diff ids, the lowest first, and the process of an image config; raises CallerError."""
     table = _table(config, image)
     rootfs = table.get("rootfs")
     diff_ids = _list(rootfs if isinstance(rootfs, dict) else {}, "diff_ids", image)
@@ -76,12 +95,25 @@ def parse_config(config: bytes, image: str) -> ImageConfig:
     environment = process.get("Env") or []
     if not isinstance(environment, list):
         raise _broken(image, "its Env is not a list")
-    directory = process.get("WorkingDir") or "/"
-    return ImageConfig(
-        chain_id=chain_id([_digest(diff_id, image) for diff_id in diff_ids]),
+    user, directory = process.get("User") or "", process.get("WorkingDir") or ""
+    return [_digest(diff_id, image) for diff_id in diff_ids], ImageProcess(
         environment=tuple(row for row in environment if isinstance(row, str) and "=" in row),
-        working_directory=directory if isinstance(directory, str) else "/",
+        user=user if isinstance(user, str) else "",
+        working_directory=directory if isinstance(directory, str) else "",
     )
+
+
+def layer_table(manifest: bytes, image: str, count: int) -> list[tuple[str, int, str]]:
+    """(digest, size in bytes, media type) of the layers, the lowest first; raises CallerError."""
+    layers = []
+    for row in _list(_table(manifest, image), "layers", image):
+        size = row.get("size") if isinstance(row, dict) else None
+        if not isinstance(row, dict) or not isinstance(size, int) or size < 0:
+            raise _broken(image, "a layer has no size")
+        layers.append((_digest(row.get("digest"), image), size, str(row.get("mediaType"))))
+    if len(layers) != count:
+        raise _broken(image, f"it has {len(layers)} layers and {count} diff ids")
+    return layers
 
 
 def _table(data: bytes, image: str) -> dict[str, object]:

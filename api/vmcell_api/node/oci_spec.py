@@ -46,6 +46,7 @@ class SandboxMachine:
     environment: tuple[str, ...] = ()
     working_directory: str = "/"
     file_mounts: tuple[tuple[str, str], ...] = ()
+    init: str = "envd"
 
 
 def machine_annotations(machine: SandboxMachine) -> dict[str, str]:
@@ -53,7 +54,7 @@ def machine_annotations(machine: SandboxMachine) -> dict[str, str]:
     values = {
         "vcpus": str(machine.vcpus),
         "memory-mib": str(machine.memory_mib),
-        "init": "envd",
+        "init": machine.init,
         "net.tap": machine.tap,
         "net.mac": machine.mac,
         "net.address": f"{machine.address}/31",

@@ -14,6 +14,7 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Engine, make_url
 
+from vmcell_api.store import template_tables  # noqa: F401  # its tables are part of the metadata
 from vmcell_api.store.tables import SCHEMA_VERSION
 from vmcell_protos.errors import HostError
 

@@ -40,6 +40,10 @@ class Template:
     image: str
     vcpus: int
     memory_mib: int
+    default_user: str = ""
+    default_workdir: str = ""
+    start_command: str = ""
+    ready_command: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +98,7 @@ class Store:
         """The template of that name."""
         with self._transaction() as session:
             row = session.get(TemplateRow, name)
-            if row is None:
-                return None
-            return Template(
-                name=row.name, image=row.image, vcpus=row.vcpus, memory_mib=row.memory_mib
-            )
+            return _template(row) if row else None
 
     def add_sandbox(self, record: SandboxRecord, *, limit: int, live: Collection[str]) -> None:
         """Writes the row of a sandbox that is about to be made.
@@ -170,6 +170,12 @@ class Store:
         with self._transaction() as session:
             session.execute(sa.delete(SandboxRow).where(SandboxRow.id.in_(sandbox_ids)))
 
+    def templates(self) -> list[Template]:
+        """The templates that every team may use, by name."""
+        query = sa.select(TemplateRow).order_by(TemplateRow.name)
+        with self._transaction() as session:
+            return [_template(row) for row in session.scalars(query)]
+
     def _transaction(self) -> Transaction:
         return Transaction(self._engine)
 
@@ -208,6 +214,10 @@ def team_of(row: TeamRow) -> Team:
         max_timeout_s=row.max_timeout_s,
         requests_per_s=row.requests_per_s,
     )
+
+
+def _template(row: TemplateRow) -> Template:
+    return Template(name=row.name, image=row.image, vcpus=row.vcpus, memory_mib=row.memory_mib)
 
 
 def _sandbox(row: SandboxRow) -> SandboxRecord:

@@ -74,7 +74,7 @@ class AuditRow(Base):
 
 
 class TemplateRow(Base):
-    """A name that creates may use, and what it stands for."""
+    """A name that every team may use, and what it stands for: part of the installation."""
 
     __tablename__ = "templates"
 

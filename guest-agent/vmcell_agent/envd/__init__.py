@@ -31,6 +31,8 @@ download            GET /files
 upload              POST /files
 initialise          POST /init
 metrics             GET /metrics
+layer               what has changed in the root, as a tar
+layer_route         GET /layer, of the builder alone
 cors                cross-origin rules
 router              which endpoint serves a request
 serve               listening sockets, signals, `run`

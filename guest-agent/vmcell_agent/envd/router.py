@@ -28,10 +28,18 @@ Endpoint = Callable[[Exchange], BodyReader]
 
 
 class Router:
-    """An application for connections: one exchange in, the reader of its body out."""
+    """An application for connections: one exchange in, the reader of its body out.
+
+    `layer` serves GET /layer; only the builder has it.
+    """
 
     def __init__(
-        self, loop: Loop, settings: Settings, table: ProcessTable, clock: SetClock
+        self,
+        loop: Loop,
+        settings: Settings,
+        table: ProcessTable,
+        clock: SetClock,
+        layer: Endpoint | None = None,
     ) -> None:
         self._loop = loop
         self._settings = settings
@@ -55,6 +63,8 @@ class Router:
             "/metrics": {"GET": (True, self._read_metrics)},
             "/logs": {"GET": (True, self._read_logs)},
         }
+        if layer is not None:
+            self._endpoints["/layer"] = {"GET": (True, layer)}
 
     def __call__(self, exchange: Exchange) -> BodyReader:
         request = exchange.request

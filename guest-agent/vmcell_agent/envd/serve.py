@@ -6,6 +6,7 @@ container's root there is no standard library to load from.
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import signal
@@ -13,14 +14,16 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .accounts import Accounts
 from .connection import Application, Connection
 from .initialise import SetClock, set_clock
+from .layer import UpperDirectory
+from .layer_route import LayerRoute
 from .loop import READABLE, Loop
 from .process_table import ProcessTable
-from .router import Router
+from .router import Endpoint, Router
 from .settings import Settings
 
 PORT = 49983
@@ -151,6 +154,7 @@ def run(
     port: int = PORT,
     environment: Mapping[str, str] | None = None,
     clock: SetClock = set_clock,
+    layer: Endpoint | None = None,
 ) -> NoReturn:
     """Serve until SIGTERM or SIGINT, then SystemExit(143); pid 1's end ends the container.
 
@@ -165,7 +169,7 @@ def run(
         stack.callback(loop.close)
         settings = Settings(Accounts(), os.environ if environment is None else environment)
         table = ProcessTable(loop)
-        router = Router(loop, settings, table, clock)
+        router = Router(loop, settings, table, clock, layer)
         for sock in _listen_everywhere(port):
             stack.callback(Listener(loop, sock, router).close)
         stack.callback(_Signals(loop, table.reap).close)
@@ -176,6 +180,14 @@ def run(
         table.reap()
         loop.run()
     raise SystemExit(128 + signal.SIGTERM)
+
+
+def run_builder(upper: int, **options: Any) -> NoReturn:
+    """`run` with GET /layer over the upper directory behind the descriptor `upper`."""
+    # Kept above the standard streams, whose numbers `run` fills.
+    held = fcntl.fcntl(upper, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(upper)
+    run(layer=LayerRoute(UpperDirectory(held)), **options)
 
 
 def _open_standard_streams() -> None:

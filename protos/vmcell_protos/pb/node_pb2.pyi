@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class CreateSandboxRequest(_message.Message):
-    __slots__ = ("sandbox_id", "template_id", "image", "vcpus", "memory_mib", "timeout_ms", "environment", "access_token", "default_user", "allow_internet", "allow_out", "deny_out")
+    __slots__ = ("sandbox_id", "template_id", "image", "vcpus", "memory_mib", "timeout_ms", "environment", "access_token", "default_user", "allow_internet", "allow_out", "deny_out", "default_workdir", "start_command", "ready_command")
     class EnvironmentEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,9 @@ class CreateSandboxRequest(_message.Message):
     ALLOW_INTERNET_FIELD_NUMBER: _ClassVar[int]
     ALLOW_OUT_FIELD_NUMBER: _ClassVar[int]
     DENY_OUT_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_WORKDIR_FIELD_NUMBER: _ClassVar[int]
+    START_COMMAND_FIELD_NUMBER: _ClassVar[int]
+    READY_COMMAND_FIELD_NUMBER: _ClassVar[int]
     sandbox_id: str
     template_id: str
     image: str
@@ -39,7 +42,10 @@ class CreateSandboxRequest(_message.Message):
     allow_internet: bool
     allow_out: _containers.RepeatedScalarFieldContainer[str]
     deny_out: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, sandbox_id: _Optional[str] = ..., template_id: _Optional[str] = ..., image: _Optional[str] = ..., vcpus: _Optional[int] = ..., memory_mib: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., environment: _Optional[_Mapping[str, str]] = ..., access_token: _Optional[str] = ..., default_user: _Optional[str] = ..., allow_internet: _Optional[bool] = ..., allow_out: _Optional[_Iterable[str]] = ..., deny_out: _Optional[_Iterable[str]] = ...) -> None: ...
+    default_workdir: str
+    start_command: str
+    ready_command: str
+    def __init__(self, sandbox_id: _Optional[str] = ..., template_id: _Optional[str] = ..., image: _Optional[str] = ..., vcpus: _Optional[int] = ..., memory_mib: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., environment: _Optional[_Mapping[str, str]] = ..., access_token: _Optional[str] = ..., default_user: _Optional[str] = ..., allow_internet: _Optional[bool] = ..., allow_out: _Optional[_Iterable[str]] = ..., deny_out: _Optional[_Iterable[str]] = ..., default_workdir: _Optional[str] = ..., start_command: _Optional[str] = ..., ready_command: _Optional[str] = ...) -> None: ...
 
 class SandboxRef(_message.Message):
     __slots__ = ("sandbox_id",)
@@ -170,3 +176,103 @@ class NodeInfoResponse(_message.Message):
     slot_count: int
     slots_free: int
     def __init__(self, containerd_version: _Optional[str] = ..., slot_count: _Optional[int] = ..., slots_free: _Optional[int] = ...) -> None: ...
+
+class BuildStep(_message.Message):
+    __slots__ = ("type", "args", "files_hash", "force")
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    ARGS_FIELD_NUMBER: _ClassVar[int]
+    FILES_HASH_FIELD_NUMBER: _ClassVar[int]
+    FORCE_FIELD_NUMBER: _ClassVar[int]
+    type: str
+    args: _containers.RepeatedScalarFieldContainer[str]
+    files_hash: str
+    force: bool
+    def __init__(self, type: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., files_hash: _Optional[str] = ..., force: _Optional[bool] = ...) -> None: ...
+
+class RegistryLogin(_message.Message):
+    __slots__ = ("username", "password")
+    USERNAME_FIELD_NUMBER: _ClassVar[int]
+    PASSWORD_FIELD_NUMBER: _ClassVar[int]
+    username: str
+    password: str
+    def __init__(self, username: _Optional[str] = ..., password: _Optional[str] = ...) -> None: ...
+
+class StartBuildRequest(_message.Message):
+    __slots__ = ("build_id", "team_id", "template_id", "from_image", "registry_login", "steps", "force", "start_command", "ready_command", "vcpus", "memory_mib")
+    BUILD_ID_FIELD_NUMBER: _ClassVar[int]
+    TEAM_ID_FIELD_NUMBER: _ClassVar[int]
+    TEMPLATE_ID_FIELD_NUMBER: _ClassVar[int]
+    FROM_IMAGE_FIELD_NUMBER: _ClassVar[int]
+    REGISTRY_LOGIN_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    FORCE_FIELD_NUMBER: _ClassVar[int]
+    START_COMMAND_FIELD_NUMBER: _ClassVar[int]
+    READY_COMMAND_FIELD_NUMBER: _ClassVar[int]
+    VCPUS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_MIB_FIELD_NUMBER: _ClassVar[int]
+    build_id: str
+    team_id: str
+    template_id: str
+    from_image: str
+    registry_login: RegistryLogin
+    steps: _containers.RepeatedCompositeFieldContainer[BuildStep]
+    force: bool
+    start_command: str
+    ready_command: str
+    vcpus: int
+    memory_mib: int
+    def __init__(self, build_id: _Optional[str] = ..., team_id: _Optional[str] = ..., template_id: _Optional[str] = ..., from_image: _Optional[str] = ..., registry_login: _Optional[_Union[RegistryLogin, _Mapping]] = ..., steps: _Optional[_Iterable[_Union[BuildStep, _Mapping]]] = ..., force: _Optional[bool] = ..., start_command: _Optional[str] = ..., ready_command: _Optional[str] = ..., vcpus: _Optional[int] = ..., memory_mib: _Optional[int] = ...) -> None: ...
+
+class BuildRef(_message.Message):
+    __slots__ = ("build_id",)
+    BUILD_ID_FIELD_NUMBER: _ClassVar[int]
+    build_id: str
+    def __init__(self, build_id: _Optional[str] = ...) -> None: ...
+
+class GetBuildRequest(_message.Message):
+    __slots__ = ("build_id", "offset", "limit")
+    BUILD_ID_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    build_id: str
+    offset: int
+    limit: int
+    def __init__(self, build_id: _Optional[str] = ..., offset: _Optional[int] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class BuildLogEntry(_message.Message):
+    __slots__ = ("at_unix_ms", "level", "message", "step")
+    AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    at_unix_ms: int
+    level: str
+    message: str
+    step: str
+    def __init__(self, at_unix_ms: _Optional[int] = ..., level: _Optional[str] = ..., message: _Optional[str] = ..., step: _Optional[str] = ...) -> None: ...
+
+class BuildState(_message.Message):
+    __slots__ = ("build_id", "status", "entries", "reason_message", "reason_step", "reason_entries", "image", "default_user", "default_workdir")
+    BUILD_ID_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    REASON_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    REASON_STEP_FIELD_NUMBER: _ClassVar[int]
+    REASON_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_USER_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_WORKDIR_FIELD_NUMBER: _ClassVar[int]
+    build_id: str
+    status: str
+    entries: _containers.RepeatedCompositeFieldContainer[BuildLogEntry]
+    reason_message: str
+    reason_step: str
+    reason_entries: _containers.RepeatedCompositeFieldContainer[BuildLogEntry]
+    image: str
+    default_user: str
+    default_workdir: str
+    def __init__(self, build_id: _Optional[str] = ..., status: _Optional[str] = ..., entries: _Optional[_Iterable[_Union[BuildLogEntry, _Mapping]]] = ..., reason_message: _Optional[str] = ..., reason_step: _Optional[str] = ..., reason_entries: _Optional[_Iterable[_Union[BuildLogEntry, _Mapping]]] = ..., image: _Optional[str] = ..., default_user: _Optional[str] = ..., default_workdir: _Optional[str] = ...) -> None: ...
+
+class RemoveBuildResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -399,3 +399,211 @@ class Node:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class BuildsStub:
+    """Builds of templates, each in a microVM of its own. A build belongs to a team: cache and uploads are the team's.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.StartBuild = channel.unary_unary(
+                '/vmcell.node.v1.Builds/StartBuild',
+                request_serializer=vmcell__protos_dot_pb_dot_node__pb2.StartBuildRequest.SerializeToString,
+                response_deserializer=vmcell__protos_dot_pb_dot_node__pb2.BuildState.FromString,
+                _registered_method=True)
+        self.GetBuild = channel.unary_unary(
+                '/vmcell.node.v1.Builds/GetBuild',
+                request_serializer=vmcell__protos_dot_pb_dot_node__pb2.GetBuildRequest.SerializeToString,
+                response_deserializer=vmcell__protos_dot_pb_dot_node__pb2.BuildState.FromString,
+                _registered_method=True)
+        self.CancelBuild = channel.unary_unary(
+                '/vmcell.node.v1.Builds/CancelBuild',
+                request_serializer=vmcell__protos_dot_pb_dot_node__pb2.BuildRef.SerializeToString,
+                response_deserializer=vmcell__protos_dot_pb_dot_node__pb2.BuildState.FromString,
+                _registered_method=True)
+        self.RemoveBuild = channel.unary_unary(
+                '/vmcell.node.v1.Builds/RemoveBuild',
+                request_serializer=vmcell__protos_dot_pb_dot_node__pb2.BuildRef.SerializeToString,
+                response_deserializer=vmcell__protos_dot_pb_dot_node__pb2.RemoveBuildResponse.FromString,
+                _registered_method=True)
+
+
+class BuildsServicer:
+    """Builds of templates, each in a microVM of its own. A build belongs to a team: cache and uploads are the team's.
+    """
+
+    def StartBuild(self, request, context):
+        """Answers at once; already_exists for an id that was used. Nothing of a build runs on the node itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetBuild(self, request, context):
+        """not_found when the node knows no such build.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelBuild(self, request, context):
+        """Ends a build that waits or runs; it becomes an error. One that has ended stays as it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveBuild(self, request, context):
+        """Cancels it and forgets its image, log and state; an unknown one is fine.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_BuildsServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'StartBuild': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartBuild,
+                    request_deserializer=vmcell__protos_dot_pb_dot_node__pb2.StartBuildRequest.FromString,
+                    response_serializer=vmcell__protos_dot_pb_dot_node__pb2.BuildState.SerializeToString,
+            ),
+            'GetBuild': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetBuild,
+                    request_deserializer=vmcell__protos_dot_pb_dot_node__pb2.GetBuildRequest.FromString,
+                    response_serializer=vmcell__protos_dot_pb_dot_node__pb2.BuildState.SerializeToString,
+            ),
+            'CancelBuild': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelBuild,
+                    request_deserializer=vmcell__protos_dot_pb_dot_node__pb2.BuildRef.FromString,
+                    response_serializer=vmcell__protos_dot_pb_dot_node__pb2.BuildState.SerializeToString,
+            ),
+            'RemoveBuild': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveBuild,
+                    request_deserializer=vmcell__protos_dot_pb_dot_node__pb2.BuildRef.FromString,
+                    response_serializer=vmcell__protos_dot_pb_dot_node__pb2.RemoveBuildResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'vmcell.node.v1.Builds', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('vmcell.node.v1.Builds', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Builds:
+    """Builds of templates, each in a microVM of its own. A build belongs to a team: cache and uploads are the team's.
+    """
+
+    @staticmethod
+    def StartBuild(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmcell.node.v1.Builds/StartBuild',
+            vmcell__protos_dot_pb_dot_node__pb2.StartBuildRequest.SerializeToString,
+            vmcell__protos_dot_pb_dot_node__pb2.BuildState.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetBuild(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmcell.node.v1.Builds/GetBuild',
+            vmcell__protos_dot_pb_dot_node__pb2.GetBuildRequest.SerializeToString,
+            vmcell__protos_dot_pb_dot_node__pb2.BuildState.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelBuild(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmcell.node.v1.Builds/CancelBuild',
+            vmcell__protos_dot_pb_dot_node__pb2.BuildRef.SerializeToString,
+            vmcell__protos_dot_pb_dot_node__pb2.BuildState.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveBuild(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmcell.node.v1.Builds/RemoveBuild',
+            vmcell__protos_dot_pb_dot_node__pb2.BuildRef.SerializeToString,
+            vmcell__protos_dot_pb_dot_node__pb2.RemoveBuildResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from vmcell_protos.pb.containerd import content_pb2 as vmcell__protos_dot_pb_dot_containerd_dot_content__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -39,12 +40,34 @@ class ContentStub:
                 request_serializer=vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.ReadContentRequest.SerializeToString,
                 response_deserializer=vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.ReadContentResponse.FromString,
                 _registered_method=True)
+        self.Write = channel.stream_stream(
+                '/containerd.services.content.v1.Content/Write',
+                request_serializer=vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.WriteContentRequest.SerializeToString,
+                response_deserializer=vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.WriteContentResponse.FromString,
+                _registered_method=True)
+        self.Abort = channel.unary_unary(
+                '/containerd.services.content.v1.Content/Abort',
+                request_serializer=vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.AbortRequest.SerializeToString,
+                response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+                _registered_method=True)
 
 
 class ContentServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Read(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Write(self, request_iterator, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Abort(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -57,6 +80,16 @@ def add_ContentServicer_to_server(servicer, server):
                     servicer.Read,
                     request_deserializer=vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.ReadContentRequest.FromString,
                     response_serializer=vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.ReadContentResponse.SerializeToString,
+            ),
+            'Write': grpc.stream_stream_rpc_method_handler(
+                    servicer.Write,
+                    request_deserializer=vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.WriteContentRequest.FromString,
+                    response_serializer=vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.WriteContentResponse.SerializeToString,
+            ),
+            'Abort': grpc.unary_unary_rpc_method_handler(
+                    servicer.Abort,
+                    request_deserializer=vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.AbortRequest.FromString,
+                    response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,6 +119,60 @@ class Content:
             '/containerd.services.content.v1.Content/Read',
             vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.ReadContentRequest.SerializeToString,
             vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.ReadContentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Write(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/containerd.services.content.v1.Content/Write',
+            vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.WriteContentRequest.SerializeToString,
+            vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.WriteContentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Abort(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/containerd.services.content.v1.Content/Abort',
+            vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.AbortRequest.SerializeToString,
+            google_dot_protobuf_dot_empty__pb2.Empty.FromString,
             options,
             channel_credentials,
             insecure,

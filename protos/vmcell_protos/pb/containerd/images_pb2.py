@@ -23,11 +23,12 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
+from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from vmcell_protos.pb.containerd import types_pb2 as vmcell__protos_dot_pb_dot_containerd_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(vmcell_protos/pb/containerd/images.proto\x12$vmcell.containerd.services.images.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\'vmcell_protos/pb/containerd/types.proto\"\xa2\x02\n\x05Image\x12\x0c\n\x04name\x18\x01 \x01(\t\x12G\n\x06labels\x18\x02 \x03(\x0b\x32\x37.vmcell.containerd.services.images.v1.Image.LabelsEntry\x12\x33\n\x06target\x18\x03 \x01(\x0b\x32#.vmcell.containerd.types.Descriptor\x12.\n\ncreated_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nupdated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x1f\n\x0fGetImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"N\n\x10GetImageResponse\x12:\n\x05image\x18\x01 \x01(\x0b\x32+.vmcell.containerd.services.images.v1.Image\"$\n\x11ListImagesRequest\x12\x0f\n\x07\x66ilters\x18\x01 \x03(\t\"Q\n\x12ListImagesResponse\x12;\n\x06images\x18\x01 \x03(\x0b\x32+.vmcell.containerd.services.images.v1.Image\"0\n\x12\x44\x65leteImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04sync\x18\x02 \x01(\x08\x32\xd5\x02\n\x06Images\x12t\n\x03Get\x12\x35.vmcell.containerd.services.images.v1.GetImageRequest\x1a\x36.vmcell.containerd.services.images.v1.GetImageResponse\x12y\n\x04List\x12\x37.vmcell.containerd.services.images.v1.ListImagesRequest\x1a\x38.vmcell.containerd.services.images.v1.ListImagesResponse\x12Z\n\x06\x44\x65lete\x12\x38.vmcell.containerd.services.images.v1.DeleteImageRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(vmcell_protos/pb/containerd/images.proto\x12$vmcell.containerd.services.images.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\'vmcell_protos/pb/containerd/types.proto\"\xa2\x02\n\x05Image\x12\x0c\n\x04name\x18\x01 \x01(\t\x12G\n\x06labels\x18\x02 \x03(\x0b\x32\x37.vmcell.containerd.services.images.v1.Image.LabelsEntry\x12\x33\n\x06target\x18\x03 \x01(\x0b\x32#.vmcell.containerd.types.Descriptor\x12.\n\ncreated_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nupdated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x1f\n\x0fGetImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"N\n\x10GetImageResponse\x12:\n\x05image\x18\x01 \x01(\x0b\x32+.vmcell.containerd.services.images.v1.Image\"$\n\x11ListImagesRequest\x12\x0f\n\x07\x66ilters\x18\x01 \x03(\t\"Q\n\x12ListImagesResponse\x12;\n\x06images\x18\x01 \x03(\x0b\x32+.vmcell.containerd.services.images.v1.Image\"0\n\x12\x44\x65leteImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04sync\x18\x02 \x01(\x08\"P\n\x12\x43reateImageRequest\x12:\n\x05image\x18\x01 \x01(\x0b\x32+.vmcell.containerd.services.images.v1.Image\"Q\n\x13\x43reateImageResponse\x12:\n\x05image\x18\x01 \x01(\x0b\x32+.vmcell.containerd.services.images.v1.Image\"\x81\x01\n\x12UpdateImageRequest\x12:\n\x05image\x18\x01 \x01(\x0b\x32+.vmcell.containerd.services.images.v1.Image\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"Q\n\x13UpdateImageResponse\x12:\n\x05image\x18\x01 \x01(\x0b\x32+.vmcell.containerd.services.images.v1.Image2\xd3\x04\n\x06Images\x12t\n\x03Get\x12\x35.vmcell.containerd.services.images.v1.GetImageRequest\x1a\x36.vmcell.containerd.services.images.v1.GetImageResponse\x12y\n\x04List\x12\x37.vmcell.containerd.services.images.v1.ListImagesRequest\x1a\x38.vmcell.containerd.services.images.v1.ListImagesResponse\x12}\n\x06\x43reate\x12\x38.vmcell.containerd.services.images.v1.CreateImageRequest\x1a\x39.vmcell.containerd.services.images.v1.CreateImageResponse\x12}\n\x06Update\x12\x38.vmcell.containerd.services.images.v1.UpdateImageRequest\x1a\x39.vmcell.containerd.services.images.v1.UpdateImageResponse\x12Z\n\x06\x44\x65lete\x12\x38.vmcell.containerd.services.images.v1.DeleteImageRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,20 +37,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_IMAGE_LABELSENTRY']._loaded_options = None
   _globals['_IMAGE_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_IMAGE']._serialized_start=186
-  _globals['_IMAGE']._serialized_end=476
-  _globals['_IMAGE_LABELSENTRY']._serialized_start=431
-  _globals['_IMAGE_LABELSENTRY']._serialized_end=476
-  _globals['_GETIMAGEREQUEST']._serialized_start=478
-  _globals['_GETIMAGEREQUEST']._serialized_end=509
-  _globals['_GETIMAGERESPONSE']._serialized_start=511
-  _globals['_GETIMAGERESPONSE']._serialized_end=589
-  _globals['_LISTIMAGESREQUEST']._serialized_start=591
-  _globals['_LISTIMAGESREQUEST']._serialized_end=627
-  _globals['_LISTIMAGESRESPONSE']._serialized_start=629
-  _globals['_LISTIMAGESRESPONSE']._serialized_end=710
-  _globals['_DELETEIMAGEREQUEST']._serialized_start=712
-  _globals['_DELETEIMAGEREQUEST']._serialized_end=760
-  _globals['_IMAGES']._serialized_start=763
-  _globals['_IMAGES']._serialized_end=1104
+  _globals['_IMAGE']._serialized_start=220
+  _globals['_IMAGE']._serialized_end=510
+  _globals['_IMAGE_LABELSENTRY']._serialized_start=465
+  _globals['_IMAGE_LABELSENTRY']._serialized_end=510
+  _globals['_GETIMAGEREQUEST']._serialized_start=512
+  _globals['_GETIMAGEREQUEST']._serialized_end=543
+  _globals['_GETIMAGERESPONSE']._serialized_start=545
+  _globals['_GETIMAGERESPONSE']._serialized_end=623
+  _globals['_LISTIMAGESREQUEST']._serialized_start=625
+  _globals['_LISTIMAGESREQUEST']._serialized_end=661
+  _globals['_LISTIMAGESRESPONSE']._serialized_start=663
+  _globals['_LISTIMAGESRESPONSE']._serialized_end=744
+  _globals['_DELETEIMAGEREQUEST']._serialized_start=746
+  _globals['_DELETEIMAGEREQUEST']._serialized_end=794
+  _globals['_CREATEIMAGEREQUEST']._serialized_start=796
+  _globals['_CREATEIMAGEREQUEST']._serialized_end=876
+  _globals['_CREATEIMAGERESPONSE']._serialized_start=878
+  _globals['_CREATEIMAGERESPONSE']._serialized_end=959
+  _globals['_UPDATEIMAGEREQUEST']._serialized_start=962
+  _globals['_UPDATEIMAGEREQUEST']._serialized_end=1091
+  _globals['_UPDATEIMAGERESPONSE']._serialized_start=1093
+  _globals['_UPDATEIMAGERESPONSE']._serialized_end=1174
+  _globals['_IMAGES']._serialized_start=1177
+  _globals['_IMAGES']._serialized_end=1772
 # @@protoc_insertion_point(module_scope)

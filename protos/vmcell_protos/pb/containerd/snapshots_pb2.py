@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from vmcell_protos.pb.containerd import types_pb2 as vmcell__protos_dot_pb_dot_containerd_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+vmcell_protos/pb/containerd/snapshots.proto\x12\'vmcell.containerd.services.snapshots.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\'vmcell_protos/pb/containerd/types.proto\"\xbb\x02\n\x04Info\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12;\n\x04kind\x18\x03 \x01(\x0e\x32-.vmcell.containerd.services.snapshots.v1.Kind\x12.\n\ncreated_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nupdated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12I\n\x06labels\x18\x06 \x03(\x0b\x32\x39.vmcell.containerd.services.snapshots.v1.Info.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xd6\x01\n\x16PrepareSnapshotRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0e\n\x06parent\x18\x03 \x01(\t\x12[\n\x06labels\x18\x04 \x03(\x0b\x32K.vmcell.containerd.services.snapshots.v1.PrepareSnapshotRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"I\n\x17PrepareSnapshotResponse\x12.\n\x06mounts\x18\x01 \x03(\x0b\x32\x1e.vmcell.containerd.types.Mount\"1\n\rMountsRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\"@\n\x0eMountsResponse\x12.\n\x06mounts\x18\x01 \x03(\x0b\x32\x1e.vmcell.containerd.types.Mount\"9\n\x15RemoveSnapshotRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\"7\n\x13StatSnapshotRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\"S\n\x14StatSnapshotResponse\x12;\n\x04info\x18\x01 \x01(\x0b\x32-.vmcell.containerd.services.snapshots.v1.Info\"<\n\x14ListSnapshotsRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0f\n\x07\x66ilters\x18\x02 \x03(\t\"T\n\x15ListSnapshotsResponse\x12;\n\x04info\x18\x01 \x03(\x0b\x32-.vmcell.containerd.services.snapshots.v1.Info*8\n\x04Kind\x12\x0b\n\x07UNKNOWN\x10\x00\x12\x08\n\x04VIEW\x10\x01\x12\n\n\x06\x41\x43TIVE\x10\x02\x12\r\n\tCOMMITTED\x10\x03\x32\x87\x05\n\tSnapshots\x12\x8c\x01\n\x07Prepare\x12?.vmcell.containerd.services.snapshots.v1.PrepareSnapshotRequest\x1a@.vmcell.containerd.services.snapshots.v1.PrepareSnapshotResponse\x12y\n\x06Mounts\x12\x36.vmcell.containerd.services.snapshots.v1.MountsRequest\x1a\x37.vmcell.containerd.services.snapshots.v1.MountsResponse\x12`\n\x06Remove\x12>.vmcell.containerd.services.snapshots.v1.RemoveSnapshotRequest\x1a\x16.google.protobuf.Empty\x12\x83\x01\n\x04Stat\x12<.vmcell.containerd.services.snapshots.v1.StatSnapshotRequest\x1a=.vmcell.containerd.services.snapshots.v1.StatSnapshotResponse\x12\x87\x01\n\x04List\x12=.vmcell.containerd.services.snapshots.v1.ListSnapshotsRequest\x1a>.vmcell.containerd.services.snapshots.v1.ListSnapshotsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+vmcell_protos/pb/containerd/snapshots.proto\x12\'vmcell.containerd.services.snapshots.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\'vmcell_protos/pb/containerd/types.proto\"\xbb\x02\n\x04Info\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12;\n\x04kind\x18\x03 \x01(\x0e\x32-.vmcell.containerd.services.snapshots.v1.Kind\x12.\n\ncreated_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nupdated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12I\n\x06labels\x18\x06 \x03(\x0b\x32\x39.vmcell.containerd.services.snapshots.v1.Info.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xd6\x01\n\x16PrepareSnapshotRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0e\n\x06parent\x18\x03 \x01(\t\x12[\n\x06labels\x18\x04 \x03(\x0b\x32K.vmcell.containerd.services.snapshots.v1.PrepareSnapshotRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"I\n\x17PrepareSnapshotResponse\x12.\n\x06mounts\x18\x01 \x03(\x0b\x32\x1e.vmcell.containerd.types.Mount\"1\n\rMountsRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\"@\n\x0eMountsResponse\x12.\n\x06mounts\x18\x01 \x03(\x0b\x32\x1e.vmcell.containerd.types.Mount\"\xd2\x01\n\x15\x43ommitSnapshotRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03key\x18\x03 \x01(\t\x12Z\n\x06labels\x18\x04 \x03(\x0b\x32J.vmcell.containerd.services.snapshots.v1.CommitSnapshotRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"9\n\x15RemoveSnapshotRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\"7\n\x13StatSnapshotRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\"S\n\x14StatSnapshotResponse\x12;\n\x04info\x18\x01 \x01(\x0b\x32-.vmcell.containerd.services.snapshots.v1.Info\"<\n\x14ListSnapshotsRequest\x12\x13\n\x0bsnapshotter\x18\x01 \x01(\t\x12\x0f\n\x07\x66ilters\x18\x02 \x03(\t\"T\n\x15ListSnapshotsResponse\x12;\n\x04info\x18\x01 \x03(\x0b\x32-.vmcell.containerd.services.snapshots.v1.Info*8\n\x04Kind\x12\x0b\n\x07UNKNOWN\x10\x00\x12\x08\n\x04VIEW\x10\x01\x12\n\n\x06\x41\x43TIVE\x10\x02\x12\r\n\tCOMMITTED\x10\x03\x32\xe9\x05\n\tSnapshots\x12\x8c\x01\n\x07Prepare\x12?.vmcell.containerd.services.snapshots.v1.PrepareSnapshotRequest\x1a@.vmcell.containerd.services.snapshots.v1.PrepareSnapshotResponse\x12y\n\x06Mounts\x12\x36.vmcell.containerd.services.snapshots.v1.MountsRequest\x1a\x37.vmcell.containerd.services.snapshots.v1.MountsResponse\x12`\n\x06\x43ommit\x12>.vmcell.containerd.services.snapshots.v1.CommitSnapshotRequest\x1a\x16.google.protobuf.Empty\x12`\n\x06Remove\x12>.vmcell.containerd.services.snapshots.v1.RemoveSnapshotRequest\x1a\x16.google.protobuf.Empty\x12\x83\x01\n\x04Stat\x12<.vmcell.containerd.services.snapshots.v1.StatSnapshotRequest\x1a=.vmcell.containerd.services.snapshots.v1.StatSnapshotResponse\x12\x87\x01\n\x04List\x12=.vmcell.containerd.services.snapshots.v1.ListSnapshotsRequest\x1a>.vmcell.containerd.services.snapshots.v1.ListSnapshotsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,8 +38,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INFO_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_PREPARESNAPSHOTREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_PREPARESNAPSHOTREQUEST_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_KIND']._serialized_start=1267
-  _globals['_KIND']._serialized_end=1323
+  _globals['_COMMITSNAPSHOTREQUEST_LABELSENTRY']._loaded_options = None
+  _globals['_COMMITSNAPSHOTREQUEST_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_KIND']._serialized_start=1480
+  _globals['_KIND']._serialized_end=1536
   _globals['_INFO']._serialized_start=192
   _globals['_INFO']._serialized_end=507
   _globals['_INFO_LABELSENTRY']._serialized_start=462
@@ -54,16 +56,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MOUNTSREQUEST']._serialized_end=850
   _globals['_MOUNTSRESPONSE']._serialized_start=852
   _globals['_MOUNTSRESPONSE']._serialized_end=916
-  _globals['_REMOVESNAPSHOTREQUEST']._serialized_start=918
-  _globals['_REMOVESNAPSHOTREQUEST']._serialized_end=975
-  _globals['_STATSNAPSHOTREQUEST']._serialized_start=977
-  _globals['_STATSNAPSHOTREQUEST']._serialized_end=1032
-  _globals['_STATSNAPSHOTRESPONSE']._serialized_start=1034
-  _globals['_STATSNAPSHOTRESPONSE']._serialized_end=1117
-  _globals['_LISTSNAPSHOTSREQUEST']._serialized_start=1119
-  _globals['_LISTSNAPSHOTSREQUEST']._serialized_end=1179
-  _globals['_LISTSNAPSHOTSRESPONSE']._serialized_start=1181
-  _globals['_LISTSNAPSHOTSRESPONSE']._serialized_end=1265
-  _globals['_SNAPSHOTS']._serialized_start=1326
-  _globals['_SNAPSHOTS']._serialized_end=1973
+  _globals['_COMMITSNAPSHOTREQUEST']._serialized_start=919
+  _globals['_COMMITSNAPSHOTREQUEST']._serialized_end=1129
+  _globals['_COMMITSNAPSHOTREQUEST_LABELSENTRY']._serialized_start=462
+  _globals['_COMMITSNAPSHOTREQUEST_LABELSENTRY']._serialized_end=507
+  _globals['_REMOVESNAPSHOTREQUEST']._serialized_start=1131
+  _globals['_REMOVESNAPSHOTREQUEST']._serialized_end=1188
+  _globals['_STATSNAPSHOTREQUEST']._serialized_start=1190
+  _globals['_STATSNAPSHOTREQUEST']._serialized_end=1245
+  _globals['_STATSNAPSHOTRESPONSE']._serialized_start=1247
+  _globals['_STATSNAPSHOTRESPONSE']._serialized_end=1330
+  _globals['_LISTSNAPSHOTSREQUEST']._serialized_start=1332
+  _globals['_LISTSNAPSHOTSREQUEST']._serialized_end=1392
+  _globals['_LISTSNAPSHOTSRESPONSE']._serialized_start=1394
+  _globals['_LISTSNAPSHOTSRESPONSE']._serialized_end=1478
+  _globals['_SNAPSHOTS']._serialized_start=1539
+  _globals['_SNAPSHOTS']._serialized_end=2284
 # @@protoc_insertion_point(module_scope)
