@@ -12,16 +12,19 @@ from vmcell_api.config import ApiConfig, load_config
 from vmcell_api.node_client import NodeClient
 from vmcell_api.store.database import check_version, migrate, open_engine
 from vmcell_api.store.records import Store
+from vmcell_api.volumes.folders import VolumeFolders
+from vmcell_api.volumes.token import VolumeTokens, load_tokens
 from vmcell_api.web_server import WebServer, serve
 from vmcell_protos.errors import VmcellError
 
 CREATE_SLACK_S = 30.0
 
 
-def make_app(config: ApiConfig) -> falcon.App:
+def make_app(config: ApiConfig, volume_tokens: VolumeTokens) -> falcon.App:
     """The application of one worker; store and node live as long as the process."""
     node = NodeClient(config.node_socket, create_timeout_s=config.start_timeout_s + CREATE_SLACK_S)
-    return create_app(Store(open_engine(config.database_url)), node, config)
+    store = Store(open_engine(config.database_url))
+    return create_app(store, node, config, volume_tokens=volume_tokens)
 
 
 def serve_api(config: ApiConfig) -> int:
@@ -31,6 +34,10 @@ def serve_api(config: ApiConfig) -> int:
         engine = open_engine(config.database_url)
         check_version(engine)
         engine.dispose()
+        # The key is root's; the workers get it before they become somebody else.
+        folders = VolumeFolders(config.volumes_dir)
+        folders.prepare()
+        volume_tokens = load_tokens(folders.key_path)
     except VmcellError as error:
         sys.stderr.write(f"vmcell_api: {error}\n")
         return 1
@@ -41,7 +48,7 @@ def serve_api(config: ApiConfig) -> int:
         threads=config.threads,
         uid=config.api_uid,
     )
-    serve(server, lambda: make_app(config))
+    serve(server, lambda: make_app(config, volume_tokens))
     return 0
 
 

@@ -24,6 +24,8 @@ class ApiConfig:
     `slot_network`: IPv4 network that is cut into /31 pairs, one per sandbox slot.
     `api_uid`: the user the API runs as; it needs no entry in /etc/passwd.
     `disk_mib` is told to clients; it is the shim's `writable_mib`.
+    `volumes_dir`: where volumes are; on a file system of its own it bounds what they take together.
+    `volume_bind` and `volume_uid` are the address and the user of the server of their files.
     `start_timeout_s`: how long a sandbox may take from its task's creation to envd's answer.
     """
 
@@ -49,11 +51,15 @@ class ApiConfig:
     start_timeout_s: int = 120
     max_timeout_s: int = 86400
     disk_mib: int = 10240
+    volumes_dir: str = "/var/lib/vmcell/volumes"
+    volume_bind: str = "127.0.0.1:3001"
+    volume_uid: int = 99002
+    volumes_per_team: int = 100
     workers: int = 2
     threads: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("api_bind", "data_bind"):
+        for name in ("api_bind", "data_bind", "volume_bind"):
             _, colon, port = getattr(self, name).rpartition(":")
             if not colon or not port.isdigit() or not 0 < int(port) < 65536:
                 raise HostError(f"{name} is {getattr(self, name)!r}; it takes ADDRESS:PORT")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vmcell_api.config import ApiConfig
 from vmcell_api.identifiers import new_access_token, new_sandbox_id, sandbox_id_of
 from vmcell_api.node_client import NewSandbox, NodeUnreachable, NodeVerbs, RunningSandbox
 from vmcell_api.sandbox_bodies import CreateBody, ListQuery
 from vmcell_api.store.records import SandboxRecord, Store, Team, Template
+from vmcell_api.volume_control import VolumeControl
 from vmcell_protos.errors import CallerError, HostError, VmcellError
 
 log = logging.getLogger("vmcell.api")
@@ -39,14 +40,18 @@ class Page:
 class ControlPlane:
     """The verbs of the API for one team at a time; thread-safe."""
 
-    def __init__(self, store: Store, node: NodeVerbs, config: ApiConfig) -> None:
+    def __init__(
+        self, store: Store, node: NodeVerbs, config: ApiConfig, volumes: VolumeControl
+    ) -> None:
+        self._volumes = volumes
         self._store = store
         self._node = node
         self._config = config
 
     def create(self, team: Team, body: CreateBody) -> Pair:
-        """Makes a sandbox; raises CallerError not_found for an unknown template."""
+        """Makes a sandbox; raises CallerError not_found for an unknown template or volume."""
         template = self._template(body.template)
+        mounts = self._volumes.mounts(team, body.volume_mounts)
         record = SandboxRecord(
             sandbox_id=new_sandbox_id(),
             team_id=team.team_id,
@@ -59,7 +64,8 @@ class ControlPlane:
         self._drop_lost(self._store.sandboxes(team_id=team.team_id), live)
         self._store.add_sandbox(record, limit=team.sandbox_limit, live=live)
         try:
-            running = self._node.create(self._order(record, template, body))
+            order = replace(self._order(record, template, body), volume_mounts=mounts)
+            running = self._node.create(order)
         except VmcellError as error:
             if not isinstance(error, NodeUnreachable) and error.code != "deadline_exceeded":
                 self._store.forget_sandboxes([record.sandbox_id])  # known to be undone

@@ -13,14 +13,17 @@ from typing import Protocol
 
 import grpc
 
+from vmcell_api.volumes.names import VolumeMount
 from vmcell_protos.errors import CODE_NAMES, CallerError, HostError, VmcellError
 from vmcell_protos.pb import node_pb2, node_pb2_grpc
 
 CALL_TIMEOUT_S = 30.0
 KILL_TIMEOUT_S = 60.0
+# A volume may have millions of files.
+REMOVE_VOLUME_TIMEOUT_S = 600.0
 CALLERS_CODES = (
     *("invalid_argument", "not_found", "already_exists", "failed_precondition", "out_of_range"),
-    *("permission_denied", "unimplemented"),
+    *("permission_denied", "unimplemented", "aborted"),
 )
 
 
@@ -42,6 +45,7 @@ class NewSandbox:
     access_token: str = field(default="", repr=False)
     default_user: str = ""
     allow_internet: bool = True
+    volume_mounts: tuple[VolumeMount, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,7 @@ class RunningSandbox:
     end_at_unix_ms: int
     address: str
     allow_internet: bool
+    volume_mounts: tuple[VolumeMount, ...] = ()
 
 
 class NodeVerbs(Protocol):
@@ -77,6 +82,12 @@ class NodeVerbs(Protocol):
 
     def set_deadline(self, sandbox_id: str, timeout_s: int, *, only_extend: bool) -> RunningSandbox:
         """Moves the end to `timeout_s` from now."""
+
+    def make_volume(self, volume_id: str) -> None:
+        """Makes an empty volume; one that is there stays as it is."""
+
+    def remove_volume(self, volume_id: str) -> None:
+        """Removes a volume, a missing one too; aborted while a sandbox has it."""
 
 
 class NodeClient:
@@ -109,6 +120,7 @@ class NodeClient:
             access_token=sandbox.access_token,
             default_user=sandbox.default_user,
             allow_internet=sandbox.allow_internet,
+            volume_mounts=[node_pb2.VolumeMount(**vars(row)) for row in sandbox.volume_mounts],
         )
         return _running(self._call("CreateSandbox", request, self._create_timeout_s))
 
@@ -131,6 +143,14 @@ class NodeClient:
             sandbox_id=sandbox_id, timeout_ms=timeout_s * 1000, only_extend=only_extend
         )
         return _running(self._call("SetDeadline", request))
+
+    def make_volume(self, volume_id: str) -> None:
+        """Makes an empty volume; one that is there stays as it is."""
+        self._call("MakeVolume", node_pb2.VolumeRef(volume_id=volume_id))
+
+    def remove_volume(self, volume_id: str) -> None:
+        """Removes a volume, a missing one too; aborted while a sandbox has it."""
+        self._call("RemoveVolume", node_pb2.VolumeRef(volume_id=volume_id), REMOVE_VOLUME_TIMEOUT_S)
 
     def _call(self, verb: str, request: object, timeout_s: float = CALL_TIMEOUT_S):  # type: ignore[no-untyped-def]  # stubs are untyped
         method: Callable = getattr(self._connected(), verb)
@@ -175,4 +195,8 @@ def _running(message: node_pb2.Sandbox) -> RunningSandbox:
         end_at_unix_ms=message.end_at_unix_ms,
         address=message.address,
         allow_internet=message.allow_internet,
+        volume_mounts=tuple(
+            VolumeMount(volume_id=row.volume_id, name=row.name, path=row.path)
+            for row in message.volume_mounts
+        ),
     )

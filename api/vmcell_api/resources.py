@@ -10,7 +10,8 @@ import falcon
 from vmcell_api import sandbox_answers
 from vmcell_api.config import ApiConfig
 from vmcell_api.control_plane import ControlPlane, Page
-from vmcell_api.json_body import int_field, read_json
+from vmcell_api.json_body import int_field
+from vmcell_api.request_body import read_body
 from vmcell_api.sandbox_bodies import (
     DEFAULT_TIMEOUT_V2_S,
     MAX_PAGE,
@@ -23,14 +24,6 @@ from vmcell_api.sandbox_bodies import (
     parse_timeout,
 )
 from vmcell_protos.errors import CallerError
-
-
-def _body(req: falcon.Request) -> dict[str, object]:
-    """The request's JSON; JavaScript SDKs send it chunked, without a length."""
-    if req.content_length is None and not req.env.get("wsgi.input_terminated"):
-        return {}
-    stream = req.bounded_stream if req.content_length is not None else req.stream
-    return read_json(stream, req.content_length)
 
 
 class Sandboxes:
@@ -63,7 +56,7 @@ class Sandboxes:
         if req.get_header("Idempotency-Key"):
             raise CallerError("this server does not have Idempotency-Key; leave the header out")
         limit_s = self._config.max_timeout_s
-        body = parse_create(_body(req), version=version, max_timeout_s=limit_s)
+        body = parse_create(read_body(req), version=version, max_timeout_s=limit_s)
         record, _ = self._control.create(req.context.team, body)
         resp.status = 201
         resp.media = sandbox_answers.sandbox(record, self._config.domain)
@@ -96,14 +89,16 @@ class Sandbox:
 
     def on_post_timeout(self, req: falcon.Request, resp: falcon.Response, sandbox_id: str) -> None:
         """Sets the time that is left; 0 ends the sandbox."""
-        timeout_s = parse_required_timeout(_body(req), self._config.max_timeout_s)
+        timeout_s = parse_required_timeout(read_body(req), self._config.max_timeout_s)
         self._control.set_timeout(req.context.team, sandbox_id, timeout_s)
         resp.status = 204
 
     def on_post_connect(self, req: falcon.Request, resp: falcon.Response, sandbox_id: str) -> None:
         """Answers the sandbox and extends its time, never shortens it; 200: it was running."""
         limit_s = self._config.max_timeout_s
-        timeout_s = parse_timeout(_body(req), default=DEFAULT_TIMEOUT_V2_S, max_timeout_s=limit_s)
+        timeout_s = parse_timeout(
+            read_body(req), default=DEFAULT_TIMEOUT_V2_S, max_timeout_s=limit_s
+        )
         record, _ = self._control.set_timeout(
             req.context.team, sandbox_id, timeout_s, only_extend=True
         )
@@ -114,7 +109,7 @@ class Sandbox:
     ) -> None:
         """Extends the time, as SDKs 1.x do."""
         bounds = range(MAX_REFRESH_S + 1)
-        duration_s = int_field(_body(req), "duration", default=0, bounds=bounds)
+        duration_s = int_field(read_body(req), "duration", default=0, bounds=bounds)
         self._control.set_timeout(req.context.team, sandbox_id, duration_s, only_extend=True)
         resp.status = 204
 

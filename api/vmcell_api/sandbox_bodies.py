@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, unquote
 
 from vmcell_api.json_body import bool_field, int_field, text_field, text_map_field
+from vmcell_api.volumes.names import MAX_MOUNT_PATH, check_mount_paths, check_volume_name
 from vmcell_protos.errors import CallerError
 
 DEFAULT_TIMEOUT_V1_S = 15
@@ -35,6 +36,7 @@ class CreateBody:
     allow_internet: bool
     metadata: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    volume_mounts: tuple[tuple[str, str], ...] = ()  # (volume's name, path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,25 @@ def parse_create(body: dict[str, object], *, version: int, max_timeout_s: int) -
         allow_internet=bool_field(body, "allow_internet_access", default=internet),
         metadata=text_map_field(body, "metadata"),
         environment=environment,
+        volume_mounts=parse_volume_mounts(body),
     )
+
+
+def parse_volume_mounts(body: dict[str, object]) -> tuple[tuple[str, str], ...]:
+    """The field `volumeMounts` as (name, normal path) pairs; raises CallerError."""
+    rows = body.get("volumeMounts")
+    if rows is None:
+        return ()
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise CallerError("volumeMounts takes a list of objects with name and path")
+    names, paths = [], []
+    for number, row in enumerate(rows):
+        try:
+            names.append(check_volume_name(text_field(row, "name", max_length=128)))
+            paths.append(text_field(row, "path", max_length=MAX_MOUNT_PATH))
+        except CallerError as error:
+            raise CallerError(f"volumeMounts[{number}]: {error}") from error
+    return tuple(zip(names, check_mount_paths(paths), strict=True))
 
 
 def parse_timeout(
@@ -85,7 +105,7 @@ def parse_required_timeout(body: dict[str, object], max_timeout_s: int) -> int:
 
 
 def _refuse_missing_options(body: dict[str, object]) -> None:
-    wanted = [name for name in ("autoPause", "mcp", "volumeMounts", "iam") if body.get(name)]
+    wanted = [name for name in ("autoPause", "mcp", "iam") if body.get(name)]
     resume = body.get("autoResume")
     if resume and not (isinstance(resume, dict) and not resume.get("enabled")):
         wanted.append("autoResume")

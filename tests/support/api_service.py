@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,14 +20,19 @@ from vmcell_api.identifiers import hash_api_key, new_api_key
 from vmcell_api.route_app import create_route_app
 from vmcell_api.store.database import migrate, open_engine
 from vmcell_api.store.records import Store
+from vmcell_api.volume_content import create_content_app
+from vmcell_api.volumes.files import Volumes
+from vmcell_api.volumes.folders import OWNER, VolumeFolders
+from vmcell_api.volumes.token import load_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApiService:
-    """Both applications, their store and node, and the key of one team."""
+    """The applications, their store and node, and the key of one team."""
 
     app: falcon.App
     route_app: falcon.App
+    content_app: falcon.App
     store: Store
     node: FakeNode
     config: ApiConfig
@@ -42,15 +48,22 @@ class ApiService:
 @contextlib.contextmanager
 def api_service(folder: Path, **settings: object) -> Iterator[ApiService]:
     """A service with a store of its own in `folder`."""
+    settings.setdefault("volumes_dir", f"{folder}/volumes")
     config = ApiConfig(database_url=f"sqlite:///{folder}/store/api.sqlite", **settings)  # type: ignore[arg-type]  # test settings
     migrate(config.database_url)
     store = Store(open_engine(config.database_url))
-    node = FakeNode()
+    node = FakeNode(volumes_dir=config.volumes_dir)
+    folders = VolumeFolders(config.volumes_dir)
+    folders.prepare()
+    tokens = load_tokens(folders.key_path)
+    owner = OWNER if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+    volumes = Volumes(config.volumes_dir, owner)
     key = new_api_key()
     store.add_key(store.ensure_team("team-one").team_id, hash_api_key(key))
     try:
         yield ApiService(
-            app=create_app(store, node, config),
+            app=create_app(store, node, config, volume_tokens=tokens),
+            content_app=create_content_app(volumes, tokens),
             route_app=create_route_app(store, node, config.domain),
             store=store,
             node=node,
@@ -58,6 +71,7 @@ def api_service(folder: Path, **settings: object) -> Iterator[ApiService]:
             key=key,
         )
     finally:
+        volumes.close()
         store.close()
 
 

@@ -10,6 +10,7 @@ slots          the pool of TAPs
 containerd     containerd's gRPC services, errors as ours
 guest_init     envd's token, environment and health
 sandbox_files  resolv.conf, hosts and hostname for a guest
+volume_use     which sandboxes have which volumes
 sandbox        a sandbox, as labels and back
 teardown       removing a sandbox, however much of it there is
 build          making a sandbox

@@ -20,7 +20,9 @@ from vmcell_api.node.build import BuildSettings, SandboxBuilder
 from vmcell_api.node.containerd import Containerd
 from vmcell_api.node.node import Node
 from vmcell_api.node.slots import SlotPool
+from vmcell_api.node.volume_use import VolumeUse
 from vmcell_api.node.zygote import ZygoteKeeper, find_program
+from vmcell_api.volumes.folders import VolumeFolders
 from vmcell_protos.errors import HostError, VmcellError
 from vmcell_protos.zygote import SOCKET_PATH, SOCKET_VARIABLE
 
@@ -37,7 +39,9 @@ def build_node(config: ApiConfig) -> Node:
         namespace=config.containerd_namespace,
         snapshotter=config.snapshotter,
     )
+    volumes = VolumeFolders(config.volumes_dir)
     settings = BuildSettings(
+        volumes=volumes,
         runtime=config.runtime,
         state_dir=config.state_dir,
         nameservers=config.nameservers,
@@ -48,7 +52,8 @@ def build_node(config: ApiConfig) -> Node:
         slot_count=config.slot_count,
         nameservers=config.nameservers,
     )
-    return Node(containerd, slots, SandboxBuilder(containerd, settings), config.state_dir)
+    builder = SandboxBuilder(containerd, settings)
+    return Node(containerd, slots, builder, config.state_dir, VolumeUse(volumes))
 
 
 def wait_for_containerd(containerd: Containerd, socket_path: str) -> None:

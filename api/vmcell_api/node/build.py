@@ -24,6 +24,8 @@ from vmcell_api.node.sandbox import (
 )
 from vmcell_api.node.slot_plan import Slot
 from vmcell_api.node.teardown import LEASE_PREFIX
+from vmcell_api.volumes.folders import VolumeFolders
+from vmcell_api.volumes.names import VolumeMount
 from vmcell_protos.errors import CallerError
 from vmcell_protos.pb.containerd import types_pb2
 
@@ -44,6 +46,7 @@ class SandboxRequest:
     access_token: str = field(default="", repr=False)
     default_user: str = ""
     allow_internet: bool = True
+    volume_mounts: tuple[VolumeMount, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,7 @@ class BuildSettings:
     state_dir: str
     nameservers: tuple[str, ...]
     start_timeout_s: int
+    volumes: VolumeFolders
 
 
 class SandboxBuilder:
@@ -97,6 +101,7 @@ class SandboxBuilder:
             slot_number=slot.number,
             allow_internet=request.allow_internet,
             address=slot.guest_address,
+            volume_mounts=request.volume_mounts,
         )
         deadline = time.monotonic() + self._settings.start_timeout_s
         self._create_task(sandbox, image, slot, deadline)
@@ -145,6 +150,10 @@ class SandboxBuilder:
                 environment=image.environment,
                 working_directory=image.working_directory,
                 file_mounts=files,
+                volume_mounts=tuple(
+                    (mount.path, self._settings.volumes.path(mount.volume_id))
+                    for mount in sandbox.volume_mounts
+                ),
             )
         )
         containerd.create_container(

@@ -5,4 +5,5 @@ tables      the tables
 migrations  Alembic's environment and versions
 database    engine, migration, ownership of the SQLite file
 records     the questions the service asks, one transaction each
+volume_records  the same for volumes
 """

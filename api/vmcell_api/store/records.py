@@ -170,6 +170,10 @@ class Store:
         with self._transaction() as session:
             session.execute(sa.delete(SandboxRow).where(SandboxRow.id.in_(sandbox_ids)))
 
+    def transaction(self) -> _Transaction:
+        """One transaction, for the modules that keep other things in this store."""
+        return _Transaction(self._engine)
+
     def _transaction(self) -> _Transaction:
         return _Transaction(self._engine)
 

@@ -6,11 +6,11 @@ node does not keep.
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, BigInteger, Boolean, ForeignKey, String
+from sqlalchemy import JSON, BigInteger, Boolean, ForeignKey, String, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 # The newest revision in `migrations`; a test compares.
-SCHEMA_VERSION = "0001"
+SCHEMA_VERSION = "0005"
 
 
 class Base(DeclarativeBase):
@@ -62,4 +62,17 @@ class SandboxRow(Base):
     access_token: Mapped[str] = mapped_column(String(64))
     user_metadata: Mapped[dict[str, str]]
     built: Mapped[bool] = mapped_column(Boolean)
+    created_at_unix_ms: Mapped[int] = mapped_column(BigInteger)
+
+
+class VolumeRow(Base):
+    """A team's name for a directory of the node; `made`: the node has it."""
+
+    __tablename__ = "volumes"
+    __table_args__ = (UniqueConstraint("team_id", "name", name="uq_volumes_team_id_name"),)
+
+    id: Mapped[str] = mapped_column(String(20), primary_key=True)
+    team_id: Mapped[str] = mapped_column(ForeignKey("teams.id"))
+    name: Mapped[str] = mapped_column(String(128))
+    made: Mapped[bool] = mapped_column(Boolean)
     created_at_unix_ms: Mapped[int] = mapped_column(BigInteger)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bvmcell_protos/pb/node.proto\x12\x0evmcell.node.v1\"\xc9\x02\n\x14\x43reateSandboxRequest\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x13\n\x0btemplate_id\x18\x02 \x01(\t\x12\r\n\x05image\x18\x03 \x01(\t\x12\r\n\x05vcpus\x18\x04 \x01(\r\x12\x12\n\nmemory_mib\x18\x05 \x01(\r\x12\x12\n\ntimeout_ms\x18\x06 \x01(\x04\x12J\n\x0b\x65nvironment\x18\x07 \x03(\x0b\x32\x35.vmcell.node.v1.CreateSandboxRequest.EnvironmentEntry\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x08 \x01(\t\x12\x14\n\x0c\x64\x65\x66\x61ult_user\x18\t \x01(\t\x12\x16\n\x0e\x61llow_internet\x18\n \x01(\x08\x1a\x32\n\x10\x45nvironmentEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\" \n\nSandboxRef\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\"\xd3\x01\n\x07Sandbox\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x13\n\x0btemplate_id\x18\x02 \x01(\t\x12\r\n\x05image\x18\x03 \x01(\t\x12\r\n\x05vcpus\x18\x04 \x01(\r\x12\x12\n\nmemory_mib\x18\x05 \x01(\r\x12\x10\n\x08\x64isk_mib\x18\x06 \x01(\x04\x12\x1a\n\x12started_at_unix_ms\x18\x07 \x01(\x03\x12\x16\n\x0e\x65nd_at_unix_ms\x18\x08 \x01(\x03\x12\x0f\n\x07\x61\x64\x64ress\x18\t \x01(\t\x12\x16\n\x0e\x61llow_internet\x18\n \x01(\x08\"\x15\n\x13KillSandboxResponse\"\x16\n\x14ListSandboxesRequest\"C\n\x15ListSandboxesResponse\x12*\n\tsandboxes\x18\x01 \x03(\x0b\x32\x17.vmcell.node.v1.Sandbox\"Q\n\x12SetDeadlineRequest\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x12\n\ntimeout_ms\x18\x02 \x01(\x04\x12\x13\n\x0bonly_extend\x18\x03 \x01(\x08\"\x11\n\x0fNodeInfoRequest\"V\n\x10NodeInfoResponse\x12\x1a\n\x12\x63ontainerd_version\x18\x01 \x01(\t\x12\x12\n\nslot_count\x18\x02 \x01(\r\x12\x12\n\nslots_free\x18\x03 \x01(\r2\xe2\x03\n\x04Node\x12N\n\rCreateSandbox\x12$.vmcell.node.v1.CreateSandboxRequest\x1a\x17.vmcell.node.v1.Sandbox\x12N\n\x0bKillSandbox\x12\x1a.vmcell.node.v1.SandboxRef\x1a#.vmcell.node.v1.KillSandboxResponse\x12\x41\n\nGetSandbox\x12\x1a.vmcell.node.v1.SandboxRef\x1a\x17.vmcell.node.v1.Sandbox\x12\\\n\rListSandboxes\x12$.vmcell.node.v1.ListSandboxesRequest\x1a%.vmcell.node.v1.ListSandboxesResponse\x12J\n\x0bSetDeadline\x12\".vmcell.node.v1.SetDeadlineRequest\x1a\x17.vmcell.node.v1.Sandbox\x12M\n\x08NodeInfo\x12\x1f.vmcell.node.v1.NodeInfoRequest\x1a .vmcell.node.v1.NodeInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bvmcell_protos/pb/node.proto\x12\x0evmcell.node.v1\"\xfd\x02\n\x14\x43reateSandboxRequest\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x13\n\x0btemplate_id\x18\x02 \x01(\t\x12\r\n\x05image\x18\x03 \x01(\t\x12\r\n\x05vcpus\x18\x04 \x01(\r\x12\x12\n\nmemory_mib\x18\x05 \x01(\r\x12\x12\n\ntimeout_ms\x18\x06 \x01(\x04\x12J\n\x0b\x65nvironment\x18\x07 \x03(\x0b\x32\x35.vmcell.node.v1.CreateSandboxRequest.EnvironmentEntry\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x08 \x01(\t\x12\x14\n\x0c\x64\x65\x66\x61ult_user\x18\t \x01(\t\x12\x16\n\x0e\x61llow_internet\x18\n \x01(\x08\x12\x32\n\rvolume_mounts\x18( \x03(\x0b\x32\x1b.vmcell.node.v1.VolumeMount\x1a\x32\n\x10\x45nvironmentEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\" \n\nSandboxRef\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\"\x87\x02\n\x07Sandbox\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x13\n\x0btemplate_id\x18\x02 \x01(\t\x12\r\n\x05image\x18\x03 \x01(\t\x12\r\n\x05vcpus\x18\x04 \x01(\r\x12\x12\n\nmemory_mib\x18\x05 \x01(\r\x12\x10\n\x08\x64isk_mib\x18\x06 \x01(\x04\x12\x1a\n\x12started_at_unix_ms\x18\x07 \x01(\x03\x12\x16\n\x0e\x65nd_at_unix_ms\x18\x08 \x01(\x03\x12\x0f\n\x07\x61\x64\x64ress\x18\t \x01(\t\x12\x16\n\x0e\x61llow_internet\x18\n \x01(\x08\x12\x32\n\rvolume_mounts\x18( \x03(\x0b\x32\x1b.vmcell.node.v1.VolumeMount\"\x15\n\x13KillSandboxResponse\"\x16\n\x14ListSandboxesRequest\"C\n\x15ListSandboxesResponse\x12*\n\tsandboxes\x18\x01 \x03(\x0b\x32\x17.vmcell.node.v1.Sandbox\"Q\n\x12SetDeadlineRequest\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x12\n\ntimeout_ms\x18\x02 \x01(\x04\x12\x13\n\x0bonly_extend\x18\x03 \x01(\x08\"<\n\x0bVolumeMount\x12\x11\n\tvolume_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\"\x1e\n\tVolumeRef\x12\x11\n\tvolume_id\x18\x01 \x01(\t\"\x14\n\x12MakeVolumeResponse\"\x16\n\x14RemoveVolumeResponse\"\x11\n\x0fNodeInfoRequest\"V\n\x10NodeInfoResponse\x12\x1a\n\x12\x63ontainerd_version\x18\x01 \x01(\t\x12\x12\n\nslot_count\x18\x02 \x01(\r\x12\x12\n\nslots_free\x18\x03 \x01(\r2\x80\x05\n\x04Node\x12N\n\rCreateSandbox\x12$.vmcell.node.v1.CreateSandboxRequest\x1a\x17.vmcell.node.v1.Sandbox\x12N\n\x0bKillSandbox\x12\x1a.vmcell.node.v1.SandboxRef\x1a#.vmcell.node.v1.KillSandboxResponse\x12\x41\n\nGetSandbox\x12\x1a.vmcell.node.v1.SandboxRef\x1a\x17.vmcell.node.v1.Sandbox\x12\\\n\rListSandboxes\x12$.vmcell.node.v1.ListSandboxesRequest\x1a%.vmcell.node.v1.ListSandboxesResponse\x12J\n\x0bSetDeadline\x12\".vmcell.node.v1.SetDeadlineRequest\x1a\x17.vmcell.node.v1.Sandbox\x12M\n\x08NodeInfo\x12\x1f.vmcell.node.v1.NodeInfoRequest\x1a .vmcell.node.v1.NodeInfoResponse\x12K\n\nMakeVolume\x12\x19.vmcell.node.v1.VolumeRef\x1a\".vmcell.node.v1.MakeVolumeResponse\x12O\n\x0cRemoveVolume\x12\x19.vmcell.node.v1.VolumeRef\x1a$.vmcell.node.v1.RemoveVolumeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,25 +34,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATESANDBOXREQUEST_ENVIRONMENTENTRY']._loaded_options = None
   _globals['_CREATESANDBOXREQUEST_ENVIRONMENTENTRY']._serialized_options = b'8\001'
   _globals['_CREATESANDBOXREQUEST']._serialized_start=48
-  _globals['_CREATESANDBOXREQUEST']._serialized_end=377
-  _globals['_CREATESANDBOXREQUEST_ENVIRONMENTENTRY']._serialized_start=327
-  _globals['_CREATESANDBOXREQUEST_ENVIRONMENTENTRY']._serialized_end=377
-  _globals['_SANDBOXREF']._serialized_start=379
-  _globals['_SANDBOXREF']._serialized_end=411
-  _globals['_SANDBOX']._serialized_start=414
-  _globals['_SANDBOX']._serialized_end=625
-  _globals['_KILLSANDBOXRESPONSE']._serialized_start=627
-  _globals['_KILLSANDBOXRESPONSE']._serialized_end=648
-  _globals['_LISTSANDBOXESREQUEST']._serialized_start=650
-  _globals['_LISTSANDBOXESREQUEST']._serialized_end=672
-  _globals['_LISTSANDBOXESRESPONSE']._serialized_start=674
-  _globals['_LISTSANDBOXESRESPONSE']._serialized_end=741
-  _globals['_SETDEADLINEREQUEST']._serialized_start=743
-  _globals['_SETDEADLINEREQUEST']._serialized_end=824
-  _globals['_NODEINFOREQUEST']._serialized_start=826
-  _globals['_NODEINFOREQUEST']._serialized_end=843
-  _globals['_NODEINFORESPONSE']._serialized_start=845
-  _globals['_NODEINFORESPONSE']._serialized_end=931
-  _globals['_NODE']._serialized_start=934
-  _globals['_NODE']._serialized_end=1416
+  _globals['_CREATESANDBOXREQUEST']._serialized_end=429
+  _globals['_CREATESANDBOXREQUEST_ENVIRONMENTENTRY']._serialized_start=379
+  _globals['_CREATESANDBOXREQUEST_ENVIRONMENTENTRY']._serialized_end=429
+  _globals['_SANDBOXREF']._serialized_start=431
+  _globals['_SANDBOXREF']._serialized_end=463
+  _globals['_SANDBOX']._serialized_start=466
+  _globals['_SANDBOX']._serialized_end=729
+  _globals['_KILLSANDBOXRESPONSE']._serialized_start=731
+  _globals['_KILLSANDBOXRESPONSE']._serialized_end=752
+  _globals['_LISTSANDBOXESREQUEST']._serialized_start=754
+  _globals['_LISTSANDBOXESREQUEST']._serialized_end=776
+  _globals['_LISTSANDBOXESRESPONSE']._serialized_start=778
+  _globals['_LISTSANDBOXESRESPONSE']._serialized_end=845
+  _globals['_SETDEADLINEREQUEST']._serialized_start=847
+  _globals['_SETDEADLINEREQUEST']._serialized_end=928
+  _globals['_VOLUMEMOUNT']._serialized_start=930
+  _globals['_VOLUMEMOUNT']._serialized_end=990
+  _globals['_VOLUMEREF']._serialized_start=992
+  _globals['_VOLUMEREF']._serialized_end=1022
+  _globals['_MAKEVOLUMERESPONSE']._serialized_start=1024
+  _globals['_MAKEVOLUMERESPONSE']._serialized_end=1044
+  _globals['_REMOVEVOLUMERESPONSE']._serialized_start=1046
+  _globals['_REMOVEVOLUMERESPONSE']._serialized_end=1068
+  _globals['_NODEINFOREQUEST']._serialized_start=1070
+  _globals['_NODEINFOREQUEST']._serialized_end=1087
+  _globals['_NODEINFORESPONSE']._serialized_start=1089
+  _globals['_NODEINFORESPONSE']._serialized_end=1175
+  _globals['_NODE']._serialized_start=1178
+  _globals['_NODE']._serialized_end=1818
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class CreateSandboxRequest(_message.Message):
-    __slots__ = ("sandbox_id", "template_id", "image", "vcpus", "memory_mib", "timeout_ms", "environment", "access_token", "default_user", "allow_internet")
+    __slots__ = ("sandbox_id", "template_id", "image", "vcpus", "memory_mib", "timeout_ms", "environment", "access_token", "default_user", "allow_internet", "volume_mounts")
     class EnvironmentEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,7 @@ class CreateSandboxRequest(_message.Message):
     ACCESS_TOKEN_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_USER_FIELD_NUMBER: _ClassVar[int]
     ALLOW_INTERNET_FIELD_NUMBER: _ClassVar[int]
+    VOLUME_MOUNTS_FIELD_NUMBER: _ClassVar[int]
     sandbox_id: str
     template_id: str
     image: str
@@ -35,7 +36,8 @@ class CreateSandboxRequest(_message.Message):
     access_token: str
     default_user: str
     allow_internet: bool
-    def __init__(self, sandbox_id: _Optional[str] = ..., template_id: _Optional[str] = ..., image: _Optional[str] = ..., vcpus: _Optional[int] = ..., memory_mib: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., environment: _Optional[_Mapping[str, str]] = ..., access_token: _Optional[str] = ..., default_user: _Optional[str] = ..., allow_internet: _Optional[bool] = ...) -> None: ...
+    volume_mounts: _containers.RepeatedCompositeFieldContainer[VolumeMount]
+    def __init__(self, sandbox_id: _Optional[str] = ..., template_id: _Optional[str] = ..., image: _Optional[str] = ..., vcpus: _Optional[int] = ..., memory_mib: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., environment: _Optional[_Mapping[str, str]] = ..., access_token: _Optional[str] = ..., default_user: _Optional[str] = ..., allow_internet: _Optional[bool] = ..., volume_mounts: _Optional[_Iterable[_Union[VolumeMount, _Mapping]]] = ...) -> None: ...
 
 class SandboxRef(_message.Message):
     __slots__ = ("sandbox_id",)
@@ -44,7 +46,7 @@ class SandboxRef(_message.Message):
     def __init__(self, sandbox_id: _Optional[str] = ...) -> None: ...
 
 class Sandbox(_message.Message):
-    __slots__ = ("sandbox_id", "template_id", "image", "vcpus", "memory_mib", "disk_mib", "started_at_unix_ms", "end_at_unix_ms", "address", "allow_internet")
+    __slots__ = ("sandbox_id", "template_id", "image", "vcpus", "memory_mib", "disk_mib", "started_at_unix_ms", "end_at_unix_ms", "address", "allow_internet", "volume_mounts")
     SANDBOX_ID_FIELD_NUMBER: _ClassVar[int]
     TEMPLATE_ID_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +57,7 @@ class Sandbox(_message.Message):
     END_AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     ALLOW_INTERNET_FIELD_NUMBER: _ClassVar[int]
+    VOLUME_MOUNTS_FIELD_NUMBER: _ClassVar[int]
     sandbox_id: str
     template_id: str
     image: str
@@ -65,7 +68,8 @@ class Sandbox(_message.Message):
     end_at_unix_ms: int
     address: str
     allow_internet: bool
-    def __init__(self, sandbox_id: _Optional[str] = ..., template_id: _Optional[str] = ..., image: _Optional[str] = ..., vcpus: _Optional[int] = ..., memory_mib: _Optional[int] = ..., disk_mib: _Optional[int] = ..., started_at_unix_ms: _Optional[int] = ..., end_at_unix_ms: _Optional[int] = ..., address: _Optional[str] = ..., allow_internet: _Optional[bool] = ...) -> None: ...
+    volume_mounts: _containers.RepeatedCompositeFieldContainer[VolumeMount]
+    def __init__(self, sandbox_id: _Optional[str] = ..., template_id: _Optional[str] = ..., image: _Optional[str] = ..., vcpus: _Optional[int] = ..., memory_mib: _Optional[int] = ..., disk_mib: _Optional[int] = ..., started_at_unix_ms: _Optional[int] = ..., end_at_unix_ms: _Optional[int] = ..., address: _Optional[str] = ..., allow_internet: _Optional[bool] = ..., volume_mounts: _Optional[_Iterable[_Union[VolumeMount, _Mapping]]] = ...) -> None: ...
 
 class KillSandboxResponse(_message.Message):
     __slots__ = ()
@@ -90,6 +94,30 @@ class SetDeadlineRequest(_message.Message):
     timeout_ms: int
     only_extend: bool
     def __init__(self, sandbox_id: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., only_extend: _Optional[bool] = ...) -> None: ...
+
+class VolumeMount(_message.Message):
+    __slots__ = ("volume_id", "name", "path")
+    VOLUME_ID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    volume_id: str
+    name: str
+    path: str
+    def __init__(self, volume_id: _Optional[str] = ..., name: _Optional[str] = ..., path: _Optional[str] = ...) -> None: ...
+
+class VolumeRef(_message.Message):
+    __slots__ = ("volume_id",)
+    VOLUME_ID_FIELD_NUMBER: _ClassVar[int]
+    volume_id: str
+    def __init__(self, volume_id: _Optional[str] = ...) -> None: ...
+
+class MakeVolumeResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RemoveVolumeResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class NodeInfoRequest(_message.Message):
     __slots__ = ()
