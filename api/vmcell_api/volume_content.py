@@ -33,6 +33,12 @@ MODES = range(0o2000)
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
+class RangeBeyondEnd(CallerError):
+    """No byte of the range is there; answered with 416."""
+
+    default_code = "out_of_range"
+
+
 class TokenCheck:
     """Falcon middleware: the token of the volume that the path names, or 401."""
 
@@ -126,7 +132,7 @@ class FileResource:
                 span = range(size)
             elif not span:
                 resp.set_header("Content-Range", f"bytes */{size}")
-                raise CallerError(f"Range: the file has {size} bytes", code="out_of_range")
+                raise RangeBeyondEnd(f"Range: the file has {size} bytes")
             else:
                 resp.status = 206
                 resp.set_header("Content-Range", f"bytes {span[0]}-{span[-1]}/{size}")
@@ -294,7 +300,7 @@ def _on_vmcell_error(
     status, code = CODES[error.code].http, error.code
     if isinstance(error, VolumeFull):
         status, code = 507, "no_space"
-    elif code == "out_of_range" and "Range" in str(error):
+    elif isinstance(error, RangeBeyondEnd):
         status = 416
     if status >= 500:
         log.error("%s %s: %s", req.method, req.path, error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 
 import pytest
@@ -35,7 +36,8 @@ def service(dev_vm: DevVm) -> Iterator[DevVm]:
 
 
 def test_two_sandboxes_share_a_volume(service: DevVm, nothing_left: None) -> None:
-    volume = Volume.create("shared")
+    name = f"shared-{secrets.token_hex(4)}"  # the store outlives a dev VM
+    volume = Volume.create(name)
     content = os.urandom(1 << 20)
     volume.write_file("/from-client", content)
     volume.write_file("/roots", "root's own", uid=0, gid=0, mode=0o600)
@@ -45,7 +47,7 @@ def test_two_sandboxes_share_a_volume(service: DevVm, nothing_left: None) -> Non
         Sandbox.create(volume_mounts=mounts, **options) as one,
         Sandbox.create(volume_mounts=mounts, **options) as two,
     ):
-        assert one.get_info().volume_mounts == [{"name": "shared", "path": "/mnt/data"}]
+        assert one.get_info().volume_mounts == [{"name": name, "path": "/mnt/data"}]
 
         def run(sandbox: Sandbox, command: str, user: str = "user") -> str:
             return sandbox.commands.run(command, user=user, timeout=PATIENCE_S).stdout
@@ -86,4 +88,8 @@ def test_two_sandboxes_share_a_volume(service: DevVm, nothing_left: None) -> Non
             Volume.destroy(volume.volume_id)
     assert volume.read_file("/hard") == "first\n", "the volume outlives its sandboxes"
     assert Volume.destroy(volume.volume_id) is True
-    assert service.check("find", "/var/lib/vmcell/volumes", "-mindepth", "2") == ""
+    top = "/var/lib/vmcell/volumes"
+    assert volume.volume_id not in service.check("ls", f"{top}/data")
+    assert service.check("ls", f"{top}/trash", f"{top}/uploads").split() == [
+        *(f"{top}/trash:", f"{top}/uploads:"),
+    ]

@@ -34,6 +34,7 @@ dev_vm           up, down, status
 dev_run          one command in the dev VM
 leak_check       what sandboxes have on a machine
 dev_service      images and the E2B service in the dev VM
+volume_client    a team's volumes, by a running API
 bench_start      starts of containers timed, by part, beside runc
 demo             an E2B client against a real microVM
 cli_output       errors, JSON and tables of all commands
@@ -41,6 +42,7 @@ cli_dev          words and options of `vmcell dev`
 cli_host         words and options of `vmcell setup` and `doctor`
 cli_bench        words and options of `vmcell bench`
 cli_cache        words and options of `vmcell cache`
+cli_volume       words and options of `vmcell volume`
 cli_build        words and options of `vmcell kernel` and `image`
 cli              the `vmcell` command
 __main__         `python -m vmcell_tools`

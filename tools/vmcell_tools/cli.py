@@ -13,6 +13,7 @@ from vmcell_tools.cli_cache import cache
 from vmcell_tools.cli_dev import dev
 from vmcell_tools.cli_host import doctor, setup
 from vmcell_tools.cli_output import OneSentenceGroup
+from vmcell_tools.cli_volume import volume
 
 
 @click.group(cls=OneSentenceGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,7 +22,7 @@ def main() -> None:
     """One microVM per container: setup, checks, images and the dev VM."""
 
 
-for command in (setup, doctor, kernel, image, cache, bench, dev):
+for command in (setup, doctor, kernel, image, cache, volume, bench, dev):
     main.add_command(command)
 
 
