@@ -11,7 +11,7 @@ from vmcell_api.store.records import Store, Team
 from vmcell_api.store.volume_records import VolumeRecord, VolumeStore
 from vmcell_api.volumes.names import VOLUME_ID, VolumeMount, check_volume_name, new_volume_id
 from vmcell_api.volumes.token import VolumeTokens
-from vmcell_protos.errors import CallerError, VmcellError
+from vmcell_protos.errors import CallerError, HostError, VmcellError
 
 # (name, path) as a create of a sandbox asks for it; the path is checked.
 WantedMounts = tuple[tuple[str, str], ...]
@@ -38,9 +38,11 @@ class VolumeControl:
             self._node.make_volume(record.volume_id)
         except VmcellError as error:
             if not isinstance(error, NodeUnreachable) and error.code != "deadline_exceeded":
-                self._store.forget(record.volume_id)  # known not to be there
+                self._store.forget_unmade(record.volume_id)  # known not to be there
             raise
-        self._store.mark_made(record.volume_id)
+        if not self._store.mark_made(record.volume_id):  # another create of it failed, or a delete
+            self._node.remove_volume(record.volume_id)
+            raise HostError(f"making volume {name!r} collided with another request; try again")
         return record
 
     def token(self, record: VolumeRecord) -> str:

@@ -110,6 +110,34 @@ def test_a_create_that_was_cut_off_is_finished_by_the_next(service: ApiService) 
     assert os.listdir(Path(service.config.volumes_dir, "data")) == [made["volumeID"]]
 
 
+def test_creates_of_one_name_at_once(service: ApiService) -> None:
+    """The other create, while this one waits for the node: it finishes, or it fails."""
+    folder = Path(service.config.volumes_dir, "data")
+    make = service.node.volumes.make
+    others: list[testing.Result] = []
+
+    def other_finishes(volume_id: str) -> None:
+        service.node.volumes.make = make  # type: ignore[method-assign]  # for one call only
+        others.append(_ask(service, "POST", "/volumes", json={"name": "data"}))
+        raise HostError("the disk is full", code="internal")
+
+    service.node.volumes.make = other_finishes  # type: ignore[method-assign]  # for one call only
+    assert _ask(service, "POST", "/volumes", json={"name": "data"}).status_code == 500
+    assert others[0].status_code == 201
+    assert [row["name"] for row in _ask(service, "GET", "/volumes").json] == ["data"]
+
+    def other_fails(volume_id: str) -> None:
+        service.node.volumes.make = make  # type: ignore[method-assign]  # for one call only
+        service.node.fail_next = HostError("the disk is full", code="internal")
+        others.append(_ask(service, "POST", "/volumes", json={"name": "more"}))
+        make(volume_id)
+
+    service.node.volumes.make = other_fails  # type: ignore[method-assign]  # for one call only
+    assert _ask(service, "POST", "/volumes", json={"name": "more"}).status_code == 503
+    assert others[1].status_code == 500
+    assert os.listdir(folder) == [others[0].json["volumeID"]], "no directory without an owner"
+
+
 def test_a_sandbox_has_its_volumes(service: ApiService) -> None:
     one, two = _make(service, "one"), _make(service, "two")
     mounts = [{"name": "one", "path": "/mnt/a/"}, {"name": "two", "path": "/mnt/b"}]

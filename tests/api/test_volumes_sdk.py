@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import hashlib
 import os
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from api_service import ApiService, listening
-from e2b import NotFoundException, Sandbox, Volume
+from e2b import AsyncVolume, NotFoundException, Sandbox, Volume
 from e2b.exceptions import (
     AuthenticationException,
     RateLimitException,
@@ -143,3 +144,24 @@ def test_mounts(sdk: ApiService, volume: Volume) -> None:
     assert Volume.destroy(volume.volume_id) is True
     with pytest.raises(SandboxException, match="404: volume data was not found"):
         Sandbox.create(template="base", volume_mounts={"/mnt/data": volume})
+
+
+def test_the_asynchronous_class(sdk: ApiService) -> None:
+    async def use() -> None:
+        volume = await AsyncVolume.create("async")
+        content = os.urandom(200_000)
+        await volume.make_dir("/a/b", force=True)
+        assert (await volume.write_file("/a/b/f", content)).size == len(content)
+        parts = [part async for part in await volume.read_file("/a/b/f", format="stream")]
+        assert b"".join(parts) == content
+        with pytest.raises(NotFoundException):
+            async for _ in await volume.read_file("/missing", format="stream"):
+                pass
+        assert [entry.path for entry in await volume.list("/a", depth=2)] == ["/a/b", "/a/b/f"]
+        assert (await volume.update_metadata("/a/b/f", mode=0o600)).mode == 0o600
+        await volume.remove("/a")
+        assert await volume.exists("/a") is False
+        assert await AsyncVolume.destroy(volume.volume_id) is True
+        assert await AsyncVolume.destroy(volume.volume_id) is False
+
+    asyncio.run(use())

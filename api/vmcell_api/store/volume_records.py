@@ -64,10 +64,18 @@ class VolumeStore:
             session.add(row)
             return _record(row)
 
-    def mark_made(self, volume_id: str) -> None:
-        """Says that the directory is there."""
+    def mark_made(self, volume_id: str) -> bool:
+        """Says that the directory is there; False when the row has gone meanwhile."""
         with self._store.transaction() as session:
-            session.execute(sa.update(VolumeRow).where(VolumeRow.id == volume_id).values(made=True))
+            change = sa.update(VolumeRow).where(VolumeRow.id == volume_id).values(made=True)
+            return bool(session.execute(change.returning(VolumeRow.id)).all())
+
+    def forget_unmade(self, volume_id: str) -> None:
+        """Deletes the row of a create that failed, unless another one has finished it."""
+        with self._store.transaction() as session:
+            session.execute(
+                sa.delete(VolumeRow).where(VolumeRow.id == volume_id, VolumeRow.made.is_(False))
+            )
 
     def volume(self, volume_id: str, *, team_id: str) -> VolumeRecord | None:
         """A volume of that team."""
