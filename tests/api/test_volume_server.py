@@ -239,3 +239,22 @@ def test_a_chunked_body_and_a_bad_one(running: Running) -> None:
     status, body = put(b"5\r\nabc")
     assert (status, body["code"]) == (400, "invalid_argument")
     assert running.volume.read_file("/c") == "abcde"
+
+
+def test_it_does_not_serve_unconfined(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = tmp_path / "api.toml"
+    config.write_text(f'volumes_dir = "{tmp_path}/v"\nvolume_bind = "127.0.0.1:{port}"\n')
+    without = ("setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin")
+    done = subprocess.run(
+        [*without, sys.executable, "-m", "vmcell_api.volume_server"],
+        env={**os.environ, "VMCELL_API_CONFIG": str(config)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "cannot confine the server of volume files" in done.stderr, done.stderr
