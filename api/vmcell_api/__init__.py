@@ -8,6 +8,7 @@ logs             lines of all processes, without secrets
 egress           which addresses a sandbox may reach
 metric_sample    what a sandbox used at one moment
 guest_http       asking a guest's envd, bounded
+volumes          volumes on this node's disk
 node             noded: sandboxes through containerd
 store            teams, keys, templates, owners of sandboxes
 node_client      the API's side of noded's door
@@ -27,6 +28,7 @@ template_bodies  E2B's template bodies and log queries
 template_answers  E2B's template, build and tag objects
 upload_store     files that clients upload for templates
 template_plane   templates and builds, without HTTP
+volume_control   the verbs on volumes, without HTTP
 control_plane    the verbs, without HTTP
 create_once      creates with an Idempotency-Key
 http_errors      errors as E2B's bodies
@@ -37,6 +39,7 @@ resources        the routes of sandboxes
 snapshot_routes  what needs snapshots: refused
 activity_routes  metrics and logs
 template_routes  the routes of templates
+volume_routes    the routes of volumes
 openapi          the API's own description, one module per resource
 operator_resources  the routes of teams, keys, audit and metrics
 app              the WSGI application
@@ -45,6 +48,8 @@ route_app        the application behind nginx's auth_request
 nginx            nginx's configuration
 web_server       gunicorn, set up from code
 __main__         the API's process
+volume_content   the files of volumes over HTTP
+volume_server    the process that serves them
 route_server     the router's process
 serve            everything in the foreground
 """

@@ -14,17 +14,26 @@ from vmcell_api.node_client import NodeClient
 from vmcell_api.request_rate import RequestRates
 from vmcell_api.store.database import check_version, migrate, open_engine
 from vmcell_api.store.records import Store
+from vmcell_api.volumes.folders import VolumeFolders
+from vmcell_api.volumes.token import VolumeTokens, load_tokens
 from vmcell_api.web_server import WebServer, serve
 from vmcell_protos.errors import VmcellError
 
 CREATE_SLACK_S = 30.0
 
 
-def make_app(config: ApiConfig, rates: RequestRates) -> falcon.App:
+def make_app(config: ApiConfig, rates: RequestRates, volume_tokens: VolumeTokens) -> falcon.App:
     """The application of one worker; store and node live as long as the process."""
     node = NodeClient(config.node_socket, create_timeout_s=config.start_timeout_s + CREATE_SLACK_S)
     store = Store(open_engine(config.database_url))
-    return create_app(store, node, config, rates=rates, metrics_dir=config.metrics_dir)
+    return create_app(
+        store,
+        node,
+        config,
+        volume_tokens=volume_tokens,
+        rates=rates,
+        metrics_dir=config.metrics_dir,
+    )
 
 
 def serve_api(config: ApiConfig) -> int:
@@ -36,6 +45,10 @@ def serve_api(config: ApiConfig) -> int:
         engine = open_engine(config.database_url)
         check_version(engine)
         engine.dispose()
+        # The key is root's; the workers get it before they become somebody else.
+        folders = VolumeFolders(config.volumes_dir)
+        folders.prepare()
+        volume_tokens = load_tokens(folders.key_path)
     except VmcellError as error:
         sys.stderr.write(f"vmcell_api: {error}\n")
         return 1
@@ -47,7 +60,7 @@ def serve_api(config: ApiConfig) -> int:
         uid=config.api_uid,
     )
     rates = RequestRates()
-    serve(server, lambda: make_app(config, rates))
+    serve(server, lambda: make_app(config, rates, volume_tokens))
     return 0
 
 

@@ -26,6 +26,9 @@ from vmcell_api.store.create_keys import CreateKeys
 from vmcell_api.store.records import Store
 from vmcell_api.template_plane import TemplatePlane
 from vmcell_api.upload_store import UploadStore
+from vmcell_api.volume_control import VolumeControl
+from vmcell_api.volume_routes import Volume, Volumes
+from vmcell_api.volumes.token import VolumeTokens
 
 EXPOSED_HEADERS = ["X-Next-Token", "X-Total-Running", "X-Request-Id"]
 
@@ -35,6 +38,7 @@ def create_app(
     node: NodeVerbs,
     config: ApiConfig,
     *,
+    volume_tokens: VolumeTokens,
     builds: BuildVerbs | None = None,
     rates: RequestRates | None = None,
     metrics_dir: str = "",
@@ -56,7 +60,10 @@ def create_app(
     uploads = UploadStore(config.upload_dir, limit_mib=config.max_upload_mib)
     templates = TemplatePlane(store, builds or BuildClient(config.node_socket), uploads)
     template_routes.add_routes(app, templates, uploads, config)
-    control = ControlPlane(store, node, config, templates)
+    volumes = VolumeControl(store, node, volume_tokens, limit=config.volumes_per_team)
+    app.add_route("/volumes", Volumes(volumes, config.domain))
+    app.add_route("/volumes/{volume_id}", Volume(volumes, config.domain))
+    control = ControlPlane(store, node, config, templates, volumes)
     window_ms = config.start_timeout_s * 1000 + LOST_AFTER_MS
     once = CreateOnce(control, CreateKeys(store), window_ms=window_ms)
     sandboxes, sandbox = Sandboxes(control, once, config), Sandbox(control, config)

@@ -32,6 +32,8 @@ class ApiConfig:
     `api_url`: how clients reach the API, for the links it hands out; "": as they just did.
     `upload_dir` holds what clients upload for templates, `build_dir` the logs of builds;
     `build_cache_limit` is a number of steps, `build_places` of builds at once.
+    `volumes_dir`: where volumes are; on a file system of its own it bounds what they take together.
+    `volume_bind` and `volume_uid` are the address and the user of the server of their files.
     `start_timeout_s`: how long a sandbox may take from its task's creation to envd's answer.
     """
 
@@ -66,6 +68,10 @@ class ApiConfig:
     build_places: int = 2
     build_timeout_s: int = 3600
     build_cache_limit: int = 256
+    volumes_dir: str = "/var/lib/vmcell/volumes"
+    volume_bind: str = "127.0.0.1:3001"
+    volume_uid: int = 99002
+    volumes_per_team: int = 100
     workers: int = 2
     threads: int = 16
     requests_per_s: int = 100
@@ -75,7 +81,7 @@ class ApiConfig:
     metrics_dir: str = "/run/vmcell/metrics"
 
     def __post_init__(self) -> None:
-        for name in ("api_bind", "data_bind"):
+        for name in ("api_bind", "data_bind", "volume_bind"):
             _, colon, port = getattr(self, name).rpartition(":")
             if not colon or not port.isdigit() or not 0 < int(port) < 65536:
                 raise HostError(f"{name} is {getattr(self, name)!r}; it takes ADDRESS:PORT")

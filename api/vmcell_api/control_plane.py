@@ -21,6 +21,7 @@ from vmcell_api.sandbox_bodies import CreateBody, ListQuery
 from vmcell_api.sandbox_logs import LogEntry, parse_entries
 from vmcell_api.store.records import SandboxRecord, Store, Team, Template
 from vmcell_api.template_plane import OWN_IMAGES, TemplatePlane
+from vmcell_api.volume_control import VolumeControl
 from vmcell_protos.errors import CallerError, GuestError, HostError, VmcellError
 
 log = logging.getLogger("vmcell.api")
@@ -45,18 +46,26 @@ class ControlPlane:
     """The verbs of the API for one team at a time; thread-safe."""
 
     def __init__(
-        self, store: Store, node: NodeVerbs, config: ApiConfig, templates: TemplatePlane
+        self,
+        store: Store,
+        node: NodeVerbs,
+        config: ApiConfig,
+        templates: TemplatePlane,
+        volumes: VolumeControl,
     ) -> None:
+        self._volumes = volumes
         self._store = store
         self._templates = templates
         self._node = node
         self._config = config
 
     def create(self, team: Team, body: CreateBody, *, sandbox_id: str = "") -> Pair:
-        """Makes a sandbox of that fresh id; CallerError not_found for an unknown template."""
-        if body.volume_mounts:
-            raise CallerError("this server does not have volumeMounts; leave it out")
+        """Makes a sandbox of that fresh id.
+
+        Raises CallerError not_found for an unknown template or volume.
+        """
         template = self._template(team, body.template)
+        mounts = self._volumes.mounts(team, body.volume_mounts)
         record = SandboxRecord(
             sandbox_id=sandbox_id or new_sandbox_id(),
             team_id=team.team_id,
@@ -70,7 +79,8 @@ class ControlPlane:
         self._drop_lost(self._store.sandboxes(team_id=team.team_id), live)
         self._store.add_sandbox(record, limit=team.sandbox_limit, live=live)
         try:
-            running = self._node.create(self._order(record, template, body))
+            order = replace(self._order(record, template, body), volume_mounts=mounts)
+            running = self._node.create(order)
         except VmcellError as error:
             if is_undone(error):
                 self._store.forget_sandboxes([record.sandbox_id])

@@ -16,15 +16,18 @@ import grpc
 from vmcell_api.egress import OPEN, Egress
 from vmcell_api.guest_http import fetch
 from vmcell_api.metric_sample import MetricSample
+from vmcell_api.volumes.names import VolumeMount
 from vmcell_protos.errors import CODE_NAMES, CallerError, HostError, VmcellError
 from vmcell_protos.pb import node_pb2, node_pb2_grpc
 
 CALL_TIMEOUT_S = 30.0
 KILL_TIMEOUT_S = 60.0
 LOGS_BYTES = 4 << 20
+# A volume may have millions of files.
+REMOVE_VOLUME_TIMEOUT_S = 600.0
 CALLERS_CODES = (
     *("invalid_argument", "not_found", "already_exists", "failed_precondition", "out_of_range"),
-    *("permission_denied", "unimplemented"),
+    *("permission_denied", "unimplemented", "aborted"),
 )
 
 
@@ -49,6 +52,7 @@ class NewSandbox:
     default_workdir: str = ""
     start_command: str = ""
     ready_command: str = ""
+    volume_mounts: tuple[VolumeMount, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,7 @@ class RunningSandbox:
     end_at_unix_ms: int
     address: str
     egress: Egress = OPEN
+    volume_mounts: tuple[VolumeMount, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +121,12 @@ class NodeVerbs(Protocol):
     def envd_logs(self, running: RunningSandbox, access_token: str) -> bytes:
         """What envd answers to `GET /logs`: the guest's words, not checked."""
 
+    def make_volume(self, volume_id: str) -> None:
+        """Makes an empty volume; one that is there stays as it is."""
+
+    def remove_volume(self, volume_id: str) -> None:
+        """Removes a volume, a missing one too; aborted while a sandbox has it."""
+
 
 class NodeClient:
     """noded over its unix socket; thread-safe, `close()` is idempotent."""
@@ -152,6 +163,7 @@ class NodeClient:
             default_workdir=sandbox.default_workdir,
             start_command=sandbox.start_command,
             ready_command=sandbox.ready_command,
+            volume_mounts=[node_pb2.VolumeMount(**vars(row)) for row in sandbox.volume_mounts],
         )
         return _running(self._call("CreateSandbox", request, self._create_timeout_s))
 
@@ -228,6 +240,14 @@ class NodeClient:
             timeout_s=CALL_TIMEOUT_S,
         )
 
+    def make_volume(self, volume_id: str) -> None:
+        """Makes an empty volume; one that is there stays as it is."""
+        self._call("MakeVolume", node_pb2.VolumeRef(volume_id=volume_id))
+
+    def remove_volume(self, volume_id: str) -> None:
+        """Removes a volume, a missing one too; aborted while a sandbox has it."""
+        self._call("RemoveVolume", node_pb2.VolumeRef(volume_id=volume_id), REMOVE_VOLUME_TIMEOUT_S)
+
     def _call(self, verb: str, request: object, timeout_s: float = CALL_TIMEOUT_S):  # type: ignore[no-untyped-def]  # stubs are untyped
         method: Callable = getattr(self._connected(), verb)
         try:
@@ -274,6 +294,10 @@ def _running(message: node_pb2.Sandbox) -> RunningSandbox:
             allow_internet=message.allow_internet,
             allow_out=tuple(message.allow_out),
             deny_out=tuple(message.deny_out),
+        ),
+        volume_mounts=tuple(
+            VolumeMount(volume_id=row.volume_id, name=row.name, path=row.path)
+            for row in message.volume_mounts
         ),
     )
 

@@ -51,7 +51,9 @@ def listed(record: SandboxRecord, running: RunningSandbox) -> Json:
         "diskSizeMB": running.disk_mib,
         "metadata": record.metadata,
         "state": "running",
-        "volumeMounts": [],
+        "volumeMounts": [
+            {"name": mount.name, "path": mount.path} for mount in running.volume_mounts
+        ],
     }
 
 

@@ -13,14 +13,9 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, unquote
 
-from vmcell_api.json_body import (
-    bool_field,
-    int_field,
-    object_list_field,
-    text_field,
-    text_map_field,
-)
+from vmcell_api.json_body import bool_field, int_field, text_field, text_map_field
 from vmcell_api.network_rules import ANY_NETWORK, NetworkWish, parse_network
+from vmcell_api.volumes.names import MAX_MOUNT_PATH, check_mount_paths, check_volume_name
 from vmcell_protos.errors import CallerError
 
 DEFAULT_TIMEOUT_V1_S = 15
@@ -55,7 +50,7 @@ class CreateBody:
     network: NetworkWish = ANY_NETWORK
     metadata: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
-    volume_mounts: tuple[VolumeMount, ...] = ()
+    volume_mounts: tuple[tuple[str, str], ...] = ()  # (volume's name, path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +88,7 @@ def parse_create(
         network=network,
         metadata=text_map_field(body, "metadata"),
         environment=environment,
-        volume_mounts=_volume_mounts(body),
+        volume_mounts=parse_volume_mounts(body),
     )
 
 
@@ -111,18 +106,21 @@ def _create_timeout(
     return parse_timeout(body, default=default_s, max_timeout_s=max_timeout_s, lowest=1)
 
 
-def _volume_mounts(body: dict[str, object]) -> tuple[VolumeMount, ...]:
-    mounts = [
-        VolumeMount(
-            name=text_field(item, "name", max_length=128, prefix="volumeMounts."),
-            path=text_field(item, "path", max_length=4096, prefix="volumeMounts."),
-        )
-        for item in object_list_field(body, "volumeMounts")
-    ]
-    for mount in mounts:
-        if not mount.path.startswith("/"):
-            raise CallerError(f"volumeMounts.path is {mount.path[:60]!r}; give an absolute path")
-    return tuple(mounts)
+def parse_volume_mounts(body: dict[str, object]) -> tuple[tuple[str, str], ...]:
+    """The field `volumeMounts` as (name, normal path) pairs; raises CallerError."""
+    rows = body.get("volumeMounts")
+    if rows is None:
+        return ()
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise CallerError("volumeMounts takes a list of objects with name and path")
+    names, paths = [], []
+    for number, row in enumerate(rows):
+        try:
+            names.append(check_volume_name(text_field(row, "name", max_length=128)))
+            paths.append(text_field(row, "path", max_length=MAX_MOUNT_PATH))
+        except CallerError as error:
+            raise CallerError(f"volumeMounts[{number}]: {error}") from error
+    return tuple(zip(names, check_mount_paths(paths), strict=True))
 
 
 def parse_timeout(

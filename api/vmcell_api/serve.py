@@ -1,8 +1,8 @@
-"""The whole service in the foreground: noded, the API, the router and nginx.
+"""The whole service in the foreground: noded, API, router, server of volume files, nginx.
 
 `python -m vmcell_api.serve` (or `vmcell serve`) starts them in this order, passes their logs on and
 ends all of them on SIGTERM, SIGINT or when one ends by itself. Sandboxes go on without it. The
-three Python processes are forked from this one, so their imports are paid for once, and noded,
+four Python processes are forked from this one, so their imports are paid for once, and noded,
 which needs none of the web's, makes its slots while this one imports these and migrates the store.
 Nothing here may start a thread or a gRPC channel before the last fork.
 """
@@ -115,17 +115,21 @@ class Service:
         self._wait_for("noded", lambda: _unix_listens(config.node_socket))
         self._wait_for("the router", lambda: _unix_listens(config.route_socket))
         self._wait_for("the API", lambda: _tcp_listens(config.api_bind))
+        self._wait_for("the volume server", lambda: _tcp_listens(config.volume_bind))
         self._wait_for("nginx", lambda: _tcp_listens(config.data_bind))
 
     def _start_web(self) -> None:
         import vmcell_api.__main__ as api
-        from vmcell_api import route_server
+        from vmcell_api import route_server, volume_server
         from vmcell_api.store.database import migrate
 
         config = self._config
         migrate(config.database_url, owner_uid=config.api_uid)
         self._children.append(Forked("the API", lambda: api.serve_api(config)))
         self._children.append(Forked("the router", lambda: route_server.serve_routes(config)))
+        self._children.append(
+            Forked("the volume server", lambda: volume_server.serve_volumes(config))
+        )
         nginx = ["nginx", "-p", config.nginx_dir, "-c", write_nginx(config)]
         self._children.append(Executed("nginx", nginx))
 
@@ -202,7 +206,10 @@ def run(config: ApiConfig) -> None:
     try:
         service.start()
         if not service.ending:
-            _say(f"API on http://{config.api_bind}, sandboxes on http://{config.data_bind}")
+            _say(
+                f"API on http://{config.api_bind}, sandboxes on http://{config.data_bind}, "
+                f"volume files on http://{config.volume_bind}"
+            )
         service.watch()
     finally:
         service.stop()

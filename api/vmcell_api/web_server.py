@@ -27,7 +27,9 @@ HEADER_COUNT = 100
 class WebServer:
     """`bind` is "address:port" or "unix:/path"; `uid` None: workers stay who they are.
 
-    `read_timeout_s`: how long a thread waits for more of a request that has begun.
+    `read_timeout_s`: how long a thread waits for more of a request that has begun;
+    `write_timeout_s`: how long for a client that takes nothing of its answer, 0: without end.
+    `confine` is called in each worker before the application is made.
     """
 
     name: str
@@ -38,6 +40,8 @@ class WebServer:
     gid: int | None = None
     umask: int = 0o117
     read_timeout_s: int = 10
+    write_timeout_s: int = 0
+    confine: Callable[[], None] | None = None
 
 
 def serve(server: WebServer, make_app: Callable[[], falcon.App]) -> None:
@@ -76,7 +80,7 @@ class _Gunicorn(BaseApplication):
             "graceful_timeout": 10,
             "timeout": 120,
             "worker_tmp_dir": "/dev/shm",
-            "post_fork": _drop_groups if server.uid is not None else _keep,
+            "post_fork": self._after_fork,
             "control_socket_disable": True,
             "logger_class": _RootLogger,
             # No client may say who it is or where the application is mounted.
@@ -93,19 +97,18 @@ class _Gunicorn(BaseApplication):
 
     def _limit_reads(self, arbiter: Arbiter) -> None:
         """The kernel's limit, which accepted sockets inherit: gunicorn's threads have none."""
-        limit = struct.pack("ll", self._server.read_timeout_s, 0)
+        reads = struct.pack("ll", self._server.read_timeout_s, 0)
+        writes = struct.pack("ll", self._server.write_timeout_s, 0)
         for listener in arbiter.LISTENERS:
-            listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, reads)
+            listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, writes)
+
+    def _after_fork(self, arbiter: object, worker: object) -> None:
+        """gunicorn changes user and group, but leaves root's other groups."""
+        if self._server.uid is not None and os.geteuid() == 0:
+            os.setgroups([])
+        if self._server.confine is not None:
+            self._server.confine()
 
     def load(self) -> falcon.App:
         return self._make_app()
-
-
-def _drop_groups(arbiter: object, worker: object) -> None:
-    """gunicorn changes user and group, but leaves root's other groups."""
-    if os.geteuid() == 0:
-        os.setgroups([])
-
-
-def _keep(arbiter: object, worker: object) -> None:
-    """Nothing to drop."""

@@ -35,6 +35,7 @@ from vmcell_api.node.build import SandboxRequest
 from vmcell_api.node.node import Node
 from vmcell_api.node.sandbox import END_LABEL, STATE_LABEL
 from vmcell_api.node_client import NewSandbox, NodeClient, NodeUnreachable
+from vmcell_api.volumes.names import VolumeMount, new_volume_id
 from vmcell_protos.errors import CallerError, HostError, VmcellError
 
 pytestmark = pytest.mark.root
@@ -58,6 +59,7 @@ def config(containerd: RealContainerd, tmp_path: Path) -> ApiConfig:
         containerd_socket=containerd.socket,
         runtime="io.containerd.runc.v2",
         state_dir=str(tmp_path / "run"),
+        volumes_dir=str(tmp_path / "volumes"),
         node_socket=str(tmp_path / "noded.sock"),
         slot_count=3,
         start_timeout_s=30,
@@ -406,7 +408,10 @@ def test_a_noded_killed_in_the_middle_of_a_create(
 ) -> None:
     """envd that never answers holds the create; SIGKILL there, and the next noded cleans up."""
     settings = tmp_path / "api.toml"
-    rows = ("containerd_socket", "runtime", "state_dir", "node_socket", "slot_count", "api_uid")
+    rows = (
+        *("containerd_socket", "runtime", "state_dir", "volumes_dir", "node_socket", "slot_count"),
+        "api_uid",
+    )
     settings.write_text("".join(f"{row} = {json.dumps(getattr(config, row))}\n" for row in rows))
     log = tmp_path / "noded.log"
     with log.open("wb") as output:
@@ -484,3 +489,86 @@ def test_the_door(node: Node, config: ApiConfig) -> None:
         server.stop(0).wait()
     with pytest.raises(NodeUnreachable):
         NodeClient(config.node_socket, create_timeout_s=1).list()
+
+
+def test_volumes(node: Node, config: ApiConfig, containerd: RealContainerd) -> None:
+    server = door.serve(door.Door(node, disk_mib=1), config.node_socket, owner_uid=config.api_uid)
+    client = NodeClient(config.node_socket, create_timeout_s=60)
+    volume_id = new_volume_id()
+    folder = Path(config.volumes_dir, "data", volume_id)
+    mounts = tuple(
+        VolumeMount(volume_id=volume_id, name="data", path=path) for path in ("/mnt/a b", "/c")
+    )
+    order = NewSandbox(
+        sandbox_id=new_sandbox_id(),
+        template_id="good",
+        image=GOOD,
+        vcpus=1,
+        memory_mib=128,
+        timeout_s=60,
+        volume_mounts=mounts,
+    )
+    try:
+        with pytest.raises(CallerError, match="'data' is not on this node"):
+            client.create(order)
+        client.make_volume(volume_id)
+        (folder / "from-host").write_text("hello")
+        assert client.create(order).volume_mounts == mounts
+        pid = containerd.ctr("tasks", "list").splitlines()[1].split()[1]
+        root = Path("/proc", pid, "root")
+        assert (root / "mnt/a b/from-host").read_text() == "hello"
+        (root / "c/from-guest").write_text("there")
+        assert (folder / "from-guest").read_text() == "there"
+
+        with pytest.raises(CallerError, match=order.sandbox_id) as caught:
+            client.remove_volume(volume_id)
+        assert caught.value.code == "aborted"
+        assert (folder / "from-guest").exists()
+        client.kill(order.sandbox_id)
+        assert sorted(path.name for path in folder.iterdir()) == ["from-guest", "from-host"]
+        client.remove_volume(volume_id)
+        client.remove_volume(volume_id)
+        assert not folder.exists()
+        for bad in ("", "../data", "v" * 21):
+            with pytest.raises(CallerError, match="no volume id"):
+                client.make_volume(bad)
+        for path in ("/proc", "relative", "/a/../b"):
+            mount = VolumeMount(volume_id=volume_id, name="data", path=path)
+            with pytest.raises(CallerError, match="volumeMounts path"):
+                client.create(replace(order, volume_mounts=(mount,)))
+    finally:
+        client.close()
+        server.stop(0).wait()
+
+
+def test_a_create_that_fails_gives_its_volumes_back(node: Node) -> None:
+    volume_id = new_volume_id()
+    node.volumes.make(volume_id)
+    mount = VolumeMount(volume_id=volume_id, name="data", path="/mnt")
+    with pytest.raises(VmcellError):
+        node.create(_request(image=BROKEN, volume_mounts=(mount,)))
+    node.volumes.remove(volume_id)
+
+
+def test_a_new_noded_knows_whose_volumes_are_in_use(
+    containerd: RealContainerd, config: ApiConfig
+) -> None:
+    first = build_node(config)
+    first.open()
+    volume_id = new_volume_id()
+    first.volumes.make(volume_id)
+    mount = VolumeMount(volume_id=volume_id, name="data", path="/mnt")
+    sandbox_id = first.create(_request(volume_mounts=(mount,))).sandbox_id
+    first.close()
+    second = build_node(config)
+    second.open()
+    try:
+        assert second.get(sandbox_id).volume_mounts == (mount,)
+        with pytest.raises(CallerError, match=sandbox_id):
+            second.volumes.remove(volume_id)
+        second.kill(sandbox_id)
+        second.volumes.remove(volume_id)
+        _nothing_left(second, containerd, config)
+    finally:
+        second.close()
+        second.slots.close_all()

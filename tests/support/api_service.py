@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,14 +21,19 @@ from vmcell_api.route_app import create_route_app
 from vmcell_api.store.database import migrate, open_engine
 from vmcell_api.store.records import Store
 from vmcell_api.tenancy import create_key
+from vmcell_api.volume_content import create_content_app
+from vmcell_api.volumes.files import Volumes
+from vmcell_api.volumes.folders import OWNER, VolumeFolders
+from vmcell_api.volumes.token import load_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApiService:
-    """Both applications, their store and node, and the key of one team."""
+    """The applications, their store and node, and the key of one team."""
 
     app: falcon.App
     route_app: falcon.App
+    content_app: falcon.App
     store: Store
     node: FakeNode
     builder: FakeBuilder
@@ -45,14 +51,21 @@ def api_service(folder: Path, **settings: object) -> Iterator[ApiService]:
     """A service with a store of its own in `folder`, unless `settings` name one."""
     settings.setdefault("database_url", f"sqlite:///{folder}/store/api.sqlite")
     settings.setdefault("upload_dir", f"{folder}/uploads")
+    settings.setdefault("volumes_dir", f"{folder}/volumes")
     config = ApiConfig(**settings)  # type: ignore[arg-type]  # test settings
     migrate(config.database_url)
     store = Store(open_engine(config.database_url))
-    node, builder = FakeNode(), FakeBuilder()
+    node, builder = FakeNode(volumes_dir=config.volumes_dir), FakeBuilder()
     key, _ = create_key(store, store.ensure_team("team-one"), scopes=("*",))
+    folders = VolumeFolders(config.volumes_dir)
+    folders.prepare()
+    tokens = load_tokens(folders.key_path)
+    owner = OWNER if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+    volumes = Volumes(config.volumes_dir, owner)
     try:
         yield ApiService(
-            app=create_app(store, node, config, builds=builder),
+            app=create_app(store, node, config, volume_tokens=tokens, builds=builder),
+            content_app=create_content_app(volumes, tokens),
             route_app=create_route_app(store, node, config.domain),
             store=store,
             node=node,
@@ -61,6 +74,7 @@ def api_service(folder: Path, **settings: object) -> Iterator[ApiService]:
             key=key,
         )
     finally:
+        volumes.close()
         store.close()
 
 

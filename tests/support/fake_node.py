@@ -9,16 +9,22 @@ from dataclasses import replace
 
 from vmcell_api.egress import Egress
 from vmcell_api.metric_sample import MetricSample
+from vmcell_api.node.volume_use import VolumeUse
 from vmcell_api.node_client import NewSandbox, NodeInfo, RunningSandbox
+from vmcell_api.volumes.folders import VolumeFolders
 from vmcell_protos.errors import CallerError, VmcellError
 
 IMAGES = ("docker.io/vmcell/base:latest", "docker.io/vmcell/small:latest", "docker.io/x/y:1")
 
 
 class FakeNode:
-    """`vmcell_api.node_client.NodeVerbs` without a machine; `fail_next` makes one verb fail."""
+    """`vmcell_api.node_client.NodeVerbs` without a machine; `fail_next` makes one verb fail.
 
-    def __init__(self, address: str = "127.0.0.1") -> None:
+    Volumes are real directories, under `volumes_dir`.
+    """
+
+    def __init__(self, address: str = "127.0.0.1", *, volumes_dir: str = "/nonexistent") -> None:
+        self.volumes = VolumeUse(VolumeFolders(volumes_dir))
         self.address = address
         self.running: dict[str, RunningSandbox] = {}
         self.orders: list[NewSandbox] = []
@@ -33,6 +39,7 @@ class FakeNode:
         self._maybe_fail()
         if sandbox.image not in IMAGES and not sandbox.image.startswith("vmcell.local/build/"):
             raise CallerError(f"image {sandbox.image!r} is not on this node", code="not_found")
+        self.volumes.claim(sandbox.sandbox_id, sandbox.volume_mounts)
         self.on_create(sandbox)
         with self._lock:
             self.orders.append(sandbox)
@@ -48,6 +55,7 @@ class FakeNode:
                 end_at_unix_ms=self._now_ms() + sandbox.timeout_s * 1000,
                 address=self.address,
                 egress=sandbox.egress,
+                volume_mounts=sandbox.volume_mounts,
             )
             self.running[sandbox.sandbox_id] = running
         return running
@@ -56,6 +64,15 @@ class FakeNode:
         self._maybe_fail()
         self.get(sandbox_id)
         del self.running[sandbox_id]
+        self.volumes.release(sandbox_id)
+
+    def make_volume(self, volume_id: str) -> None:
+        self._maybe_fail()
+        self.volumes.make(volume_id)
+
+    def remove_volume(self, volume_id: str) -> None:
+        self._maybe_fail()
+        self.volumes.remove(volume_id)
 
     def get(self, sandbox_id: str) -> RunningSandbox:
         self._maybe_fail()

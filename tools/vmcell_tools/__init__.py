@@ -36,6 +36,7 @@ dev_vm           up, down, status
 dev_run          one command in the dev VM
 leak_check       what sandboxes have on a machine
 dev_service      images and the E2B service in the dev VM
+volume_client    a team's volumes, by a running API
 bench_start      starts of containers timed, by part, beside runc
 operator_desk    the store, opened for the operator's commands, which are audited
 demo             an E2B client against a real microVM
@@ -50,6 +51,7 @@ cli_template     words and options of `vmcell template`
 cli_team         words and options of `vmcell team` and `migrate`
 cli_key          words and options of `vmcell key`
 cli_audit        words and options of `vmcell audit`
+cli_volume       words and options of `vmcell volume`
 cli_build        words and options of `vmcell kernel` and `image`
 cli              the `vmcell` command
 __main__         `python -m vmcell_tools`

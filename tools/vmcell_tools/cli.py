@@ -17,6 +17,7 @@ from vmcell_tools.cli_key import key
 from vmcell_tools.cli_output import OneSentenceGroup
 from vmcell_tools.cli_team import migrate, team
 from vmcell_tools.cli_template import template
+from vmcell_tools.cli_volume import volume
 
 
 @click.group(cls=OneSentenceGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -26,7 +27,7 @@ def main() -> None:
 
 
 COMMANDS = (
-    *(setup, doctor, kernel, image, template, cache, team, key, audit, migrate, bench, dev),
+    *(setup, doctor, kernel, image, template, volume, cache, team, key, audit, migrate, bench, dev),
 )
 for command in COMMANDS:
     main.add_command(command)

@@ -12,6 +12,7 @@ guest_init     envd's token, environment and health
 guest_process  commands, uploads and layers through envd
 start_command  a template's start command, and when it is ready
 sandbox_files  resolv.conf, hosts and hostname for a guest
+volume_use     which sandboxes have which volumes
 sandbox        a sandbox, as labels and back
 metrics        what sandboxes used over time
 teardown       removing a sandbox, however much of it there is

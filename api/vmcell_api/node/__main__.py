@@ -24,7 +24,9 @@ from vmcell_api.node.build_service import BuildService
 from vmcell_api.node.containerd import Containerd
 from vmcell_api.node.node import Node
 from vmcell_api.node.slots import SlotPool
+from vmcell_api.node.volume_use import VolumeUse
 from vmcell_api.node.zygote import ZygoteKeeper, find_program
+from vmcell_api.volumes.folders import VolumeFolders
 from vmcell_protos.errors import HostError, VmcellError
 from vmcell_protos.zygote import SOCKET_PATH, SOCKET_VARIABLE
 
@@ -41,7 +43,9 @@ def build_node(config: ApiConfig) -> Node:
         namespace=config.containerd_namespace,
         snapshotter=config.snapshotter,
     )
+    volumes = VolumeFolders(config.volumes_dir)
     settings = BuildSettings(
+        volumes=volumes,
         runtime=config.runtime,
         state_dir=config.state_dir,
         nameservers=config.nameservers,
@@ -57,6 +61,7 @@ def build_node(config: ApiConfig) -> Node:
         slots,
         SandboxBuilder(containerd, settings),
         config.state_dir,
+        VolumeUse(volumes),
         metrics_interval_s=config.metrics_interval_s,
     )
 

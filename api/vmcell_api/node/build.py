@@ -26,6 +26,8 @@ from vmcell_api.node.sandbox import (
 )
 from vmcell_api.node.slot_plan import Slot
 from vmcell_api.node.teardown import LEASE_PREFIX
+from vmcell_api.volumes.folders import VolumeFolders
+from vmcell_api.volumes.names import VolumeMount
 from vmcell_protos.errors import CallerError
 from vmcell_protos.pb.containerd import types_pb2
 
@@ -50,6 +52,7 @@ class SandboxRequest:
     start_command: str = ""
     ready_command: str = ""
     init: str = "envd"  # or the builder's, which gives away what was written
+    volume_mounts: tuple[VolumeMount, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,7 @@ class BuildSettings:
     state_dir: str
     nameservers: tuple[str, ...]
     start_timeout_s: int
+    volumes: VolumeFolders
 
 
 class SandboxBuilder:
@@ -103,6 +107,7 @@ class SandboxBuilder:
             slot_number=slot.number,
             egress=request.egress,
             address=slot.guest_address,
+            volume_mounts=request.volume_mounts,
         )
         deadline = time.monotonic() + self._settings.start_timeout_s
         files = sandbox_files.write(
@@ -162,6 +167,10 @@ class SandboxBuilder:
                 working_directory=image.working_directory,
                 file_mounts=files,
                 init=init,
+                volume_mounts=tuple(
+                    (mount.path, self._settings.volumes.path(mount.volume_id))
+                    for mount in sandbox.volume_mounts
+                ),
             )
         )
         containerd.create_container(

@@ -22,6 +22,12 @@ from vmcell_api.metric_sample import MetricSample
 from vmcell_api.node.build import SandboxRequest
 from vmcell_api.node.node import Node
 from vmcell_api.node.sandbox import Sandbox
+from vmcell_api.volumes.names import (
+    VOLUME_ID,
+    VolumeMount,
+    check_mount_paths,
+    check_volume_name,
+)
 from vmcell_protos.errors import CODES, CallerError, HostError, VmcellError
 from vmcell_protos.pb import node_pb2, node_pb2_grpc
 
@@ -122,6 +128,18 @@ class Door(node_pb2_grpc.NodeServicer):
         return node_pb2.ReadMetricsResponse(sandboxes=found)
 
     @answering
+    def MakeVolume(self, request: node_pb2.VolumeRef) -> node_pb2.MakeVolumeResponse:
+        """Makes an empty volume."""
+        self._node.volumes.make(_checked_volume_id(request.volume_id))
+        return node_pb2.MakeVolumeResponse()
+
+    @answering
+    def RemoveVolume(self, request: node_pb2.VolumeRef) -> node_pb2.RemoveVolumeResponse:
+        """Removes a volume with its files."""
+        self._node.volumes.remove(_checked_volume_id(request.volume_id))
+        return node_pb2.RemoveVolumeResponse()
+
+    @answering
     def NodeInfo(self, _: node_pb2.NodeInfoRequest) -> node_pb2.NodeInfoResponse:
         """What this node is."""
         return node_pb2.NodeInfoResponse(
@@ -144,6 +162,7 @@ class Door(node_pb2_grpc.NodeServicer):
             allow_internet=sandbox.egress.allow_internet,
             allow_out=sandbox.egress.allow_out,
             deny_out=sandbox.egress.deny_out,
+            volume_mounts=[node_pb2.VolumeMount(**vars(row)) for row in sandbox.volume_mounts],
         )
 
 
@@ -182,6 +201,7 @@ def checked_request(request: node_pb2.CreateSandboxRequest) -> SandboxRequest:
         default_workdir=request.default_workdir,
         start_command=request.start_command,
         ready_command=request.ready_command,
+        volume_mounts=_checked_mounts(request),
     )
 
 
@@ -193,6 +213,25 @@ def _checked_egress(
         allow_out=list(request.allow_out),
         deny_out=list(request.deny_out),
     )
+
+
+def _checked_mounts(request: node_pb2.CreateSandboxRequest) -> tuple[VolumeMount, ...]:
+    rows = request.volume_mounts
+    paths = check_mount_paths([row.path for row in rows])
+    return tuple(
+        VolumeMount(
+            volume_id=_checked_volume_id(row.volume_id),
+            name=check_volume_name(row.name),
+            path=path,
+        )
+        for row, path in zip(rows, paths, strict=True)
+    )
+
+
+def _checked_volume_id(volume_id: str) -> str:
+    if not VOLUME_ID.fullmatch(volume_id):
+        raise CallerError(f"{volume_id[:40]!r} is no volume id; one is v and 19 of a-z0-9")
+    return volume_id
 
 
 def _checked_id(sandbox_id: str) -> str:

@@ -33,6 +33,7 @@ from vmcell_api.node.sandbox import (
 )
 from vmcell_api.node.slots import SlotPool
 from vmcell_api.node.teardown import LEASE_PREFIX, tear_down
+from vmcell_api.node.volume_use import VolumeUse
 from vmcell_protos.errors import CallerError, HostError, VmcellError
 from vmcell_protos.pb.containerd import types_pb2
 
@@ -69,9 +70,11 @@ class Node:
         slots: SlotPool,
         builder: SandboxBuilder,
         state_dir: str,
+        volumes: VolumeUse,
         *,
         metrics_interval_s: float = 0,
     ) -> None:
+        self.volumes = volumes
         self.containerd = containerd
         self.slots = slots
         self._builder = builder
@@ -89,6 +92,7 @@ class Node:
 
     def open(self) -> None:
         """Settles what an earlier noded left, makes the slots, starts the threads."""
+        self.volumes.open()
         self.containerd.ensure_namespace()
         self._settle()
         self._deadlines.start()
@@ -113,7 +117,12 @@ class Node:
         """Builds a sandbox; on failure everything of it is gone and the error says why."""
         image = self._builder.image_config(request.image)
         with self._new_entry(request.sandbox_id) as entry:
-            slot = self.slots.claim(request.egress)
+            self.volumes.claim(request.sandbox_id, request.volume_mounts)
+            try:
+                slot = self.slots.claim(request.egress)
+            except BaseException:
+                self.volumes.release(request.sandbox_id)
+                raise
             try:
                 sandbox = self._builder.build(request, image, slot, entry.died)
             except BaseException:
@@ -268,6 +277,7 @@ class Node:
             self._retries.set(sandbox_id, time.monotonic() + RETRY_S)
         else:
             self._unfinished.pop(sandbox_id, None)
+            self.volumes.release(sandbox_id)
 
     def _remove_again(self, sandbox_id: str) -> None:
         if sandbox_id in self._unfinished:
@@ -290,6 +300,7 @@ class Node:
                 log.error("%s", error)
                 doomed[container.id] = None
                 continue
+            self.volumes.adopt(sandbox.sandbox_id, sandbox.volume_mounts)
             running = labels[STATE_LABEL] == RUNNING and states.get(container.id) not in ENDED
             if running and sandbox.end_at_unix_ms > unix_ms_now():
                 alive.append(sandbox)

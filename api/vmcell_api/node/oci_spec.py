@@ -32,7 +32,8 @@ OPEN_FILES = 16384
 class SandboxMachine:
     """What the spec of one sandbox says about its machine; `address` and `gateway` are IPv4.
 
-    `file_mounts` pairs paths in the guest with files of the host that are copied there.
+    `file_mounts` pairs paths in the guest with files of the host that are copied there,
+    `volume_mounts` with directories of the host that the guest shares live.
     """
 
     sandbox_id: str
@@ -47,6 +48,7 @@ class SandboxMachine:
     working_directory: str = "/"
     file_mounts: tuple[tuple[str, str], ...] = ()
     init: str = "envd"
+    volume_mounts: tuple[tuple[str, str], ...] = ()
 
 
 def machine_annotations(machine: SandboxMachine) -> dict[str, str]:
@@ -82,7 +84,7 @@ def build_spec(machine: SandboxMachine) -> bytes:
         },
         "root": {"path": "rootfs", "readonly": False},
         "hostname": machine.sandbox_id,
-        "mounts": [*_kernel_mounts(), *_file_mounts(machine)],
+        "mounts": [*_kernel_mounts(), *_file_mounts(machine), *_volume_mounts(machine)],
         "annotations": machine_annotations(machine),
         "linux": {
             "resources": {"devices": [{"allow": False, "access": "rwm"}]},
@@ -116,4 +118,12 @@ def _file_mounts(machine: SandboxMachine) -> list[dict[str, object]]:
     return [
         {"destination": target, "type": "bind", "source": source, "options": ["rbind", "rw"]}
         for target, source in machine.file_mounts
+    ]
+
+
+def _volume_mounts(machine: SandboxMachine) -> list[dict[str, object]]:
+    options = ["rbind", "rw", "nosuid", "nodev"]
+    return [
+        {"destination": target, "type": "bind", "source": source, "options": options}
+        for target, source in machine.volume_mounts
     ]

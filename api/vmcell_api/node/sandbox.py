@@ -7,9 +7,11 @@ create came; everything but `running` is removed at the next start.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from vmcell_api.egress import OPEN, Egress
+from vmcell_api.volumes.names import MAX_MOUNTS, VolumeMount
 from vmcell_protos.errors import HostError
 
 PREFIX = "io.vmcell."
@@ -20,6 +22,7 @@ STARTED_LABEL = PREFIX + "started-at"
 INTERNET_LABEL = PREFIX + "internet"
 ALLOW_LABEL = PREFIX + "allow-out"
 DENY_LABEL = PREFIX + "deny-out"
+VOLUME_LABEL = PREFIX + "volume-"
 CREATING, RUNNING = "creating", "running"
 
 
@@ -37,6 +40,7 @@ class Sandbox:
     address: str
     started_at_unix_ms: int = 0
     end_at_unix_ms: int = 0
+    volume_mounts: tuple[VolumeMount, ...] = ()
 
     def labels(self, state: str) -> dict[str, str]:
         """What `from_labels` reads back; containerd allows 4096 bytes for a key and its value."""
@@ -51,6 +55,10 @@ class Sandbox:
             PREFIX + "address": self.address,
             STARTED_LABEL: str(self.started_at_unix_ms),
             END_LABEL: str(self.end_at_unix_ms),
+            **{
+                f"{VOLUME_LABEL}{number}": f"{mount.volume_id} {mount.name} {mount.path}"
+                for number, mount in enumerate(self.volume_mounts)
+            },
         }
 
     def reaching(self, egress: Egress) -> Sandbox:
@@ -94,9 +102,20 @@ def from_labels(labels: dict[str, str], image: str) -> Sandbox:
             address=labels[PREFIX + "address"],
             started_at_unix_ms=int(labels[STARTED_LABEL]),
             end_at_unix_ms=int(labels[END_LABEL]),
+            volume_mounts=tuple(_volume_mounts(labels)),
         )
     except (KeyError, ValueError) as error:
         raise HostError(f"container labels {labels} are not noded's: {error}") from error
+
+
+def _volume_mounts(labels: dict[str, str]) -> Iterator[VolumeMount]:
+    """One label for each, numbered from 0."""
+    for number in range(MAX_MOUNTS):
+        row = labels.get(f"{VOLUME_LABEL}{number}")
+        if row is None:
+            return
+        volume_id, name, path = row.split(" ", 2)
+        yield VolumeMount(volume_id=volume_id, name=name, path=path)
 
 
 def unix_ms_now() -> int:

@@ -11,4 +11,5 @@ templates        the same for teams' templates, builds, tags and upload links
 teams            tenants and their limits, for the operator
 api_keys         keys: whose they are, what they may do, until when
 audit            what was done, kept within bounds
+volume_records   the same for volumes
 """

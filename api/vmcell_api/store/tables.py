@@ -6,11 +6,19 @@ node does not keep.
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, BigInteger, Boolean, ForeignKey, Integer, String
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    ForeignKey,
+    Integer,
+    String,
+    UniqueConstraint,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 # The newest revision in `migrations`; a test compares.
-SCHEMA_VERSION = "0004"
+SCHEMA_VERSION = "0005"
 
 
 class Base(DeclarativeBase):
@@ -113,3 +121,16 @@ class CreateKeyRow(Base):
     sandbox_id: Mapped[str] = mapped_column(String(20))
     done: Mapped[bool] = mapped_column(Boolean)
     created_at_unix_ms: Mapped[int] = mapped_column(BigInteger, index=True)
+
+
+class VolumeRow(Base):
+    """A team's name for a directory of the node; `made`: the node has it."""
+
+    __tablename__ = "volumes"
+    __table_args__ = (UniqueConstraint("team_id", "name", name="uq_volumes_team_id_name"),)
+
+    id: Mapped[str] = mapped_column(String(20), primary_key=True)
+    team_id: Mapped[str] = mapped_column(ForeignKey("teams.id"))
+    name: Mapped[str] = mapped_column(String(128))
+    made: Mapped[bool] = mapped_column(Boolean)
+    created_at_unix_ms: Mapped[int] = mapped_column(BigInteger)

@@ -74,6 +74,16 @@ class NodeStub:
                 request_serializer=vmcell__protos_dot_pb_dot_node__pb2.NodeInfoRequest.SerializeToString,
                 response_deserializer=vmcell__protos_dot_pb_dot_node__pb2.NodeInfoResponse.FromString,
                 _registered_method=True)
+        self.MakeVolume = channel.unary_unary(
+                '/vmcell.node.v1.Node/MakeVolume',
+                request_serializer=vmcell__protos_dot_pb_dot_node__pb2.VolumeRef.SerializeToString,
+                response_deserializer=vmcell__protos_dot_pb_dot_node__pb2.MakeVolumeResponse.FromString,
+                _registered_method=True)
+        self.RemoveVolume = channel.unary_unary(
+                '/vmcell.node.v1.Node/RemoveVolume',
+                request_serializer=vmcell__protos_dot_pb_dot_node__pb2.VolumeRef.SerializeToString,
+                response_deserializer=vmcell__protos_dot_pb_dot_node__pb2.RemoveVolumeResponse.FromString,
+                _registered_method=True)
 
 
 class NodeServicer:
@@ -130,6 +140,20 @@ class NodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MakeVolume(self, request, context):
+        """An empty directory for a volume; one that is there stays as it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveVolume(self, request, context):
+        """With all its files; a missing one is fine. aborted while a sandbox has it, naming the sandboxes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -172,6 +196,16 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.NodeInfo,
                     request_deserializer=vmcell__protos_dot_pb_dot_node__pb2.NodeInfoRequest.FromString,
                     response_serializer=vmcell__protos_dot_pb_dot_node__pb2.NodeInfoResponse.SerializeToString,
+            ),
+            'MakeVolume': grpc.unary_unary_rpc_method_handler(
+                    servicer.MakeVolume,
+                    request_deserializer=vmcell__protos_dot_pb_dot_node__pb2.VolumeRef.FromString,
+                    response_serializer=vmcell__protos_dot_pb_dot_node__pb2.MakeVolumeResponse.SerializeToString,
+            ),
+            'RemoveVolume': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveVolume,
+                    request_deserializer=vmcell__protos_dot_pb_dot_node__pb2.VolumeRef.FromString,
+                    response_serializer=vmcell__protos_dot_pb_dot_node__pb2.RemoveVolumeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -390,6 +424,60 @@ class Node:
             '/vmcell.node.v1.Node/NodeInfo',
             vmcell__protos_dot_pb_dot_node__pb2.NodeInfoRequest.SerializeToString,
             vmcell__protos_dot_pb_dot_node__pb2.NodeInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MakeVolume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmcell.node.v1.Node/MakeVolume',
+            vmcell__protos_dot_pb_dot_node__pb2.VolumeRef.SerializeToString,
+            vmcell__protos_dot_pb_dot_node__pb2.MakeVolumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveVolume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmcell.node.v1.Node/RemoveVolume',
+            vmcell__protos_dot_pb_dot_node__pb2.VolumeRef.SerializeToString,
+            vmcell__protos_dot_pb_dot_node__pb2.RemoveVolumeResponse.FromString,
             options,
             channel_credentials,
             insecure,

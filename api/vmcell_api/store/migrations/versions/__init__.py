@@ -5,4 +5,5 @@ v0001_first_tables             teams, api_keys, templates, sandboxes
 v0002_keys_and_audit           ids, scopes and ends of keys, limits of teams, audit
 v0003_templates                templates of teams, builds, tags, links for uploads
 v0004_network_and_create_keys  traffic tokens, idempotency keys
+v0005_volumes                  volumes
 """
