@@ -16,10 +16,15 @@ access           API keys of requests
 resources        the routes
 app              the WSGI application
 data_route       which sandbox a data-plane request names
+signature_search  the sandbox of a signed file URL
+refusal_answers  what a client is told that goes nowhere
 route_app        the application behind nginx's auth_request
 nginx            nginx's configuration
+nginx_files      that configuration on this host
 web_server       gunicorn, set up from code
 __main__         the API's process
 route_server     the router's process
+child_processes  children and what they leave behind
+supervision      a child that ends is started again
 serve            everything in the foreground
 """

@@ -42,7 +42,10 @@ class Template:
 
 @dataclass(frozen=True, kw_only=True)
 class SandboxRecord:
-    """What the store keeps of a sandbox; `access_token` "": envd asks for none."""
+    """What the store keeps of a sandbox; `access_token` "": envd asks for none.
+
+    `traffic_token` "": everybody may send requests to its ports.
+    """
 
     sandbox_id: str
     team_id: str
@@ -50,6 +53,7 @@ class SandboxRecord:
     access_token: str = field(repr=False)
     metadata: dict[str, str]
     created_at_unix_ms: int
+    traffic_token: str = field(default="", repr=False)
 
 
 class Store:
@@ -129,6 +133,7 @@ class Store:
                     team_id=record.team_id,
                     template_id=record.template_id,
                     access_token=record.access_token,
+                    traffic_token=record.traffic_token,
                     user_metadata=record.metadata,
                     built=False,
                     created_at_unix_ms=record.created_at_unix_ms,
@@ -164,6 +169,12 @@ class Store:
         )
         with self._transaction() as session:
             return {sandbox_id: token for sandbox_id, token in session.execute(query)}
+
+    def traffic_token(self, sandbox_id: str) -> str | None:
+        """The token that requests to the sandbox's ports need, "" for none; None: no such row."""
+        query = sa.select(SandboxRow.traffic_token).where(SandboxRow.id == sandbox_id)
+        with self._transaction() as session:
+            return session.scalar(query)
 
     def forget_sandboxes(self, sandbox_ids: Collection[str]) -> None:
         """Deletes rows; missing ones are fine."""
@@ -211,6 +222,7 @@ def _sandbox(row: SandboxRow) -> SandboxRecord:
         access_token=row.access_token,
         metadata=row.user_metadata,
         created_at_unix_ms=row.created_at_unix_ms,
+        traffic_token=row.traffic_token,
     )
 
 

@@ -2,4 +2,5 @@
 
 Reading order:
 v0001_first_tables  teams, api_keys, templates, sandboxes
+v0004_traffic_token  sandboxes whose ports are closed
 """

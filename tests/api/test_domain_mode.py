@@ -1,0 +1,115 @@
+"""The SDKs with E2B_DOMAIN alone: API and a real envd behind nginx, TLS and a local CA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import envd_harness
+import httpx
+import js_clients
+import pytest
+from api_service import api_service
+from data_plane import PATIENCE_S, DataPlane, data_plane
+from e2b import Sandbox
+from e2b.exceptions import SandboxException, TimeoutException
+from envd_harness import running_envd
+from own_netns import own_netns
+
+from vmcell_api.node_client import NewSandbox
+from vmcell_tools.local_ca import ensure_certificate
+
+pytestmark = pytest.mark.root
+
+TLS_PORT = 8443
+DOMAIN = f"sbx.localhost:{TLS_PORT}"
+
+
+@pytest.fixture(scope="module")
+def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DataPlane]:
+    """Every sandbox of the fake node is the one envd at its usual port, in an own network."""
+    folder = tmp_path_factory.mktemp("domain")
+    files, _ = ensure_certificate(folder / "tls", DOMAIN.partition(":")[0])
+    with (
+        own_netns(),
+        pytest.MonkeyPatch.context() as patch,
+        api_service(folder, domain=DOMAIN) as service,
+        data_plane(service, 49983, folder / "nginx", tls=files, tls_port=TLS_PORT) as running,
+    ):
+        patch.setattr(envd_harness, "free_port", lambda: 49983)
+        for name in ("E2B_API_URL", "E2B_SANDBOX_URL", "E2B_DEBUG"):
+            patch.delenv(name, raising=False)
+        patch.setenv("E2B_DOMAIN", DOMAIN)
+        patch.setenv("E2B_API_KEY", service.key)
+        patch.setenv("SSL_CERT_FILE", str(files.authority))
+        with running_envd(folder / "envd") as envd:
+            service.node.on_create = _Initialiser(envd.url)
+            yield running
+
+
+class _Initialiser:
+    """What noded tells envd. One envd serves all sandboxes here: it has the newest one's token."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._token = ""
+
+    def __call__(self, order: NewSandbox) -> None:
+        body = {
+            "accessToken": order.access_token,
+            "envVars": order.environment,
+            "defaultUser": order.default_user,
+        }
+        headers = {"X-Access-Token": self._token}
+        answer = httpx.post(f"{self._url}/init", json=body, headers=headers, timeout=PATIENCE_S)
+        assert answer.status_code == 204, answer.text
+        self._token = order.access_token
+
+
+@pytest.mark.parametrize("http_version", ["2", "1.1"])
+def test_python_needs_the_domain_alone(
+    plane: DataPlane, monkeypatch: pytest.MonkeyPatch, http_version: str
+) -> None:
+    monkeypatch.setenv("E2B_HTTP_VERSION", http_version)
+    sandbox = Sandbox.create(template="base", timeout=120, envs={"WHO": "python"})
+    done = sandbox.commands.run("echo from $WHO; id -un", timeout=PATIENCE_S)
+    assert done.stdout == "from python\nuser\n"
+    sandbox.files.write("/tmp/a b", "content é")
+    assert sandbox.files.read("/tmp/a b") == "content é"
+    host = sandbox.get_host(8080)
+    assert host == f"8080-{sandbox.sandbox_id}.{DOMAIN}"
+    assert _fetch(plane, sandbox.download_url("/tmp/a b")) == (200, "content é")
+    status, text = _fetch(plane, f"https://{host}/")
+    assert (status, "port is not open" in text) == (502, True)
+    lines: list[str] = []
+    sandbox.commands.run("seq 300", on_stdout=lines.append, timeout=PATIENCE_S)
+    assert "".join(lines).split() == [str(number) for number in range(1, 301)]
+    assert sandbox.is_running()
+    assert sandbox.kill()
+    assert not sandbox.is_running()
+    with pytest.raises((SandboxException, TimeoutException), match="not found"):
+        sandbox.commands.run("true")
+
+
+def _fetch(plane: DataPlane, url: str) -> tuple[int, str]:
+    """As a browser would, but for the resolver."""
+    parts = httpx.URL(url)
+    with httpx.Client(verify=plane.tls_context(), timeout=PATIENCE_S) as client:
+        answer = client.get(
+            parts.copy_with(host="127.0.0.1"),
+            headers={"Host": parts.netloc.decode()},
+            extensions={"sni_hostname": parts.host},
+        )
+    return answer.status_code, answer.text
+
+
+@pytest.mark.timeout(400)
+def test_javascript_needs_the_domain_alone(plane: DataPlane) -> None:
+    told = js_clients.run("domain_mode.mjs", NODE_EXTRA_CA_CERTS=str(plane.authority))
+    assert told["host"] == f"8080-{told['id']}.{DOMAIN}"
+    assert told["stdout"] == "from js\nuser\n"
+    assert told["read"] == told["signed"] == "content é"
+    assert told["streamed"] == "1\n2\n3\n"
+    assert told["id"] in told["listed"]
+    assert told["killed"] is True
+    assert told["running"] is False
+    assert "not found" in told["error"] or "killed" in told["error"]
