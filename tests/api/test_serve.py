@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import signal
 import subprocess
@@ -23,6 +25,18 @@ def service() -> Iterator[WholeService]:
         yield running
 
 
+def _create_chunked(key: str) -> tuple[int, bytes]:
+    """A create through nginx whose body has no length; there is no slot for it."""
+    connection = http.client.HTTPConnection("127.0.0.1", 3080, timeout=PATIENCE_S)
+    headers = {"Host": "api.sbx.localhost", "X-API-Key": key}
+    body = iter([b'{"templateID": ', json.dumps(GOOD).encode(), b"}"])
+    connection.request("POST", "/v2/sandboxes", body, headers, encode_chunked=True)
+    answer = connection.getresponse()
+    found = answer.status, answer.read()
+    connection.close()
+    return found
+
+
 def _user(pid: int) -> int:
     return os.stat(f"/proc/{pid}").st_uid
 
@@ -38,6 +52,10 @@ def test_a_sandbox_from_the_key_to_its_end(service: WholeService) -> None:
     status, body = ask(3000, "POST", "/v2/sandboxes", {"templateID": GOOD}, **auth)
     assert (status, body["error_code"]) == (503, "sandbox_capacity_unavailable")
     assert len(ask(3000, "GET", "/v2/sandboxes", **auth)[1]) == 1
+    auth["Host"] = "api.sbx.localhost"
+    assert len(ask(3080, "GET", "/v2/sandboxes", **auth)[1]) == 1
+    assert _create_chunked(key)[0] == 503, "JavaScript sends its bodies so"
+    del auth["Host"]
     assert ask(3000, "DELETE", f"/sandboxes/{made['sandboxID']}", **auth)[0] == 204
     status, body = ask(3080, "GET", "/health", **ids)
     assert (status, body["message"]) == (502, "The sandbox was not found")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -66,6 +67,23 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 
 class _Handler(WSGIRequestHandler):
+    def parse_request(self) -> bool:
+        """Takes chunked bodies, which JavaScript sends and wsgiref does not know."""
+        if not super().parse_request():
+            return False
+        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
+            body = b"".join(self._chunks())
+            del self.headers["Transfer-Encoding"]
+            self.headers["Content-Length"] = str(len(body))
+            self.rfile = io.BytesIO(body)
+        return True
+
+    def _chunks(self) -> Iterator[bytes]:
+        while length := int(self.rfile.readline(100), 16):
+            yield self.rfile.read(length)
+            self.rfile.readline(100)
+        self.rfile.readline(100)
+
     def log_message(self, format: str, *arguments: object) -> None:
         """Quiet."""
 

@@ -68,6 +68,7 @@ def whole_service(*, slot_count: int = 1, workers: int = 1) -> Iterator[WholeSer
             "state_dir": f"{folder}/run",
             "containerd_socket": containerd.socket,
             "runtime": "io.containerd.runc.v2",
+            "domain": "sbx.localhost",
             "slot_count": slot_count,
             "workers": workers,
         }
