@@ -77,6 +77,7 @@ http {
     "~^- " "true";
     "~ (GET|HEAD|OPTIONS)$$" "true";
   }
+  map $$api_retry $$api_pause { "true" 1; default ""; }
   upstream vmcell_route {
     server unix:$route_socket;
     keepalive 16;
@@ -188,6 +189,7 @@ $tls_listen
     location @api_down {
       default_type application/json;
       add_header Should-Retry $$api_retry always;
+      add_header Retry-After $$api_pause always;
       add_header Access-Control-Allow-Origin * always;
       return 503 '{"code": 503, "message": "the API does not answer; try again in a moment"}';
     }

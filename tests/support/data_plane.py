@@ -79,11 +79,15 @@ def data_plane(
     *,
     tls: TlsFiles | None = None,
     tls_port: int = 0,
+    api: str = "",
 ) -> Iterator[DataPlane]:
-    """nginx on free ports; with `tls` on another with TLS, for the service's domain."""
+    """nginx on free ports; with `tls` on another with TLS, for the service's domain.
+
+    `api`: where nginx looks for the API instead of where it is.
+    """
     folder.mkdir(exist_ok=True)
     program = nginx_program()
-    with listening(service.route_app) as route, listening(service.app) as api:
+    with listening(service.route_app) as route, listening(service.app) as own_api:
         port = free_port()  # after those that took theirs
         tls_port = tls_port or (free_port() if tls else 0)
         plan = NginxPlan(
@@ -92,7 +96,7 @@ def data_plane(
             folder=str(folder),
             user="root" if os.geteuid() == 0 else "",
             domain=service.config.domain.partition(":")[0],
-            api=api,
+            api=api or own_api,
             tls=tls
             and Tls(
                 listen=f"127.0.0.1:{tls_port}",
