@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+import cubesandbox
 import envd_harness
 import httpx
 import js_clients
@@ -31,8 +33,8 @@ def javascript() -> str:
 
 
 @pytest.fixture(scope="module")
-def plane(javascript: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DataPlane]:
-    """Every sandbox of the fake node is the one envd at its usual port, in an own network."""
+def network(javascript: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DataPlane]:
+    """One for all tests: the SDK's transport has threads, which stay where it was used first."""
     folder = tmp_path_factory.mktemp("domain")
     files, _ = ensure_certificate(folder / "tls", DOMAIN.partition(":")[0])
     with (
@@ -47,13 +49,19 @@ def plane(javascript: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         patch.setenv("E2B_DOMAIN", DOMAIN)
         patch.setenv("E2B_API_KEY", service.key)
         patch.setenv("SSL_CERT_FILE", str(files.authority))
-        with running_envd(folder / "envd") as envd:
-            service.node.on_create = _Initialiser(envd.url)
-            yield running
+        yield running
+
+
+@pytest.fixture
+def plane(network: DataPlane, tmp_path: Path) -> Iterator[DataPlane]:
+    """Every sandbox of the fake node is the one envd of the test, at its usual port."""
+    with running_envd(tmp_path / "envd") as envd:
+        network.service.node.on_create = _Initialiser(envd.url)
+        yield network
 
 
 class _Initialiser:
-    """What noded tells envd. One envd serves all sandboxes here: it has the newest one's token."""
+    """What noded tells envd. One envd serves all sandboxes of a test."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -122,3 +130,21 @@ def test_javascript_needs_the_domain_alone(javascript: str, plane: DataPlane) ->
     assert told["killed"] is True
     assert told["running"] is False
     assert told["error"].startswith("SandboxNotFoundError: ")
+
+
+def test_cubesandbox_goes_by_the_host_name_on_the_plain_port(plane: DataPlane) -> None:
+    """That client sends no routing headers, and its API key to the data plane too."""
+    config = cubesandbox.Config(
+        api_url=plane.api_url,
+        api_key=plane.service.key,
+        proxy_node_ip="127.0.0.1",
+        proxy_port=plane.port,
+    )
+    with cubesandbox.Sandbox.create(
+        template="base", envs={"WHO": "cube"}, config=config
+    ) as sandbox:
+        done = sandbox.commands.run("echo from $WHO; id -un; exit 3")
+        assert (done.stdout, done.exit_code) == ("from cube\nroot\n", 3)
+        sandbox.files.write("/tmp/c d", "content é")
+        assert sandbox.files.read("/tmp/c d") == "content é"
+        assert sandbox.get_host(80) == f"80-{sandbox.sandbox_id}.{DOMAIN}"

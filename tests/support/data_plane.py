@@ -35,6 +35,7 @@ class DataPlane:
     upstream_port: int
     service: ApiService
     tls_port: int = 0
+    api_url: str = ""
     authority: Path | None = None
 
     def ask(
@@ -116,6 +117,7 @@ def data_plane(
                 upstream_port=upstream_port,
                 service=service,
                 tls_port=tls_port,
+                api_url=f"http://{own_api}",
                 authority=tls.authority if tls else None,
             )
         finally:
