@@ -44,12 +44,17 @@ openapi          the API's own description, one module per resource
 operator_resources  the routes of teams, keys, audit and metrics
 app              the WSGI application
 data_route       which sandbox a data-plane request names
+signature_search  the sandbox of a signed file URL
+refusal_answers  what a client is told that goes nowhere
 route_app        the application behind nginx's auth_request
 nginx            nginx's configuration
+nginx_files      that configuration on this host
 web_server       gunicorn, set up from code
 __main__         the API's process
 volume_content   the files of volumes over HTTP
 volume_server    the process that serves them
 route_server     the router's process
+child_processes  children and what they leave behind
+supervision      a child that ends is started again
 serve            everything in the foreground
 """

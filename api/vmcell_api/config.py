@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import tomllib
 from dataclasses import dataclass, fields, replace
 
 from vmcell_protos.errors import HostError
 
 DEFAULT_PATH = "/etc/vmcell/api.toml"
+_LABEL = "[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+_DOMAIN = re.compile(rf"{_LABEL}(\.{_LABEL})*(:[0-9]{{1,5}})?")
+_BIND = re.compile(r"([0-9A-Za-z.-]*|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}")
+_PATH = re.compile(r"/[\w.+@%=:,/-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApiConfig:
     """`*_bind` are "address:port" of TCP sockets, `*_socket` absolute paths of unix sockets.
 
-    `domain`: host names of the data plane are `<port>-<id>.<domain>`; "": any domain will do.
+    `domain`: host names of the data plane are `<port>-<id>.<domain>`, that of the API
+    `api.<domain>`; it may end in `:port` where clients use another than 443; "": any domain does.
+    `tls_certificate`, `tls_key`: PEM files for nginx, for `<domain>`'s wildcard; "": no TLS.
     `slot_network`: IPv4 network that is cut into /31 pairs, one per sandbox slot.
     `api_uid`: the user the API runs as; it needs no entry in /etc/passwd.
     `max_timeout_s` is what a create or timeout may ask for; `allow_no_end`: or, by -1, for no end.
@@ -40,6 +47,9 @@ class ApiConfig:
     api_bind: str = "127.0.0.1:3000"
     data_bind: str = "127.0.0.1:3080"
     domain: str = ""
+    tls_bind: str = "127.0.0.1:443"
+    tls_certificate: str = ""
+    tls_key: str = ""
     database_url: str = "sqlite:////var/lib/vmcell/api/api.sqlite"
     api_uid: int = 99001
     node_socket: str = "/run/vmcell/noded.sock"
@@ -81,7 +91,8 @@ class ApiConfig:
     metrics_dir: str = "/run/vmcell/metrics"
 
     def __post_init__(self) -> None:
-        for name in ("api_bind", "data_bind", "volume_bind"):
+        _check_ingress(self)
+        for name in ("api_bind", "data_bind", "tls_bind", "volume_bind"):
             _, colon, port = getattr(self, name).rpartition(":")
             if not colon or not port.isdigit() or not 0 < int(port) < 65536:
                 raise HostError(f"{name} is {getattr(self, name)!r}; it takes ADDRESS:PORT")
@@ -107,6 +118,23 @@ class ApiConfig:
                 f"slot_network {network} is too small for {self.slot_count} pairs of addresses; "
                 "give a larger network or a smaller slot_count"
             )
+
+
+def _check_ingress(config: ApiConfig) -> None:
+    """These words go into nginx's configuration as they stand, so each has to be a plain one."""
+    if config.domain and not _DOMAIN.fullmatch(config.domain):
+        raise HostError(f"domain is {config.domain!r}; give a name like sbx.example, or name:port")
+    for name in ("data_bind", "tls_bind", "api_bind"):
+        if not _BIND.fullmatch(value := getattr(config, name)):
+            raise HostError(f"{name} is {value!r}; it takes ADDRESS:PORT")
+    for name in ("tls_certificate", "tls_key", "nginx_dir", "route_socket"):
+        value = getattr(config, name)
+        if value and not _PATH.fullmatch(value):
+            raise HostError(f"{name} is {value!r}; give an absolute path without blanks or quotes")
+    if bool(config.tls_certificate) != bool(config.tls_key):
+        raise HostError("tls_certificate and tls_key belong together; give both or neither")
+    if config.tls_certificate and not config.domain:
+        raise HostError("TLS needs a domain; set domain to the one the certificate is for")
 
 
 def load_config() -> ApiConfig:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from urllib.parse import parse_qsl, unquote
 
 from vmcell_api.identifiers import SANDBOX_ID
@@ -23,7 +24,9 @@ INTERNAL_PATHS = frozenset(
 )
 # Dots and slashes a server may see in a path once it has decoded it.
 _SEPARATORS = re.compile(r"[/\\]+")
-_HOST = re.compile(r"(?P<port>\d{1,5})-(?P<id>[a-z0-9]+)(-[a-z0-9]+)?\.(?P<domain>.+)")
+_HOST = re.compile(r"(?P<port>[0-9]{1,5})-(?P<id>[a-z0-9]+)(-[a-z0-9]+)?\.(?P<domain>.+)")
+# An answer of this module travels as a header, so clients' words must not be in it.
+_REFUSAL_FIELDS = ("status", "message", "sandbox_id", "port")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,7 @@ class Request:
     uri: str
     id_header: str = ""
     port_header: str = ""
+    traffic_token: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +69,22 @@ class Refusal:
     sandbox_id: str = ""
     port: int = 0
 
+    def as_header(self) -> str:
+        """The refusal as printable ASCII for `refusal_from_header`."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+
+def refusal_from_header(text: str) -> Refusal | None:
+    """What `Refusal.as_header` wrote; None for anything else."""
+    try:
+        fields = json.loads(text)
+        return Refusal(**{name: fields[name] for name in _REFUSAL_FIELDS})
+    except (ValueError, TypeError, KeyError):
+        return None
+
 
 def find_target(request: Request, domain: str) -> Target | Signed | Refusal:
-    """The sandbox and port that `request` names.
+    """The sandbox and port that `request` names; raises nothing, whatever the client sent.
 
     `domain` is as clients are told it, perhaps with a port; "": host names of any domain do.
     """
@@ -81,6 +98,25 @@ def find_target(request: Request, domain: str) -> Target | Signed | Refusal:
         missing = "E2b-Sandbox-Port" if request.id_header else "E2b-Sandbox-Id"
         return Refusal(status=400, message=f"the header {missing} is missing")
     return _signed(request)
+
+
+def check_traffic_token(request: Request, target: Target, token: str) -> Refusal | None:
+    """The refusal of a request to a port that `token` closes, None when it may pass.
+
+    "": the sandbox's ports are open to everybody. envd has an access token of its own.
+    """
+    if not token or target.port == ENVD_PORT:
+        return None
+    given = request.traffic_token.encode("utf-8", "replace")
+    if hmac.compare_digest(given, token.encode()):
+        return None
+    return Refusal(
+        status=403,
+        message="the traffic access token is missing or wrong; send trafficAccessToken of the "
+        "sandbox in the header e2b-traffic-access-token",
+        sandbox_id=target.sandbox_id,
+        port=target.port,
+    )
 
 
 def token_signs(signed: Signed, token: str) -> bool:

@@ -1,46 +1,29 @@
 """The application behind nginx's `auth_request`: where a data-plane request goes, or why nowhere.
 
 It listens on a unix socket that only nginx may dial. `/route` answers 200 with the upstream's
-address or 403; nginx then asks `/refused` (or `/unreachable`, when the upstream did not take the
-connection) for the answer the client gets. `python -m vmcell_api.route_server` runs it.
+address, or 403 with the refusal as a header; nginx then asks `/refused` with that header (or
+`/unreachable`, when the upstream did not take the connection) for the answer that the client gets.
+`python -m vmcell_api.route_server` runs it.
 """
 
 from __future__ import annotations
 
-import json
 import socket
 import threading
-import time
+from collections import OrderedDict
 
 import falcon
 
 from vmcell_api import data_route, http_errors
 from vmcell_api.data_route import ENVD_PORT, Refusal, Request, Signed, Target
 from vmcell_api.node_client import NodeVerbs, RunningSandbox
+from vmcell_api.refusal_answers import allow_preflight, write_refusal
+from vmcell_api.signature_search import SignatureSearch
 from vmcell_api.store.records import Store
 from vmcell_protos.errors import CallerError
 
 PROBE_TIMEOUT_S = 1.0
-TRIES_PER_S = 10
-MAX_CLIENTS = 4096
-
-
-class TryLimit:
-    """At most 10 signature tries a second for one client address; thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._second = 0
-        self._tries: dict[str, int] = {}
-
-    def take(self, client: str) -> bool:
-        """Counts one try; False when the client had its share of this second."""
-        with self._lock:
-            second = int(time.monotonic())
-            if second != self._second or len(self._tries) > MAX_CLIENTS:
-                self._second, self._tries = second, {}
-            self._tries[client] = self._tries.get(client, 0) + 1
-            return self._tries[client] <= TRIES_PER_S
+KNOWN_TOKENS = 4096
 
 
 class Router:
@@ -50,35 +33,58 @@ class Router:
         self._store = store
         self._node = node
         self._domain = domain
-        self._limit = TryLimit()
+        self._search = SignatureSearch(self._live_tokens)
+        self._tokens = _TrafficTokens(store)
 
     def find(self, request: Request, client: str) -> tuple[RunningSandbox, int] | Refusal:
         """The sandbox and port, or the refusal the client gets."""
-        target = data_route.find_target(request, self._domain)
-        if isinstance(target, Signed):
-            target = self._by_signature(target, client)
+        named = data_route.find_target(request, self._domain)
+        target = self._search.find(named, client) if isinstance(named, Signed) else named
         if isinstance(target, Refusal):
             return target
+        running = self._running(target.sandbox_id)
+        if running is None and isinstance(named, Signed):
+            self._search.forget(named)
+            return Refusal(status=401, message="invalid signature")
+        token = "" if target.port == ENVD_PORT else self._tokens.of(target.sandbox_id)
+        if running is None or token is None:
+            return _not_found(target)
+        return data_route.check_traffic_token(request, target, token) or (running, target.port)
+
+    def _running(self, sandbox_id: str) -> RunningSandbox | None:
         try:
-            return self._node.get(target.sandbox_id), target.port
+            return self._node.get(sandbox_id)
         except CallerError as error:
             if error.code != "not_found":
                 raise
-            return Refusal(
-                status=502,
-                message="The sandbox was not found",
-                sandbox_id=target.sandbox_id,
-            )
+            return None
 
-    def _by_signature(self, signed: Signed, client: str) -> Target | Refusal:
-        if not self._limit.take(client):
-            return Refusal(status=429, message="too many signatures tried; wait a second")
+    def _live_tokens(self) -> dict[str, str]:
         live = {running.sandbox_id for running in self._node.list()}
-        tokens = {key: token for key, token in self._store.tokens().items() if key in live}
-        sandbox_id = data_route.signing_token(signed, tokens)
-        if sandbox_id is None:
-            return Refusal(status=401, message="invalid signature")
-        return Target(sandbox_id=sandbox_id, port=ENVD_PORT)
+        return {key: token for key, token in self._store.tokens().items() if key in live}
+
+
+class _TrafficTokens:
+    """The store's traffic tokens, each read once: a sandbox keeps its own for life."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._known: OrderedDict[str, str] = OrderedDict()
+
+    def of(self, sandbox_id: str) -> str | None:
+        """The token, "" for none; None when the store knows no such sandbox."""
+        with self._lock:
+            if sandbox_id in self._known:
+                self._known.move_to_end(sandbox_id)
+                return self._known[sandbox_id]
+        token = self._store.traffic_token(sandbox_id)
+        if token is not None:
+            with self._lock:
+                self._known[sandbox_id] = token
+                if len(self._known) > KNOWN_TOKENS:
+                    self._known.popitem(last=False)
+        return token
 
 
 class Route:
@@ -88,10 +94,11 @@ class Route:
         self._router = router
 
     def on_get_route(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """Where to: 200 with `X-Vmcell-Upstream`, or 403."""
+        """Where to: 200 with `X-Vmcell-Upstream`, or 403 with `X-Vmcell-Refusal`."""
         found = self._router.find(_request(req), _client(req))
         if isinstance(found, Refusal):
             resp.status = 403
+            resp.set_header("X-Vmcell-Refusal", found.as_header())
             return
         running, port = found
         resp.set_header("X-Vmcell-Upstream", f"{running.address}:{port}")
@@ -99,26 +106,26 @@ class Route:
     def on_get_refused(self, req: falcon.Request, resp: falcon.Response) -> None:
         """The answer to a request that `/route` refused."""
         if _is_preflight(req):
-            _allow_preflight(req, resp)
+            allow_preflight(req, resp)
             return
-        found = self._router.find(_request(req), _client(req))
-        if isinstance(found, Refusal):
-            _write(resp, found)
-        else:  # it came up between the two questions
-            _write(resp, Refusal(status=503, message="the sandbox has just started; try again"))
+        refusal = data_route.refusal_from_header(req.get_header("X-Vmcell-Refusal") or "")
+        if refusal is None:
+            raise ValueError("nginx asked for a refusal that the router did not give")
+        write_refusal(req, resp, refusal)
 
     def on_get_unreachable(self, req: falcon.Request, resp: falcon.Response) -> None:
         """The answer when the guest did not take the connection, or broke it."""
         found = self._router.find(_request(req), _client(req))
         if isinstance(found, Refusal):
-            _write(resp, found)
+            write_refusal(req, resp, found)
             return
         running, port = found
         if _is_open(running.address, port):
             message = "The sandbox is running but the port gave no valid answer"
         else:
             message = "The sandbox is running but port is not open"
-        _write(
+        write_refusal(
+            req,
             resp,
             Refusal(status=502, message=message, sandbox_id=running.sandbox_id, port=port),
         )
@@ -141,6 +148,7 @@ def _request(req: falcon.Request) -> Request:
         uri=req.get_header("X-Original-Uri") or "/",
         id_header=req.get_header("E2b-Sandbox-Id") or "",
         port_header=req.get_header("E2b-Sandbox-Port") or "",
+        traffic_token=req.get_header("E2b-Traffic-Access-Token") or "",
     )
 
 
@@ -149,33 +157,12 @@ def _client(req: falcon.Request) -> str:
 
 
 def _is_preflight(req: falcon.Request) -> bool:
-    """A browser asks before it sends the headers that would name the sandbox."""
     is_options = req.get_header("X-Original-Method") == "OPTIONS"
     return is_options and bool(req.get_header("Access-Control-Request-Method"))
 
 
-def _allow_preflight(req: falcon.Request, resp: falcon.Response) -> None:
-    resp.status = 204
-    resp.set_header("Access-Control-Allow-Origin", "*")
-    resp.set_header("Access-Control-Allow-Methods", "HEAD, GET, POST, PUT, PATCH, DELETE")
-    resp.set_header(
-        "Access-Control-Allow-Headers", req.get_header("Access-Control-Request-Headers") or "*"
-    )
-    resp.set_header("Access-Control-Max-Age", "7200")
-
-
-def _write(resp: falcon.Response, refusal: Refusal) -> None:
-    body: dict[str, object] = {"message": refusal.message, "code": refusal.status}
-    if refusal.sandbox_id:
-        body["sandboxId"] = refusal.sandbox_id
-    if refusal.port:
-        body["port"] = refusal.port
-    resp.status = refusal.status
-    resp.content_type = falcon.MEDIA_JSON
-    resp.data = json.dumps(body).encode()
-    resp.set_header("Access-Control-Allow-Origin", "*")
-    if refusal.status >= 500 and refusal.status != 503:
-        resp.set_header("Should-Retry", "false")
+def _not_found(target: Target) -> Refusal:
+    return Refusal(status=502, message="The sandbox was not found", sandbox_id=target.sandbox_id)
 
 
 def _is_open(address: str, port: int) -> bool:

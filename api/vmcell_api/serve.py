@@ -1,208 +1,168 @@
 """The whole service in the foreground: noded, API, router, server of volume files, nginx.
 
-`python -m vmcell_api.serve` (or `vmcell serve`) starts them in this order, passes their logs on and
-ends all of them on SIGTERM, SIGINT or when one ends by itself. Sandboxes go on without it. The
-four Python processes are forked from this one, so their imports are paid for once, and noded,
+`python -m vmcell_api.serve` (or `vmcell serve`) starts them in this order, passes their logs on,
+starts one again that ends by itself, and ends all of them on SIGTERM or SIGINT, or when one ends
+again and again. SIGHUP has nginx read its certificate anew. Sandboxes go on without the service;
+their streams need nginx alone, which is left to another service with `--no-nginx`.
+
+The four Python processes are forked from this one, so their imports are paid for once, and noded,
 which needs none of the web's, makes its slots while this one imports these and migrates the store.
-Nothing here may start a thread or a gRPC channel before the last fork.
+Nothing here may start a thread or a gRPC channel, because a fork may come at any time.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
-from typing import Protocol
 
 import vmcell_api.node.__main__ as noded
+from vmcell_api.child_processes import execute, fork
 from vmcell_api.config import ApiConfig, load_config
-from vmcell_api.nginx import NginxPlan, render
+from vmcell_api.nginx_files import write_configuration
+from vmcell_api.supervision import Part, Supervised
 from vmcell_protos.errors import HostError, VmcellError
 
 READY_TIMEOUT_S = 120
-STOP_TIMEOUT_S = 20
 POLL_S = 0.05
 
 
-class Child(Protocol):
-    """What a forked and an executed child have in common."""
-
-    name: str
-
-    def status(self) -> int | None:
-        """The exit status, None while it runs."""
-
-    def signal(self, number: int) -> None:
-        """Sends a signal; an ended child is fine."""
-
-    def wait(self, timeout_s: float) -> bool:
-        """Whether it ended in time."""
-
-
-class Forked:
-    """A child that runs a function of ours in a session of its own."""
-
-    def __init__(self, name: str, run_child: Callable[[], int]) -> None:
-        self.name = name
-        context = multiprocessing.get_context("fork")
-        self._process = context.Process(target=_run_forked, args=(run_child,), name=name)
-        self._process.start()
-
-    def status(self) -> int | None:
-        """The exit status, None while it runs."""
-        return self._process.exitcode
-
-    def signal(self, number: int) -> None:
-        """Sends a signal; an ended child is fine."""
-        if self._process.is_alive() and self._process.pid is not None:
-            os.kill(self._process.pid, number)
-
-    def wait(self, timeout_s: float) -> bool:
-        """Whether it ended in time."""
-        self._process.join(timeout_s)
-        return not self._process.is_alive()
-
-
-class Executed:
-    """A child that is another program, in a session of its own."""
-
-    def __init__(self, name: str, command: list[str]) -> None:
-        self.name = name
-        try:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, start_new_session=True
-            )
-        except FileNotFoundError as error:
-            raise HostError(f"cannot start {name}: {command[0]} is not installed") from error
-
-    def status(self) -> int | None:
-        """The exit status, None while it runs."""
-        return self._process.poll()
-
-    def signal(self, number: int) -> None:
-        """Sends a signal; an ended child is fine."""
-        self._process.send_signal(number)
-
-    def wait(self, timeout_s: float) -> bool:
-        """Whether it ended in time."""
-        try:
-            self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
-
-
 class Service:
-    """The child processes; `stop()` is idempotent and ends them in reverse order."""
+    """The parts; `stop()` is idempotent and ends them in reverse order."""
 
-    def __init__(self, config: ApiConfig) -> None:
+    def __init__(self, config: ApiConfig, *, with_nginx: bool) -> None:
         self._config = config
-        self._children: list[Child] = []
+        self._with_nginx = with_nginx
+        self._supervised: list[Supervised] = []
+        self._parts: list[Part] = []
         self.ending = False
+        self.reloading = False
 
     def start(self) -> None:
         """Starts everything; returns when all of it listens. Raises HostError."""
-        config = self._config
-        self._children.append(Forked("noded", lambda: noded.serve(config)))
-        self._start_web()
-        self._wait_for("noded", lambda: _unix_listens(config.node_socket))
-        self._wait_for("the router", lambda: _unix_listens(config.route_socket))
-        self._wait_for("the API", lambda: _tcp_listens(config.api_bind))
-        self._wait_for("the volume server", lambda: _tcp_listens(config.volume_bind))
-        self._wait_for("nginx", lambda: _tcp_listens(config.data_bind))
-
-    def _start_web(self) -> None:
-        import vmcell_api.__main__ as api
-        from vmcell_api import route_server, volume_server
-        from vmcell_api.store.database import migrate
-
-        config = self._config
-        migrate(config.database_url, owner_uid=config.api_uid)
-        self._children.append(Forked("the API", lambda: api.serve_api(config)))
-        self._children.append(Forked("the router", lambda: route_server.serve_routes(config)))
-        self._children.append(
-            Forked("the volume server", lambda: volume_server.serve_volumes(config))
-        )
-        nginx = ["nginx", "-p", config.nginx_dir, "-c", write_nginx(config)]
-        self._children.append(Executed("nginx", nginx))
+        self._check_places()
+        self._add(_noded(self._config))
+        for part in _web_parts(self._config):
+            self._add(part)
+        if self._with_nginx:
+            self._add(_nginx(self._config))
+        for part in self._parts:
+            self._wait_for(part)
 
     def watch(self) -> None:
-        """Returns when `ending` is set; raises HostError when a child ends by itself."""
+        """Returns when `ending` is set; HostError when a part ends more often than it may."""
         while not self.ending:
-            self._check_children()
+            if self.reloading:
+                self.reloading = False
+                if self._with_nginx:
+                    self._supervised[-1].signal(signal.SIGHUP)
+            self._attend()
             time.sleep(POLL_S)
 
     def stop(self) -> None:
-        """Ends the children, the last started first; kills what does not end in time."""
-        for child in reversed(self._children):
-            child.signal(signal.SIGTERM)
-            if not child.wait(STOP_TIMEOUT_S):
-                _say(f"{child.name} did not end within {STOP_TIMEOUT_S} s; killing it")
-                child.signal(signal.SIGKILL)
-                child.wait(STOP_TIMEOUT_S)
-        self._children = []
+        """Ends the parts, the last started first."""
+        for supervised in reversed(self._supervised):
+            supervised.stop()
+        self._supervised = []
 
-    def _wait_for(self, name: str, listens: Callable[[], bool]) -> None:
+    def _add(self, part: Part) -> None:
+        self._parts.append(part)
+        self._supervised.append(Supervised(part, _say))
+
+    def _check_places(self) -> None:
+        """A place that another has would look as if our part listened there."""
+        config = self._config
+        names = ["api_bind", "volume_bind"]
+        if self._with_nginx:
+            names += ["data_bind", *(["tls_bind"] if config.tls_certificate else [])]
+        for name in names:
+            if _tcp_listens(bind := getattr(config, name)):
+                raise HostError(
+                    f"{name} {bind} is taken; end what listens there, or set another in api.toml"
+                )
+
+    def _attend(self) -> None:
+        for supervised in self._supervised:
+            supervised.attend()
+
+    def _wait_for(self, part: Part) -> None:
+        """A part that ends before it has listened once will not do so later."""
         deadline = time.monotonic() + READY_TIMEOUT_S
-        while not self.ending and not listens():
-            self._check_children()
+        while not self.ending and not part.listens():
+            ended = next((one for one in self._supervised if not one.is_running), None)
+            if ended is not None:
+                raise HostError(f"{ended.part.name} ended while it started; see its log above")
             if time.monotonic() > deadline:
-                raise HostError(f"{name} did not listen within {READY_TIMEOUT_S} s; see its log")
+                raise HostError(
+                    f"{part.name} did not listen within {READY_TIMEOUT_S} s; see its log"
+                )
             time.sleep(POLL_S)
 
-    def _check_children(self) -> None:
-        for child in self._children:
-            status = child.status()
-            if status is not None and not self.ending:
-                raise HostError(f"{child.name} ended with status {status}; see its log above")
 
-
-def _run_forked(run_child: Callable[[], int]) -> None:
-    os.setsid()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
-    sys.exit(run_child())
-
-
-def write_nginx(config: ApiConfig) -> str:
-    """Writes nginx's configuration and folder; answers the path. Raises HostError."""
-    from vmcell_api import route_server
-
-    route_server.nginx_gid(config.nginx_user)
-    plan = NginxPlan(
-        listen=config.data_bind,
-        route_socket=config.route_socket,
-        folder=config.nginx_dir,
-        user=config.nginx_user,
+def _noded(config: ApiConfig) -> Part:
+    return Part(
+        name="noded",
+        start=lambda: fork("noded", lambda: noded.serve(config)),
+        listens=lambda: _unix_listens(config.node_socket),
+        leftovers=None,  # shims may be among them
     )
-    path = Path(config.nginx_dir, "nginx.conf")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(render(plan))
-    except OSError as error:
-        raise HostError(f"cannot write {path}: {error}") from error
-    return str(path)
 
 
-def run(config: ApiConfig) -> None:
-    """Serves until a signal comes; raises HostError when something cannot start or ends."""
+def _web_parts(config: ApiConfig) -> list[Part]:
+    import vmcell_api.__main__ as api
+    from vmcell_api import route_server, volume_server
+    from vmcell_api.store.database import migrate
+
+    migrate(config.database_url, owner_uid=config.api_uid)
+    route_server.nginx_gid(config.nginx_user)
+    return [
+        Part(
+            name="the API",
+            start=lambda: fork("the API", lambda: api.serve_api(config)),
+            listens=lambda: _tcp_listens(config.api_bind),
+        ),
+        Part(
+            name="the router",
+            start=lambda: fork("the router", lambda: route_server.serve_routes(config)),
+            listens=lambda: _unix_listens(config.route_socket),
+        ),
+        Part(
+            name="the volume server",
+            start=lambda: fork("the volume server", lambda: volume_server.serve_volumes(config)),
+            listens=lambda: _tcp_listens(config.volume_bind),
+        ),
+    ]
+
+
+def _nginx(config: ApiConfig) -> Part:
+    command = write_configuration(config)
+    return Part(
+        name="nginx",
+        start=lambda: execute("nginx", command),
+        listens=lambda: _tcp_listens(config.data_bind),
+        leftovers=signal.SIGQUIT,
+    )
+
+
+def run(config: ApiConfig, *, with_nginx: bool = True) -> None:
+    """Serves until a signal comes; raises HostError when a part cannot start or go on."""
     if os.geteuid() != 0:
         raise HostError("the service needs root for noded (containerd, TAPs); run it as root")
     os.umask(0o022)  # nginx's user and the API's pass through the folders made here
-    service = Service(config)
+    service = Service(config, with_nginx=with_nginx)
 
     def end(number: int, frame: FrameType | None) -> None:
         service.ending = True
 
+    def reload(number: int, frame: FrameType | None) -> None:
+        service.reloading = True
+
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGHUP, reload)
     try:
         service.start()
         if not service.ending:
@@ -210,6 +170,9 @@ def run(config: ApiConfig) -> None:
                 f"API on http://{config.api_bind}, sandboxes on http://{config.data_bind}, "
                 f"volume files on http://{config.volume_bind}"
             )
+            if config.tls_certificate:
+                _say(f"both on https://{config.tls_bind} for E2B_DOMAIN={config.domain}")
+            _tell_systemd("READY=1")
         service.watch()
     finally:
         service.stop()
@@ -223,8 +186,19 @@ def _unix_listens(path: str) -> bool:
 
 def _tcp_listens(bind: str) -> bool:
     address, _, port = bind.rpartition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        return probe.connect_ex((address or "127.0.0.1", int(port))) == 0
+    family = socket.AF_INET6 if address.startswith("[") else socket.AF_INET
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1"}.get(address, address.strip("[]"))
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex((host, int(port))) == 0
+
+
+def _tell_systemd(word: str) -> None:
+    """sd_notify(3); nothing where nobody asked for it."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.connect("\0" + path[1:] if path.startswith("@") else path)
+            notify.send(word.encode())
 
 
 def _say(sentence: str) -> None:
@@ -232,10 +206,13 @@ def _say(sentence: str) -> None:
     sys.stderr.flush()
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """The command; answers its exit status."""
+    if arguments not in ([], ["--no-nginx"]):
+        _say("usage: python -m vmcell_api.serve [--no-nginx]")
+        return 2
     try:
-        run(load_config())
+        run(load_config(), with_nginx=not arguments)
     except VmcellError as error:
         _say(str(error))
         return 1
@@ -243,4 +220,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -6,198 +6,42 @@ import base64
 import hashlib
 import http.client
 import json
-import os
-import shutil
 import socket
-import subprocess
-import threading
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
-from api_service import ApiService, listening
+from api_service import ApiService
+from data_plane import (
+    PATIENCE_S,
+    SANDBOX_ID,
+    TOKEN,
+    DataPlane,
+    add_sandbox,
+    data_plane,
+    free_port,
+    raw,
+)
+from fake_guest import GuestHandler, fake_guest
 
-from vmcell_api import route_app
-from vmcell_api.nginx import NginxPlan, render
-from vmcell_api.node_client import NewSandbox
-from vmcell_api.store.records import SandboxRecord
+from vmcell_api import signature_search
 
-PATIENCE_S = 15
-SANDBOX_ID = "i" + "a1" * 9 + "z"
-TOKEN = "t0ken"
-
-
-class Upstream(BaseHTTPRequestHandler):
-    """Stands in the guest: tells what arrived, streams, upgrades."""
-
-    protocol_version = "HTTP/1.1"
-    release = threading.Event()
-
-    def _answer(self) -> None:
-        size = self._drain()
-        if self.path.startswith("/stream"):
-            self._stream()
-            return
-        if self.headers.get("Upgrade"):
-            self._upgrade()
-            return
-        told = {
-            "method": self.command,
-            "path": self.path,
-            "headers": {name.lower(): value for name, value in self.headers.items()},
-            "body_bytes": size,
-        }
-        body = json.dumps(told).encode()
-        self.send_response(403 if self.path == "/own403" else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    do_GET = do_POST = do_HEAD = do_OPTIONS = do_DELETE = _answer
-
-    def _drain(self) -> int:
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            left = size = int(self.headers.get("Content-Length", 0))
-            while left:
-                left -= len(self.rfile.read(min(left, 65536)))
-            return size
-        size = 0
-        while length := int(self.rfile.readline(), 16):
-            size += len(self.rfile.read(length))
-            self.rfile.readline()
-        self.rfile.readline()
-        return size
-
-    def _stream(self) -> None:
-        """The second part comes only after the client has shown that it has the first."""
-        self.send_response(200)
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        self.wfile.write(b"5\r\nfirst\r\n")
-        assert self.release.wait(PATIENCE_S)
-        self.wfile.write(b"6\r\nsecond\r\n0\r\n\r\n")
-
-    def _upgrade(self) -> None:
-        self.send_response(101)
-        self.send_header("Upgrade", "websocket")
-        self.send_header("Connection", "Upgrade")
-        self.end_headers()
-        self.wfile.write(self.connection.recv(100).upper())
-        self.close_connection = True
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        """Quiet."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataPlane:
-    port: int
-    upstream_port: int
-    service: ApiService
-
-    def ask(
-        self, method: str = "GET", path: str = "/", body: object = None, **headers: str
-    ) -> tuple[int, dict, dict[str, str]]:
-        """Status, JSON body, headers; underscores in names of `headers` become dashes."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
-        try:
-            named = {name.replace("_", "-"): value for name, value in headers.items()}
-            connection.request(method, path, body=body, headers=named, encode_chunked=False)
-            answer = connection.getresponse()
-            text = answer.read()
-            found = {name.lower(): value for name, value in answer.getheaders()}
-            return answer.status, json.loads(text) if text else {}, found
-        finally:
-            connection.close()
-
-    def ids(self, port: int | None = None) -> dict[str, str]:
-        """The routing headers."""
-        return {
-            "E2b_Sandbox_Id": SANDBOX_ID,
-            "E2b_Sandbox_Port": str(port or self.upstream_port),
-        }
+PRIVATE_ID = "i" + "p9" * 9 + "z"
+TRAFFIC_TOKEN = "ab" * 32
 
 
 @pytest.fixture(scope="module")
 def upstream_port() -> Iterator[int]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Upstream)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield server.server_port
-    server.shutdown()
-    thread.join(10)
-    server.server_close()
+    with fake_guest() as port:
+        yield port
 
 
 @pytest.fixture
 def plane(service: ApiService, upstream_port: int, tmp_path: Path) -> Iterator[DataPlane]:
-    _add_sandbox(service)
-    port = _free_port()
-    folder = tmp_path / "nginx"
-    folder.mkdir()
-    with listening(service.route_app) as route:
-        plan = NginxPlan(
-            listen=f"127.0.0.1:{port}",
-            route_socket="ROUTE",
-            folder=str(folder),
-            user="root" if os.geteuid() == 0 else "",
-        )
-        config = folder / "nginx.conf"
-        config.write_text(render(plan).replace("unix:ROUTE", route))
-        nginx = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-        assert nginx, "needs nginx; install nginx-light"
-        process = subprocess.Popen([nginx, "-p", str(folder), "-c", str(config)])
-        try:
-            _wait_for_port(port, process)
-            yield DataPlane(port=port, upstream_port=upstream_port, service=service)
-        finally:
-            process.terminate()
-            process.wait(PATIENCE_S)
-
-
-def _add_sandbox(service: ApiService) -> None:
-    team = service.store.ensure_team("team-one")
-    record = SandboxRecord(
-        sandbox_id=SANDBOX_ID,
-        team_id=team.team_id,
-        template_id="base",
-        access_token=TOKEN,
-        metadata={},
-        created_at_unix_ms=0,
-    )
-    service.store.add_sandbox(record, limit=9, live=())
-    order = NewSandbox(
-        sandbox_id=SANDBOX_ID,
-        template_id="base",
-        image="docker.io/vmcell/base:latest",
-        vcpus=1,
-        memory_mib=64,
-        timeout_s=60,
-    )
-    service.node.create(order)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        assert process.poll() is None, "nginx ended"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    add_sandbox(service)
+    with data_plane(service, upstream_port, tmp_path / "nginx") as running:
+        yield running
 
 
 def test_by_headers_and_by_host(plane: DataPlane) -> None:
@@ -225,7 +69,7 @@ def test_unknown_closed_and_malformed(plane: DataPlane) -> None:
     assert (status, body["message"]) == (502, "The sandbox was not found")
     assert body["code"] == 502
     assert headers["content-type"].startswith("application/json")
-    closed = _free_port()
+    closed = free_port()
     status, body, _ = plane.ask("POST", "/x", body=b"y" * 100, **plane.ids(closed))
     assert (status, body["port"]) == (502, closed)
     assert body["message"] == "The sandbox is running but port is not open"
@@ -256,13 +100,13 @@ def test_envds_internal_paths_are_closed(plane: DataPlane, monkeypatch: pytest.M
 
 
 def test_nothing_is_buffered(plane: DataPlane) -> None:
-    Upstream.release.clear()
+    GuestHandler.release.clear()
     connection = http.client.HTTPConnection("127.0.0.1", plane.port, timeout=PATIENCE_S)
     named = {name.replace("_", "-"): value for name, value in plane.ids().items()}
     connection.request("GET", "/stream", headers=named)
     answer = connection.getresponse()
     assert answer.read(5) == b"first"
-    Upstream.release.set()
+    GuestHandler.release.set()
     assert answer.read() == b"second"
     connection.close()
 
@@ -302,7 +146,7 @@ def _signed_path(operation: str, token: str = TOKEN, path: str = "/tmp/a b") -> 
 
 
 def test_signed_urls_name_no_sandbox(plane: DataPlane, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(route_app, "ENVD_PORT", plane.upstream_port)
+    monkeypatch.setattr(signature_search, "ENVD_PORT", plane.upstream_port)
     assert plane.ask("GET", _signed_path("read"))[0] == 200
     assert plane.ask("POST", _signed_path("write"), body=b"x")[0] == 200
     status, body, _ = plane.ask("GET", _signed_path("write"))
@@ -315,6 +159,14 @@ def test_signed_urls_name_no_sandbox(plane: DataPlane, monkeypatch: pytest.Monke
 def test_signature_tries_are_limited(plane: DataPlane) -> None:
     statuses = {plane.ask("GET", _signed_path("read", token="other"))[0] for _ in range(60)}
     assert statuses == {401, 429}
+
+
+def test_the_signatures_that_are_right_are_not_limited(
+    plane: DataPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signature_search, "ENVD_PORT", plane.upstream_port)
+    paths = [_signed_path("read", path=f"/tmp/{n % 30}") for n in range(90)]
+    assert {plane.ask("GET", path)[0] for path in paths} == {200}
 
 
 def test_a_browsers_preflight_names_no_sandbox(plane: DataPlane) -> None:
@@ -333,3 +185,152 @@ def test_the_router_is_down(plane: DataPlane) -> None:
     plane.service.node.fail_next = NodeUnreachable("no noded")
     status, body, _ = plane.ask(**plane.ids())
     assert (status, body["code"]) == (503, 503)
+
+
+def test_a_private_sandbox_wants_its_token(plane: DataPlane) -> None:
+    add_sandbox(plane.service, PRIVATE_ID, traffic_token=TRAFFIC_TOKEN)
+    ids = {**plane.ids(), "E2b_Sandbox_Id": PRIVATE_ID}
+    for given in ({}, {"E2B_Traffic_Access_Token": "wrong"}, {"E2B_Traffic_Access_Token": ""}):
+        status, body, _ = plane.ask(**ids, **given)
+        assert (status, body["code"], body["sandboxId"]) == (403, 403, PRIVATE_ID)
+        assert body["port"] == plane.upstream_port
+        assert "traffic access token" in body["message"]
+        assert TRAFFIC_TOKEN not in json.dumps(body)
+    for name in ("e2b_traffic_access_token", "E2B_TRAFFIC_ACCESS_TOKEN"):
+        status, told, _ = plane.ask(**ids, **{name: TRAFFIC_TOKEN})
+        assert status == 200
+        assert "e2b-traffic-access-token" not in told["headers"]
+    host = f"{plane.upstream_port}-{PRIVATE_ID}.any.domain"
+    assert plane.ask(Host=host)[0] == 403
+    assert plane.ask(Host=host, E2B_Traffic_Access_Token=TRAFFIC_TOKEN)[0] == 200
+    status, body, _ = plane.ask(**{**ids, "E2b_Sandbox_Port": "49983"})
+    assert (status, body["port"]) == (502, 49983), "envd has a token of its own"
+    status, _, headers = plane.ask(
+        "OPTIONS", "/", Origin="http://a", Access_Control_Request_Method="GET",
+        Access_Control_Request_Headers="e2b-traffic-access-token", **ids,
+    )  # fmt: skip
+    assert (status, headers["access-control-allow-origin"]) == (204, "*")
+
+
+def test_a_sandbox_that_the_store_does_not_know_is_closed(plane: DataPlane) -> None:
+    plane.service.store.forget_sandboxes([SANDBOX_ID])
+    status, body, _ = plane.ask(**plane.ids())
+    assert (status, body["message"]) == (502, "The sandbox was not found")
+
+
+def test_a_browser_gets_a_page_and_scripts_get_json(plane: DataPlane) -> None:
+    unknown = {"E2b_Sandbox_Id": "i" + "0" * 19, "E2b_Sandbox_Port": "80"}
+    page = {"Accept": "text/html,*/*;q=0.8", "Sec_Fetch_Mode": "navigate"}
+    status, text, headers = plane.ask_raw(**unknown, **page)
+    assert (status, headers["content-type"].partition(";")[0]) == (502, "text/html")
+    assert b"The sandbox was not found" in text
+    for told in ({"Accept": "text/html"}, {"Accept": "*/*", "Sec_Fetch_Mode": "navigate"}):
+        assert plane.ask(**unknown, **told)[1]["code"] == 502
+
+
+def test_a_guest_does_not_steer_nginx(plane: DataPlane) -> None:
+    for inner in ("/.vmcell/route", "/@refused", "/own403"):
+        status, told, headers = plane.ask("GET", f"/steer{inner}", **plane.ids())
+        assert (status, told["path"]) == (200, f"/steer{inner}")
+        assert "x-vmcell-upstream" not in headers
+
+
+def test_internal_places_are_nobodys(plane: DataPlane) -> None:
+    forged = {"X_Vmcell_Upstream": "127.0.0.1:1", "X_Vmcell_Refusal": "{}"}
+    status, _, headers = plane.ask_raw("GET", "/.vmcell/route", **plane.ids(), **forged)
+    assert status == 404
+    assert "x-vmcell-upstream" not in headers
+    status, told, _ = plane.ask("GET", "/refused", **plane.ids(), **forged)
+    assert (status, told["path"]) == (200, "/refused"), "the guest's own path"
+
+
+def test_what_nginx_asks_cannot_be_told_by_the_client(plane: DataPlane) -> None:
+    """Headers of the router's own question, as a client would forge them."""
+    closed = free_port()
+    forged = {
+        "X_Original_Host": f"{closed}-{SANDBOX_ID}.x",
+        "X_Original_Uri": "/files?signature=v1_x",
+        "X_Original_Method": "OPTIONS",
+        "X_Original_Client": "1.2.3.4",
+        "X_Forwarded_Host": f"{closed}-{SANDBOX_ID}.x",
+        "X_Real_IP": "1.2.3.4",
+        "Forwarded": f"host={closed}-{SANDBOX_ID}.x",
+    }
+    status, told, _ = plane.ask("GET", "/here", **plane.ids(), **forged)
+    assert (status, told["path"]) == (200, "/here")
+    assert told["headers"]["x-original-host"] == forged["X_Original_Host"], "the user's own"
+    status, body, _ = plane.ask("GET", "/here", **forged)
+    assert (status, body["code"]) == (400, 400)
+
+
+def test_many_and_large_headers_reach_the_guest(plane: DataPlane) -> None:
+    many = {f"X_Mine_{number}": "v" for number in range(90)}
+    status, told, _ = plane.ask("GET", "/" + "p" * 20000, **plane.ids(), **many)
+    assert status == 200
+    assert sum(name.startswith("x-mine") for name in told["headers"]) == 90
+    status, body, _ = plane.ask("GET", "/" + "p" * 20000)
+    assert (status, body["code"]) == (400, 400)
+
+
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def _head(port: int, *lines: str, method: str = "POST") -> bytes:
+    own = [f"E2b-Sandbox-Id: {SANDBOX_ID}", f"E2b-Sandbox-Port: {port}"]
+    return "\r\n".join([f"{method} /outer HTTP/1.1", "Host: x", *own, *lines, "", ""]).encode()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("Content-Length: 5", "Transfer-Encoding: chunked"),
+        ("Content-Length: 5", "Content-Length: 6"),
+        ("Content-Length: 5, 6",),
+        ("Content-Length: +5",),
+        ("Content-Length: 0x5",),
+        ("Transfer-Encoding: xchunked",),
+        ("Transfer-Encoding: chunked, identity",),
+        ("Transfer-Encoding: identity", "Content-Length: 5"),
+        ("Content-Length : 5",),
+        ("Host: other",),
+    ],
+)
+def test_a_length_that_can_be_read_two_ways_is_refused(
+    plane: DataPlane, lines: tuple[str, ...]
+) -> None:
+    answer = raw(plane.port, _head(plane.upstream_port, *lines) + b"0\r\n\r\n" + SMUGGLED)
+    first = answer.partition(b"\r\n")[0]
+    assert first.split()[1] in (b"400", b"411", b"501"), answer
+    assert answer.count(b"HTTP/1.1 ") == 1, answer
+    assert b"/smuggled" not in answer
+
+
+def test_a_body_stays_a_body(plane: DataPlane) -> None:
+    """What looks like a request in a body is none, however the body is framed."""
+    whole = _head(plane.upstream_port, f"Content-Length: {len(SMUGGLED)}") + SMUGGLED
+    chunked = _head(plane.upstream_port, "Transfer-Encoding: chunked")
+    chunked += b"%x\r\n%b\r\n0\r\n\r\n" % (len(SMUGGLED), SMUGGLED)
+    for data in (whole, chunked):
+        answer = raw(plane.port, data)
+        assert answer.count(b"HTTP/1.1 200") == 1, answer
+        told = json.loads(answer.partition(b"\r\n\r\n")[2])
+        assert (told["path"], told["body_bytes"]) == ("/outer", len(SMUGGLED))
+
+
+def test_an_absolute_target_names_no_other_address(plane: DataPlane) -> None:
+    closed = free_port()
+    for target in (f"http://127.0.0.1:{closed}/x", f"http://{closed}-{SANDBOX_ID}.x/x", "//x/y"):
+        head = _head(plane.upstream_port, method="GET").replace(b"/outer", target.encode())
+        answer = raw(plane.port, head)
+        assert answer.startswith(b"HTTP/1.1 200"), answer
+        told = json.loads(answer.partition(b"\r\n\r\n")[2])
+        assert told["headers"]["e2b-sandbox-id"] == SANDBOX_ID
+    answer = raw(plane.port, b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: x\r\n\r\n" % closed)
+    assert answer.startswith((b"HTTP/1.1 405", b"HTTP/1.1 400")), answer
+
+
+def test_a_name_with_an_underscore_is_no_routing_header(plane: DataPlane) -> None:
+    """Else it could override the one that nginx checks, on its way through WSGI."""
+    lines = ("E2b_Sandbox_Port: 1", "E2b_Sandbox_Id: i0000000000000000000")
+    answer = raw(plane.port, _head(plane.upstream_port, *lines, method="GET"))
+    assert answer.startswith(b"HTTP/1.1 200"), answer

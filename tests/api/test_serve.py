@@ -2,112 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from own_netns import own_netns
-from real_containerd import RealContainerd, real_containerd
-from stand_in_images import GOOD, import_stand_ins
+from stand_in_images import GOOD
+from whole_service import PATIENCE_S, WholeService, ask, children_of, whole_service
 
 pytestmark = pytest.mark.root
 
-PATIENCE_S = 60
-
-
-@dataclass(frozen=True, kw_only=True)
-class Running:
-    process: subprocess.Popen[bytes]
-    containerd: RealContainerd
-    environment: dict[str, str]
-    log: Path
-    folder: Path
-
-
-def _ask(
-    port: int, method: str, path: str, body: object = None, **headers: str
-) -> tuple[int, dict]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
-    try:
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        data = None if body is None else json.dumps(body).encode()
-        connection.request(method, path, body=data, headers=named)
-        answer = connection.getresponse()
-        text = answer.read()
-        return answer.status, json.loads(text) if text else {}
-    finally:
-        connection.close()
-
 
 @pytest.fixture
-def service() -> Iterator[Running]:
-    with (
-        tempfile.TemporaryDirectory(prefix="vms") as name,
-        own_netns(),
-        real_containerd(Path(name, "c")) as containerd,
-    ):
-        folder = Path(name)
-        folder.chmod(0o755)  # the API's user must reach its sockets
-        subprocess.run(["ip", "addr", "add", "10.88.0.3/32", "dev", "lo"], check=True)
-        import_stand_ins(containerd)
-        settings = {
-            "database_url": f"sqlite:///{folder}/db/api.sqlite",
-            "node_socket": f"{folder}/noded.sock",
-            "route_socket": f"{folder}/route.sock",
-            "nginx_dir": f"{folder}/nginx",
-            "state_dir": f"{folder}/run",
-            "metrics_dir": f"{folder}/metrics",
-            "volumes_dir": f"{folder}/volumes",
-            "containerd_socket": containerd.socket,
-            "runtime": "io.containerd.runc.v2",
-            "slot_count": 1,
-            "workers": 1,
-        }
-        config = folder / "api.toml"
-        config.write_text("".join(f"{key} = {json.dumps(v)}\n" for key, v in settings.items()))
-        environment = {**os.environ, "VMCELL_API_CONFIG": str(config)}
-        log = folder / "serve.log"
-        with log.open("wb") as output:
-            command = [sys.executable, "-m", "vmcell_api.serve"]
-            process = subprocess.Popen(command, env=environment, stderr=output, stdout=output)
-        try:
-            deadline = time.monotonic() + PATIENCE_S
-            while "API on" not in log.read_text():
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.05)
-            yield Running(
-                process=process,
-                containerd=containerd,
-                environment=environment,
-                log=log,
-                folder=folder,
-            )
-        finally:
-            process.terminate()
-            process.wait(PATIENCE_S)
-            command = [sys.executable, "-m", "vmcell_api.node", "--teardown"]
-            subprocess.run(command, env=environment, check=True, timeout=PATIENCE_S)
+def service() -> Iterator[WholeService]:
+    with whole_service() as running:
+        yield running
 
 
-def _children(pid: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(fields[1]) == pid:
-                    found += [int(entry.name), *_children(int(entry.name))]
+def _create_chunked(key: str) -> tuple[int, bytes]:
+    """A create through nginx whose body has no length; there is no slot for it."""
+    connection = http.client.HTTPConnection("127.0.0.1", 3080, timeout=PATIENCE_S)
+    headers = {"Host": "api.sbx.localhost", "X-API-Key": key}
+    body = iter([b'{"templateID": ', json.dumps(GOOD).encode(), b"}"])
+    connection.request("POST", "/v2/sandboxes", body, headers, encode_chunked=True)
+    answer = connection.getresponse()
+    found = answer.status, answer.read()
+    connection.close()
     return found
 
 
@@ -115,26 +41,27 @@ def _user(pid: int) -> int:
     return os.stat(f"/proc/{pid}").st_uid
 
 
-def test_a_sandbox_from_the_key_to_its_end(service: Running) -> None:
-    command = [sys.executable, "-m", "vmcell_tools", "key", "create", "--team", "one"]
-    key = subprocess.run(
-        command, env=service.environment, check=True, capture_output=True, text=True, timeout=60
-    ).stdout.split()[-1]
+def test_a_sandbox_from_the_key_to_its_end(service: WholeService) -> None:
+    key = service.new_key()
     auth = {"X_API_Key": key}
-    status, made = _ask(3000, "POST", "/v2/sandboxes", {"templateID": GOOD}, **auth)
+    status, made = ask(3000, "POST", "/v2/sandboxes", {"templateID": GOOD}, **auth)
     assert status == 201, (made, service.log.read_text())
     ids = {"E2b_Sandbox_Id": made["sandboxID"], "E2b_Sandbox_Port": "49983"}
-    assert _ask(3080, "GET", "/health", **ids)[0] == 204
-    assert _ask(3080, "POST", "/init", {}, **ids)[0] == 404
-    status, body = _ask(3000, "POST", "/v2/sandboxes", {"templateID": GOOD}, **auth)
+    assert ask(3080, "GET", "/health", **ids)[0] == 204
+    assert ask(3080, "POST", "/init", {}, **ids)[0] == 404
+    status, body = ask(3000, "POST", "/v2/sandboxes", {"templateID": GOOD}, **auth)
     assert (status, body["error_code"]) == (503, "sandbox_capacity_unavailable")
-    assert len(_ask(3000, "GET", "/v2/sandboxes", **auth)[1]) == 1
-    assert _ask(3000, "DELETE", f"/sandboxes/{made['sandboxID']}", **auth)[0] == 204
-    status, body = _ask(3080, "GET", "/health", **ids)
+    assert len(ask(3000, "GET", "/v2/sandboxes", **auth)[1]) == 1
+    auth["Host"] = "api.sbx.localhost"
+    assert len(ask(3080, "GET", "/v2/sandboxes", **auth)[1]) == 1
+    assert _create_chunked(key)[0] == 503, "JavaScript sends its bodies so"
+    del auth["Host"]
+    assert ask(3000, "DELETE", f"/sandboxes/{made['sandboxID']}", **auth)[0] == 204
+    status, body = ask(3080, "GET", "/health", **ids)
     assert (status, body["message"]) == (502, "The sandbox was not found")
     assert not any(service.containerd.traces().values())
 
-    children = _children(service.process.pid)
+    children = children_of(service.process.pid)
     assert {_user(pid) for pid in children} >= {0, 99001, 99002}, "workers gave up root"
     service.process.send_signal(signal.SIGTERM)
     assert service.process.wait(PATIENCE_S) == 0, service.log.read_text()
@@ -143,12 +70,31 @@ def test_a_sandbox_from_the_key_to_its_end(service: Running) -> None:
     assert made["envdAccessToken"] not in service.log.read_text()
 
 
-def test_the_service_ends_when_a_part_of_it_does(service: Running) -> None:
-    nginx = next(
-        pid
-        for pid in _children(service.process.pid)
-        if b"nginx: master" in Path(f"/proc/{pid}/cmdline").read_bytes()
+def test_a_place_that_is_taken_is_named(service: WholeService) -> None:
+    command = [sys.executable, "-m", "vmcell_api.serve"]
+    again = subprocess.run(
+        command,
+        env=service.environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
     )
-    os.kill(nginx, signal.SIGTERM)
-    assert service.process.wait(PATIENCE_S) == 1
-    assert "nginx ended" in service.log.read_text()
+    assert (again.returncode, "api_bind 127.0.0.1:3000 is taken" in again.stderr) == (1, True)
+    assert service.process.poll() is None, "the first one goes on"
+
+
+def test_the_parts_end_with_a_service_that_is_killed(service: WholeService) -> None:
+    """Else the next start would find ports and locks taken."""
+    children = children_of(service.process.pid)
+    os.kill(service.process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + PATIENCE_S
+    while any(Path(f"/proc/{pid}").exists() for pid in children):
+        assert time.monotonic() < deadline, service.log.read_text()
+        time.sleep(0.05)
+
+
+def test_unknown_words_are_refused() -> None:
+    command = [sys.executable, "-m", "vmcell_api.serve", "--what"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, "usage" in done.stderr) == (2, True)

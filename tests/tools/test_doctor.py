@@ -12,9 +12,11 @@ from zygote_harness import Zygote
 
 from vmcell_protos.zygote import ALIVE, MAX_DATAGRAM_BYTES, REFUSED, Answer, encode_answer
 from vmcell_shim.config import ShimConfig, render_config
-from vmcell_tools import doctor
+from vmcell_tools import doctor, local_ca
 from vmcell_tools.containerd_config import SNIPPETS, merged
 from vmcell_tools.doctor import Host, examine
+from vmcell_tools.ingress_setup import set_up_tls
+from vmcell_tools.local_ca import ensure_certificate
 from vmcell_tools.setup_host import shim_executable
 
 
@@ -247,3 +249,28 @@ def test_disk_rows_look_where_the_cache_will_be(host: Host) -> None:
 def test_a_full_disk_fails(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "FREE_GIB_FAIL", 1 << 30)
     assert doctor.free_disk(host).status == "fail"
+
+
+def test_the_certificate_of_api_toml(host: Host) -> None:
+    assert doctor.certificate(host).status == "ok", "none is needed"
+    (host.root / "bin/openssl").symlink_to("/usr/bin/openssl")
+    set_up_tls(host.root, "sbx.example:8443")
+    row = doctor.certificate(host)
+    assert (row.status, "*.sbx.example" in row.found) == ("ok", True)
+    (host.root / "etc/vmcell/tls/server.key").unlink()
+    assert doctor.certificate(host).status == "fail"
+    text = host.at("etc/vmcell/api.toml").read_text()
+    ensure_certificate(host.root / "etc/vmcell/tls", "sbx.example")
+    put(host, "etc/vmcell/api.toml", text.replace("sbx.example", "box.example"))
+    row = doctor.certificate(host)
+    assert (row.status, "not for *.box.example" in row.found) == ("fail", True)
+    put(host, "etc/vmcell/api.toml", "colour = 1")
+    assert doctor.certificate(host).status == "warn"
+
+
+def test_a_certificate_that_ends_soon(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    (host.root / "bin/openssl").symlink_to("/usr/bin/openssl")
+    monkeypatch.setattr(local_ca, "SERVER_DAYS", 20)
+    set_up_tls(host.root, "sbx.example")
+    row = doctor.certificate(host)
+    assert (row.status, "setup --tls-domain sbx.example" in row.advice) == ("warn", True)

@@ -21,6 +21,9 @@ containerd_config  our part of containerd's configuration, as text
 containerd_setup  that part on this host: written beside it, merged when asked
 zygote_unit      the zygote under systemd
 setup_host       config.toml and the shim on this host
+local_ca         a certificate authority for tests and development
+service_units    the E2B service under systemd
+ingress_setup    nginx, TLS and these units on this host
 doctor           what this host has, and what to do
 dev_config       the same inside a dev VM
 dev_state        files and processes of a dev VM on the host

@@ -43,6 +43,11 @@ def doctor(as_json: bool) -> None:
 @click.option(
     "--containerd", is_flag=True, help="Also put the runtime into /etc/containerd/config.toml."
 )
+@click.option(
+    "--tls-domain",
+    metavar="NAME[:PORT]",
+    help="Also make a local CA and serve https://api.NAME and https://<port>-<id>.NAME.",
+)
 @click.option("--uninstall", is_flag=True, help="Remove what setup wrote.")
 @json_option
 def setup(
@@ -52,22 +57,24 @@ def setup(
     memory_mib: int | None,
     packages: bool,
     containerd: bool,
+    tls_domain: str | None,
     uninstall: bool,
     as_json: bool,
 ) -> None:
-    """Write /etc/vmcell/config.toml and put the shim on containerd's PATH.
+    """Write /etc/vmcell/config.toml, put the shim on containerd's PATH, and write units and nginx's
+    configuration for the E2B service (none of them is started).
 
     What Kubernetes needs in containerd's configuration is written to /etc/vmcell/containerd; only
     --containerd changes /etc/containerd/config.toml, and keeps a backup.
     """
     from pathlib import Path
 
-    from vmcell_tools import containerd_setup, setup_host
+    from vmcell_tools import containerd_setup, ingress_setup, setup_host
     from vmcell_tools.progress import Progress
 
     root = Path("/")
     if uninstall:
-        done = setup_host.uninstall(root)
+        done = setup_host.uninstall(root) + ingress_setup.uninstall(root)
     else:
         if packages:
             from vmcell_tools import host_packages
@@ -80,6 +87,11 @@ def setup(
         done = setup_host.install(root, artifacts, vcpus=vcpus, memory_mib=memory_mib)
         if containerd:
             done += containerd_setup.merge(root)
+        if tls_domain is not None:
+            done += ingress_setup.set_up_tls(root, tls_domain)
+        done += ingress_setup.install(root)
+        if tls_domain is not None:
+            done += ingress_setup.trust_advice(root, tls_domain)
         done = [*(done or ["nothing to do"]), containerd_setup.advice(root)]
     if as_json:
         print_json(done)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from vmcell_api import config as api_config
 from vmcell_protos.errors import HostError
 from vmcell_protos.zygote import (
     HELLO,
@@ -273,6 +274,32 @@ def nginx(host: Host) -> Row:
     return Row(what="nginx", found="installed", status="ok")
 
 
+def certificate(host: Host) -> Row:
+    """nginx's, when api.toml names one: there, for the wildcard, and good for another month."""
+    what = "certificate"
+    try:
+        path = host.at(api_config.DEFAULT_PATH)
+        config = api_config.parse_config(path.read_text() if path.exists() else "", str(path))
+    except (HostError, OSError) as error:
+        return Row(what=what, found=str(error), status="warn", advice="repair api.toml")
+    if not config.tls_certificate:
+        return Row(what=what, found="none configured, no TLS", status="ok")
+    file = host.at(config.tls_certificate)
+    wildcard = f"*.{config.domain.partition(':')[0]}"
+    words = ("x509", "-in", str(file), "-noout", "-ext", "subjectAltName", "-enddate")
+    shown = _output(host, "openssl", *words)
+    renew = f"renew it (vmcell setup --tls-domain {config.domain}, if that made it), reload nginx"
+    if shown is None or not host.at(config.tls_key).exists():
+        found = f"{file} or its key cannot be read"
+        return Row(what=what, found=found, status="fail", advice=renew)
+    if f"DNS:{wildcard}" not in shown.replace(",", " ").split():
+        return Row(what=what, found=f"{file} is not for {wildcard}", status="fail", advice=renew)
+    end = shown.splitlines()[-1].removeprefix("notAfter=")
+    if _output(host, "openssl", *words[:4], "-checkend", str(30 * 24 * 3600)) is None:
+        return Row(what=what, found=f"{wildcard}, ends {end}", status="warn", advice=renew)
+    return Row(what=what, found=f"{wildcard}, until {end}", status="ok")
+
+
 def image_cache(host: Host) -> Row:
     what = "image cache"
     try:
@@ -323,6 +350,7 @@ def free_disk(host: Host) -> Row:
 CHECKS: tuple[Callable[[Host], Row], ...] = (
     *(kvm, containerd, containerd_socket, shim, zygote, configuration, kernel, base_image),
     *(kubernetes, cgroup, nftables, tun, vhost_net, image_tools, live_directories, nginx),
+    certificate,
     *(image_cache, reflink, free_disk),
 )
 

@@ -29,7 +29,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     # Running containers, on this host or in the dev VM, which has this host's files.
     "run": (
         *("containerd", "runc", "erofs-utils", "e2fsprogs", "nftables", "iproute2"),
-        *("nginx-light", "procps"),
+        *("nginx-light", "openssl", "procps"),
     ),
     "devvm": (
         *("qemu-system-x86", "qemu-system-common", "busybox-static", "kmod"),

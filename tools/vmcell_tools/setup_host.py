@@ -108,7 +108,7 @@ def install(
     root: Path, artifacts: Artifacts, *, vcpus: int | None = None, memory_mib: int | None = None
 ) -> list[str]:
     """Write configuration, shim and unit below `root`; returns one line per thing that changed."""
-    path = _below(root, DEFAULT_PATH)
+    path = below(root, DEFAULT_PATH)
     config = replace(
         _present_config(path) or ShimConfig(kernel="", base_image=""),
         kernel=artifacts.kernel,
@@ -119,11 +119,11 @@ def install(
     if memory_mib is not None:
         config = replace(config, default_memory_mib=memory_mib)
     done = [
-        _write(path, render_config(config), 0o644),
-        _write(_below(root, f"{SHIM_DIRECTORY}/{SHIM_NAME}"), shim_executable(), 0o755),
-        _write(_below(root, UNIT_PATH), zygote_unit(f"{SHIM_DIRECTORY}/{SHIM_NAME}"), 0o644),
-        *(_write(_below(root, path), text, 0o644) for path, text in snippet_files().items()),
-        *(_make_private(_below(root, path)) for path in (config.state_dir, config.cache_dir)),
+        write_file(path, render_config(config), 0o644),
+        write_file(below(root, f"{SHIM_DIRECTORY}/{SHIM_NAME}"), shim_executable(), 0o755),
+        write_file(below(root, UNIT_PATH), zygote_unit(f"{SHIM_DIRECTORY}/{SHIM_NAME}"), 0o644),
+        *(write_file(below(root, path), text, 0o644) for path, text in snippet_files().items()),
+        *(_make_private(below(root, path)) for path in (config.state_dir, config.cache_dir)),
     ]
     compile_sources()
     return [line for line in done if line]
@@ -131,11 +131,11 @@ def install(
 
 def uninstall(root: Path) -> list[str]:
     """Remove what `install` and the merge wrote; CallerError while a sandbox is there."""
-    path = _below(root, DEFAULT_PATH)
+    path = below(root, DEFAULT_PATH)
     done = []
     config = _present_config(path)
     if config is not None:
-        living = [str(found) for found in _below(root, config.state_dir).glob("*/*/state.json")]
+        living = [str(found) for found in below(root, config.state_dir).glob("*/*/state.json")]
         if living:
             raise CallerError(
                 f"sandboxes are still there ({', '.join(living)}); delete them with"
@@ -144,11 +144,11 @@ def uninstall(root: Path) -> list[str]:
         done.append(f"kept the image cache in {config.cache_dir}; delete it when nobody needs it")
     done += unmerge(root)
     written = [f"{SHIM_DIRECTORY}/{SHIM_NAME}", UNIT_PATH, *snippet_files()]
-    for file in (path, *(_below(root, name) for name in written)):
+    for file in (path, *(below(root, name) for name in written)):
         if file.exists():
             file.unlink()
             done.insert(0, f"removed {file}")
-    for directory in (_below(root, SNIPPET_DIRECTORY), path.parent):
+    for directory in (below(root, SNIPPET_DIRECTORY), path.parent):
         # What an operator put there stays.
         with suppress(FileNotFoundError, OSError):
             directory.rmdir()
@@ -165,11 +165,12 @@ def _present_config(path: Path) -> ShimConfig | None:
         raise HostError(f"cannot read {path} ({error}); repair or delete it") from error
 
 
-def _below(root: Path, path: str) -> Path:
+def below(root: Path, path: str) -> Path:
+    """`path` of the host in the tree at `root`."""
     return root / path.lstrip("/")
 
 
-def _write(path: Path, text: str, mode: int) -> str:
+def write_file(path: Path, text: str, mode: int) -> str:
     """Replace `path` in one step; "" when it says the same already."""
     try:
         if path.read_text() == text and path.stat().st_mode & 0o777 == mode:

@@ -113,9 +113,7 @@ def client_of_environment() -> TemplateClient:
     """The API that E2B_API_URL and E2B_API_KEY name; raises CallerError without a key."""
     key = os.environ.get("E2B_API_KEY", "")
     if not key:
-        raise CallerError(
-            "E2B_API_KEY is not set; make a key with `python -m vmcell_api.keys create --team NAME`"
-        )
+        raise CallerError("E2B_API_KEY is not set; make a key with `vmcell key create --team NAME`")
     return TemplateClient(os.environ.get("E2B_API_URL", DEFAULT_URL).rstrip("/"), key)
 
 

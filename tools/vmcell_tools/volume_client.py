@@ -22,9 +22,7 @@ class VolumeClient:
         self._url = (url or os.environ.get("E2B_API_URL") or DEFAULT_URL).rstrip("/")
         self._key = key or os.environ.get("E2B_API_KEY") or ""
         if not self._key:
-            raise CallerError(
-                "E2B_API_KEY is not set; make a key: python -m vmcell_api.keys create --team NAME"
-            )
+            raise CallerError("E2B_API_KEY is not set; make a key: vmcell key create --team NAME")
 
     def list(self) -> list[dict[str, str]]:
         """`volumeID` and `name` of each."""

@@ -262,6 +262,14 @@ def only_one(socket_path: str) -> Iterator[None]:
         os.close(lock)
 
 
+def _open_way(folder: str) -> None:
+    """Makes the sockets' folder and lets others pass through it, which `vmcell setup` does not."""
+    os.makedirs(folder, mode=0o755, exist_ok=True)
+    mode = os.stat(folder).st_mode
+    if mode & 0o011 != 0o011:
+        os.chmod(folder, mode | 0o011)
+
+
 def serve(
     door: node_pb2_grpc.NodeServicer,
     socket_path: str,
@@ -273,7 +281,7 @@ def serve(
 
     The caller stops it. Raises HostError when the socket cannot be made.
     """
-    os.makedirs(os.path.dirname(socket_path), mode=0o755, exist_ok=True)
+    _open_way(os.path.dirname(socket_path))
     if os.path.exists(socket_path):
         os.unlink(socket_path)
     server = grpc.server(

@@ -94,6 +94,13 @@ class SlotPool:
             self._set_egress(slot, egress)
             conntrack.forget_opened(slot.guest_address, unless=egress.permits)
 
+    def cut(self, number: int) -> None:
+        """Resets the host's connections to a slot whose machine has ended; raises HostError.
+
+        A machine that is gone says no FIN, so nginx would hold its clients' streams.
+        """
+        conntrack.close_sockets(self._slots[number].guest_address)
+
     def release(self, number: int) -> None:
         """Gives a slot back, its connections forgotten, its policy the default one.
 

@@ -30,6 +30,9 @@ def tear_down(
     Raises HostError or CallerError at the first step that fails; what was removed stays removed.
     """
     _end_task(containerd, sandbox_id)
+    if slot_number is not None:
+        slots.cut(slot_number)  # clients' streams end now, not when all the rest is gone
+    containerd.delete_task(sandbox_id)
     containerd.delete_container(sandbox_id)
     containerd.remove_snapshot(sandbox_id)
     containerd.delete_lease(LEASE_PREFIX + sandbox_id)
@@ -39,7 +42,7 @@ def tear_down(
 
 
 def _end_task(containerd: Containerd, sandbox_id: str) -> None:
-    """Kills the task, waits for its end and deletes it."""
+    """Kills the task and waits for its end."""
     ended = containerd.wait_task(sandbox_id)
     try:
         containerd.kill_task(sandbox_id)
@@ -53,4 +56,3 @@ def _end_task(containerd: Containerd, sandbox_id: str) -> None:
             raise translate(error, f"waiting for the end of sandbox {sandbox_id}") from error
     finally:
         ended.cancel()
-    containerd.delete_task(sandbox_id)

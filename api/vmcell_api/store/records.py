@@ -165,6 +165,12 @@ class Store:
         with self._transaction() as session:
             return {sandbox_id: token for sandbox_id, token in session.execute(query)}
 
+    def traffic_token(self, sandbox_id: str) -> str | None:
+        """The token that requests to the sandbox's ports need, "" for none; None: no such row."""
+        query = sa.select(SandboxRow.traffic_token).where(SandboxRow.id == sandbox_id)
+        with self._transaction() as session:
+            return session.scalar(query)
+
     def forget_sandboxes(self, sandbox_ids: Collection[str]) -> None:
         """Deletes rows; missing ones are fine."""
         with self._transaction() as session:
