@@ -11,10 +11,12 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import h11
 
-from .exchange import BodyReader, Exchange, HttpError, Request
+from .exchange import BodyReader, Exchange, FilePart, HttpError, Request
+from .file_sending import send_file_piece
 from .loop import HUNG_UP, READABLE, WRITABLE, Loop
 from .wire.headers import http_date
 from .wire.target import split_target
@@ -49,7 +51,7 @@ class Connection:
         self._application = application
         self._closed = closed
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
-        self._output: deque[memoryview] = deque()
+        self._output: deque[memoryview | FilePart] = deque()
         self._unsent_bytes = 0
         self._exchange: Exchange | None = None
         self._reader: BodyReader | None = None
@@ -85,6 +87,17 @@ class Connection:
         pieces = self._http.send_with_data_passthrough(h11.Data(data=data))
         for piece in pieces or ():
             self._queue(piece)
+        self._flush()
+
+    def send_file(self, part: FilePart) -> None:
+        # h11 counts it and hands it back: it needs nothing of a body but its length.
+        data = h11.Data(data=part)  # type: ignore[arg-type]
+        pieces: list[Any] = self._http.send_with_data_passthrough(data) or []
+        for piece in pieces:
+            if piece is part:
+                self._output.append(part)
+            else:
+                self._queue(piece)
         self._flush()
 
     def send_end(self) -> None:
@@ -173,7 +186,7 @@ class Connection:
         self._end_of_input = True
         exchange = self._exchange
         if exchange is not None and not exchange.ended:
-            live_stream = exchange.begun and exchange.pull is None
+            live_stream = exchange.begun and exchange.pull is None and not exchange.sends_file
             if live_stream or self._http.their_state is not h11.DONE:
                 # A live stream lost its listener, or the request will never be complete.
                 self.close()
@@ -342,25 +355,50 @@ class Connection:
                 self._queue(part)
 
     def _send_queued(self) -> bool:
+        """False when the client is gone, or a file is shorter than was promised."""
         while self._output:
+            first = self._output[0]
+            is_file = isinstance(first, FilePart)
             try:
-                sent = self._socket.sendmsg([*_first(self._output, 16)])
+                if isinstance(first, FilePart):
+                    sent = send_file_piece(self._socket, first)
+                else:
+                    sent = self._socket.sendmsg(_leading_bytes(self._output))
             except (BlockingIOError, InterruptedError):
                 break
             except OSError:
                 # The client went away; whatever it had asked for goes on without it.
                 self.close()
                 return False
+            if not sent:
+                # A broken connection is the only honest answer left.
+                self.close()
+                return False
             self._active_at = time.monotonic()
-            self._unsent_bytes -= sent
-            while sent:
-                first = self._output[0]
-                if sent < len(first):
-                    self._output[0] = first[sent:]
-                    break
-                sent -= len(first)
-                self._output.popleft()
+            self._take_sent(sent)
+            if is_file:
+                # The others have their turn between two pieces.
+                break
         return True
+
+    def _take_sent(self, sent: int) -> None:
+        first = self._output[0]
+        if isinstance(first, FilePart):
+            first.offset += sent
+            first.left -= sent
+            if not first.left:
+                self._output.popleft()
+                self._loop.soon(first.sent)
+            return
+        self._unsent_bytes -= sent
+        while sent:
+            first = self._output[0]
+            assert isinstance(first, memoryview)
+            if sent < len(first):
+                self._output[0] = first[sent:]
+                break
+            sent -= len(first)
+            self._output.popleft()
 
     def _linger(self) -> None:
         """Hang up politely: half-close, then drop what still comes for a moment."""
@@ -409,5 +447,12 @@ class Connection:
         return True
 
 
-def _first(queue: deque[memoryview], count: int) -> list[memoryview]:
-    return [queue[n] for n in range(min(count, len(queue)))]
+def _leading_bytes(queue: deque[memoryview | FilePart]) -> list[memoryview]:
+    """What one sendmsg(2) may take: at most 16 pieces, up to the first file."""
+    found = []
+    for n in range(min(len(queue), 16)):
+        piece = queue[n]
+        if isinstance(piece, FilePart):
+            break
+        found.append(piece)
+    return found

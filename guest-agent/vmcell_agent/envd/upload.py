@@ -11,8 +11,7 @@ import os
 import posixpath
 import re
 import stat
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from vmcell_protos.errors import CallerError
@@ -24,6 +23,7 @@ from .exchange import Exchange, HttpError
 from .file_access import authorise, file_path, file_user
 from .settings import Settings
 from .tree import make_directories
+from .wire.compression import CompressionError, Gunzip
 from .wire.multipart import (
     MultipartError,
     MultipartParser,
@@ -33,8 +33,6 @@ from .wire.multipart import (
     boundary_of,
 )
 
-_GZIP_WINDOW_BITS = 31
-_UNPACKED_PIECE_BYTES = 256 * 1024
 _METADATA_HEADER = "x-metadata-"
 _METADATA_KEY = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,200}")
 _PART_NAME = "file"
@@ -149,7 +147,7 @@ class Upload:
         exchange.on_gone = self._discard
         encoding = request.headers.get("content-encoding", "identity").strip().lower()
         if encoding == "gzip":
-            self._unpack: _Gunzip | None = _Gunzip()
+            self._unpack: Gunzip | None = Gunzip()
         elif encoding in ("", "identity"):
             self._unpack = None
         else:
@@ -176,6 +174,9 @@ class Upload:
             else:
                 for piece in self._unpack.feed(chunk):
                     self._take(piece)
+        except CompressionError as error:
+            self._discard()
+            raise HttpError(400, str(error)) from None
         except BaseException:
             self._discard()
             raise
@@ -185,6 +186,9 @@ class Upload:
             if self._unpack is not None:
                 self._unpack.finish()
             self._end()
+        except CompressionError as error:
+            self._discard()
+            raise HttpError(400, str(error)) from None
         except BaseException:
             self._discard()
             raise
@@ -242,27 +246,6 @@ class Upload:
             self._parser.finish()
         except MultipartError as error:
             raise HttpError(400, f"cannot read the multipart body: {error}") from None
-
-
-class _Gunzip:
-    """gzip in, pieces of bounded size out; HttpError 400 for anything but one whole member."""
-
-    def __init__(self) -> None:
-        self._stream = zlib.decompressobj(_GZIP_WINDOW_BITS)
-
-    def feed(self, chunk: bytes) -> Iterator[bytes]:
-        while chunk:
-            try:
-                piece = self._stream.decompress(chunk, _UNPACKED_PIECE_BYTES)
-            except zlib.error as error:
-                raise HttpError(400, f"cannot unpack the gzip body: {error}") from None
-            if piece:
-                yield piece
-            chunk = self._stream.unconsumed_tail
-
-    def finish(self) -> None:
-        if not self._stream.eof:
-            raise HttpError(400, "cannot unpack the gzip body: it ends too early")
 
 
 def _metadata(headers: Mapping[str, str]) -> dict[str, str]:
