@@ -9,7 +9,7 @@ import stat
 import zlib
 from collections.abc import Mapping
 
-from .exchange import Exchange, FilePart, HttpError
+from .exchange import Exchange, FilePart, HttpError, Octets
 from .file_access import authorise, file_path, file_user
 from .settings import Settings
 from .wire.compression import GZIP_WINDOW_BITS
@@ -45,7 +45,7 @@ class Download:
         account = file_user(exchange.request, settings)
         self._path = file_path(exchange.request.query.get("path", ""), account, settings)
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: Octets) -> None:
         """A body of a GET has no meaning (RFC 9110 section 9.3.1)."""
 
     def finish(self) -> None:

@@ -33,10 +33,14 @@ class Request:
     headers: Mapping[str, str]
 
 
+# A piece of a request's body; a memoryview is valid during the call only.
+Octets = bytes | memoryview
+
+
 class BodyReader(Protocol):
     """Takes the request's body; either method may raise HttpError or CallerError."""
 
-    def feed(self, chunk: bytes) -> None: ...
+    def feed(self, chunk: Octets) -> None: ...
 
     def finish(self) -> None: ...
 
@@ -194,7 +198,7 @@ class WholeBody:
         self._done = done
         self._body = bytearray()
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: Octets) -> None:
         self._body += chunk
         if len(self._body) > self._limit_bytes:
             raise CallerError(

@@ -15,7 +15,7 @@ from vmcell_protos.errors import CODES, CallerError
 from vmcell_protos.wire import Message
 
 from .accounts import Account
-from .exchange import BodyReader, Exchange, HttpError, WholeBody
+from .exchange import BodyReader, Exchange, HttpError, Octets, WholeBody
 from .loop import Loop, Timer
 from .settings import Settings
 from .wire.codec import JSON, PROTO, Codec
@@ -218,7 +218,7 @@ class _Messages:
     def pending_bytes(self) -> int:
         return self._decoder.pending_bytes
 
-    def feed(self, chunk: bytes) -> Iterator[Fields]:
+    def feed(self, chunk: Octets) -> Iterator[Fields]:
         for flags, payload in self._decoder.feed(chunk):
             if flags & FLAG_END_STREAM:
                 raise CallerError("a request stream has no end-of-stream message")
@@ -238,7 +238,7 @@ class _OneMessage:
         self._body = _Messages(call, packed=packed)
         self._messages: list[Fields] = []
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: Octets) -> None:
         self._messages += self._body.feed(chunk)
         if len(self._messages) > 1:
             raise CallerError("unary request has multiple messages", code="unimplemented")
@@ -256,7 +256,7 @@ class _ManyMessages:
         self._reader = reader
         self._body = _Messages(call, packed=packed)
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: Octets) -> None:
         for message in self._body.feed(chunk):
             self._reader.feed(message)
 

@@ -19,7 +19,7 @@ from vmcell_protos.errors import CallerError
 from .accounts import Account
 from .download import open_error
 from .entry import METADATA_PREFIX
-from .exchange import Exchange, HttpError
+from .exchange import Exchange, HttpError, Octets
 from .file_access import authorise, file_path, file_user
 from .settings import Settings
 from .tree import make_directories
@@ -98,7 +98,7 @@ class _Target:
                     raise
                 raise HttpError(400, f"cannot store metadata {key!r}: {error.strerror}") from None
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: Octets) -> None:
         view = memoryview(data)
         try:
             while view:
@@ -153,7 +153,9 @@ class Upload:
         else:
             raise HttpError(415, f"content encoding {encoding!r} is not supported: use gzip")
 
-    def _body_format(self, content_type: str) -> tuple[Callable[[bytes], None], Callable[[], None]]:
+    def _body_format(
+        self, content_type: str
+    ) -> tuple[Callable[[Octets], None], Callable[[], None]]:
         media_type = content_type.partition(";")[0].strip().lower()
         if media_type == "multipart/form-data":
             try:
@@ -167,7 +169,7 @@ class Upload:
             400, f"content type {content_type!r} is neither multipart/form-data nor octet-stream"
         )
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: Octets) -> None:
         try:
             if self._unpack is None:
                 self._take(chunk)
@@ -213,7 +215,7 @@ class Upload:
 
     # One raw body.
 
-    def _take_raw(self, chunk: bytes) -> None:
+    def _take_raw(self, chunk: Octets) -> None:
         if self._target is None:
             self._begin(self._path)
         assert self._target is not None
@@ -226,7 +228,7 @@ class Upload:
 
     # multipart/form-data.
 
-    def _take_multipart(self, chunk: bytes) -> None:
+    def _take_multipart(self, chunk: Octets) -> None:
         try:
             events = self._parser.feed(chunk)
         except MultipartError as error:

@@ -23,7 +23,7 @@ class Gunzip:
     def __init__(self) -> None:
         self._stream = zlib.decompressobj(GZIP_WINDOW_BITS)
 
-    def feed(self, chunk: bytes) -> Iterator[bytes]:
+    def feed(self, chunk: bytes | memoryview) -> Iterator[bytes]:
         while chunk:
             try:
                 piece = self._stream.decompress(chunk, _PIECE_BYTES)
