@@ -40,12 +40,14 @@ class ApiService:
 
 
 @contextlib.contextmanager
-def api_service(folder: Path, **settings: object) -> Iterator[ApiService]:
-    """A service with a store of its own in `folder`."""
+def api_service(
+    folder: Path, *, node: FakeNode | None = None, **settings: object
+) -> Iterator[ApiService]:
+    """A service with a store of its own in `folder`, and a node that only pretends by default."""
     config = ApiConfig(database_url=f"sqlite:///{folder}/store/api.sqlite", **settings)  # type: ignore[arg-type]  # test settings
     migrate(config.database_url)
     store = Store(open_engine(config.database_url))
-    node = FakeNode()
+    node = node or FakeNode()
     key = new_api_key()
     store.add_key(store.ensure_team("team-one").team_id, hash_api_key(key))
     try:

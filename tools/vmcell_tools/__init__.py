@@ -36,12 +36,14 @@ leak_check       what sandboxes have on a machine
 dev_service      images and the E2B service in the dev VM
 bench_start      starts of containers timed, by part, beside runc
 demo             an E2B client against a real microVM
+matrix           calls of every client in every version
 cli_output       errors, JSON and tables of all commands
 cli_dev          words and options of `vmcell dev`
 cli_host         words and options of `vmcell setup` and `doctor`
 cli_bench        words and options of `vmcell bench`
 cli_cache        words and options of `vmcell cache`
 cli_build        words and options of `vmcell kernel` and `image`
+cli_matrix       words and options of `vmcell matrix`
 cli              the `vmcell` command
 __main__         `python -m vmcell_tools`
 """

@@ -12,6 +12,7 @@ from vmcell_tools.cli_build import image, kernel
 from vmcell_tools.cli_cache import cache
 from vmcell_tools.cli_dev import dev
 from vmcell_tools.cli_host import doctor, setup
+from vmcell_tools.cli_matrix import matrix
 from vmcell_tools.cli_output import OneSentenceGroup
 
 
@@ -21,7 +22,7 @@ def main() -> None:
     """One microVM per container: setup, checks, images and the dev VM."""
 
 
-for command in (setup, doctor, kernel, image, cache, bench, dev):
+for command in (setup, doctor, kernel, image, cache, bench, matrix, dev):
     main.add_command(command)
 
 

@@ -106,7 +106,7 @@ class Connection:
 
     def send_file(self, part: FilePart) -> None:
         # h11 counts it and hands it back: it needs nothing of a body but its length.
-        data = h11.Data(data=part)  # type: ignore[arg-type]
+        data = h11.Data(data=part)  # type: ignore[arg-type]  # only its length is asked
         pieces: list[Any] = self._http.send_with_data_passthrough(data) or []
         for piece in pieces:
             if piece is part:

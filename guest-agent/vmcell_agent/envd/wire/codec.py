@@ -1,7 +1,8 @@
 """Connect's two codecs: a request's bytes to Fields, an answer's values to bytes.
 
-envd holds messages as dicts of proto3 JSON's shape, in which `bytes` values may stay bytes. With `json` they are written as they are; with `proto` the tables
-generated from E2B's `.proto` files say number and kind of each field.
+envd holds messages as dicts of proto3 JSON's shape, in which `bytes` values may stay bytes. With
+`json` they are written as they are; with `proto` the tables generated from E2B's `.proto` files say
+number and kind of each field.
 """
 
 from __future__ import annotations
