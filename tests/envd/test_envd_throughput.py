@@ -52,7 +52,7 @@ def plain_port() -> Iterator[int]:
         port = free_port()
         program = str(SOURCE_ROOT / "tests/support/plain_http_server.py")
         process = subprocess.Popen(
-            [sys.executable, program, folder, str(port)], stdout=subprocess.PIPE
+            [sys.executable, program, folder, "127.0.0.1", str(port)], stdout=subprocess.PIPE
         )
         try:
             assert process.stdout is not None

@@ -1,7 +1,7 @@
 """What envd's throughput is compared with: Python's own http.server, with uploads added.
 
-`python plain_http_server.py FOLDER PORT` serves FOLDER on the loopback: GET as http.server does it,
-POST writes the body to the file that the path names.
+`python plain_http_server.py FOLDER ADDRESS PORT` serves FOLDER: GET as http.server does it, POST
+writes the body to the file that the path names.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 def main() -> None:
-    folder, port = sys.argv[1:]
+    folder, address, port = sys.argv[1:]
     handler = functools.partial(Handler, directory=folder)
-    with ThreadingHTTPServer(("127.0.0.1", int(port)), handler) as server:
+    with ThreadingHTTPServer((address, int(port)), handler) as server:
         os.write(1, b"ready\n")
         server.serve_forever()
 
