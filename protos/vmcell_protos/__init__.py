@@ -19,5 +19,7 @@ events          containerd's task events and their envelope (generated)
 metrics         cgroup v2 metrics for Task.Stats (generated)
 zygote          what is said to the node's zygote and by it
 bootstrap       what containerd exchanges with the shim binary (generated)
+envd_process    E2B's process.Process (generated)
+envd_filesystem  E2B's filesystem.Filesystem (generated)
 pb              gRPC stubs for noded: containerd's services, the node door (generated)
 """

@@ -5,6 +5,7 @@ That nothing of it is a bug of ours is asserted by the fixture, which reads the 
 
 from __future__ import annotations
 
+import gzip
 import socket
 import struct
 
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.root
 
 _PATHS = [
     b"/files?path=/tmp/fuzz",
+    b"/files/compose",
     b"/init",
     b"/metrics",
     b"/health",
@@ -41,6 +43,9 @@ _HEADERS = [
     b"Connection: close",
     b"Content-Type: application/json",
     b"Content-Type: application/connect+json",
+    b"Content-Type: application/proto",
+    b"Content-Type: application/connect+proto",
+    b"Connect-Content-Encoding: gzip",
     b"Content-Type: application/octet-stream",
     b"Content-Type: multipart/form-data; boundary=B",
     b"Content-Encoding: gzip",
@@ -55,6 +60,11 @@ _BODIES = [
     frame({"process": {"cmd": "cat"}, "pty": {"size": {"cols": 3, "rows": 4}}}),
     frame({"start": {"process": {"pid": 7}}}) + frame({"data": {"input": {"stdin": "eA=="}}}),
     frame({"path": "/tmp", "recursive": True}),
+    # the same in protobuf: Start of echo, and Stat of /tmp
+    b"\0\0\0\0\x0b\x0a\x09\x0a\x04echo\x12\x01x",
+    b"\x0a\x04/tmp",
+    gzip.compress(b'{"path":"/tmp"}'),
+    b'{"source_paths":["/tmp/fuzz","/tmp/fuzz2"],"destination":"/tmp/fuzz3"}',
     b'{"path":"/proc","depth":4}',
     b'{"path":"/tmp/fuzz-directory"}',
     b'{"source":"/tmp/fuzz","destination":"/tmp/fuzz-directory/x"}',

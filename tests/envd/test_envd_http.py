@@ -5,10 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import socket
+import struct
 import time
 
 import pytest
-from envd_client import Answer, frame, request, unary
+from envd_client import JSON, STREAM, Answer, frame, request, shell, unary
 from envd_harness import Envd, wait_until
 
 pytestmark = pytest.mark.root
@@ -149,8 +150,9 @@ def test_unknown_paths_and_methods(envd: Envd) -> None:
 @pytest.mark.parametrize(
     ("method", "content_type"),
     [
-        ("process.Process/List", "application/proto"),
+        ("process.Process/List", "application/connect+proto"),
         ("process.Process/List", "application/connect+json"),
+        ("process.Process/Start", "application/proto"),
         ("process.Process/Start", "application/json"),
         ("process.Process/Start", "application/grpc"),
         ("process.Process/List", "application/json; charset=latin1"),
@@ -183,6 +185,26 @@ def test_unary_errors(envd: Envd) -> None:
     bad_user = unary(envd, stat, {"path": "/"}, {"Authorization": "Basic !"})
     assert connect_error(bad_user) == (401, "unauthenticated")
     assert connect_error(unary(envd, stat, {"path": "x" * 40_000_000}))[1] == "resource_exhausted"
+
+
+def test_requests_may_be_packed(envd: Envd) -> None:
+    packed = gzip.compress(b'{"path":"/tmp"}')
+    headers = {**JSON, "Content-Encoding": "gzip"}
+    answer = request(envd, "POST", "/filesystem.Filesystem/Stat", packed, headers)
+    assert answer.json()["entry"]["path"] == "/tmp"
+    for bad, code in (
+        (packed[:-1], "invalid_argument"),
+        (b"no gzip", "invalid_argument"),
+        (gzip.compress(b" " * 40_000_000), "resource_exhausted"),
+    ):
+        refused = request(envd, "POST", "/filesystem.Filesystem/Stat", bad, headers)
+        assert connect_error(refused)[1] == code
+    message = gzip.compress(json.dumps(shell("echo packed")).encode())
+    body = struct.pack(">BI", 1, len(message)) + message
+    for named, ends_well in ((True, True), (False, False)):
+        extra = {"Connect-Content-Encoding": "gzip"} if named else {}
+        answer = request(envd, "POST", "/process.Process/Start", body, {**STREAM, **extra})
+        assert (b"error" not in answer.body) == ends_well
 
 
 def test_old_clients_get_only_fields_they_know(envd: Envd) -> None:
@@ -258,6 +280,46 @@ class TestDownload:
         for headers in ({"Accept-Encoding": "zstd,gzip,br"}, {}):
             plain = request(envd, "GET", target, headers=headers)
             assert (plain.headers.get("content-encoding"), len(plain.body)) == (None, 1_000_000)
+
+    @pytest.mark.parametrize(
+        ("accepted", "status", "packed"),
+        [
+            ("gzip;q=0.5", 200, True),
+            ("GZIP", 200, True),
+            ("identity;q=0, gzip", 200, True),
+            ("*;q=0, gzip;q=0.1", 200, True),
+            ("gzip;q=0", 200, False),
+            ("identity", 200, False),
+            ("*", 200, False),
+            ("br", 200, False),
+            ("identity;q=0", 406, False),
+            ("*;q=0", 406, False),
+            ("br, identity;q=0.000", 406, False),
+        ],
+    )
+    def test_what_the_client_accepts(
+        self, envd: Envd, accepted: str, status: int, packed: bool
+    ) -> None:
+        write(envd, "/tmp/accepted", b"a" * 1000)
+        headers = {"Accept-Encoding": accepted}
+        answer = request(envd, "GET", "/files?path=/tmp/accepted", headers=headers)
+        assert (answer.status, "content-encoding" in answer.headers) == (status, packed)
+
+    def test_files_whose_size_is_a_promise_are_read_to_their_end(self, envd: Envd) -> None:
+        # sysfs says 4096 for every file
+        answer = request(envd, "GET", "/files?path=/sys/kernel/mm/transparent_hugepage/enabled")
+        assert answer.status == 200
+        assert b"never" in answer.body
+
+    def test_a_client_that_half_closes_gets_its_file(self, envd: Envd) -> None:
+        write(envd, "/tmp/to-the-end", bytes(5_000_000))
+        with envd.connect() as sock:
+            sock.sendall(b"GET /files?path=/tmp/to-the-end HTTP/1.1\r\nHost: x\r\n\r\n")
+            sock.shutdown(socket.SHUT_WR)
+            received = 0
+            while piece := sock.recv(1 << 20):
+                received += len(piece)
+        assert received > 5_000_000
 
     def test_a_slow_reader_stops_nobody_and_costs_no_memory(self, envd: Envd) -> None:
         write(envd, "/tmp/large", bytes(80_000_000))

@@ -48,15 +48,18 @@ class ApiService:
 
 
 @contextlib.contextmanager
-def api_service(folder: Path, **settings: object) -> Iterator[ApiService]:
-    """A service with a store of its own in `folder`, unless `settings` name one."""
+def api_service(
+    folder: Path, *, node: FakeNode | None = None, **settings: object
+) -> Iterator[ApiService]:
+    """A service with a store of its own in `folder`, unless `settings` name one, and a node that
+    only pretends by default."""
     settings.setdefault("database_url", f"sqlite:///{folder}/store/api.sqlite")
     settings.setdefault("upload_dir", f"{folder}/uploads")
     settings.setdefault("volumes_dir", f"{folder}/volumes")
     config = ApiConfig(**settings)  # type: ignore[arg-type]  # test settings
     migrate(config.database_url)
     store = Store(open_engine(config.database_url))
-    node, builder = FakeNode(volumes_dir=config.volumes_dir), FakeBuilder()
+    node, builder = node or FakeNode(volumes_dir=config.volumes_dir), FakeBuilder()
     key, _ = create_key(store, store.ensure_team("team-one"), scopes=("*",))
     folders = VolumeFolders(config.volumes_dir)
     folders.prepare()

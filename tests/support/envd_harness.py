@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 DEADLINE_SECONDS = 30.0
+ENVD_PORT = 49983
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
 USER_UID = 1000
 STAFF_GID = 50
@@ -51,7 +52,7 @@ def mount(*arguments):
 
 mount("--make-rprivate", "/")
 mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", root)
-for name in ("etc", "home/user", "root", "proc", "dev", "tmp", "usr", "run", "var", "low"):
+for name in ("etc", "home/user", "root", "proc", "dev", "tmp", "usr", "run", "var", "low", "sys"):
     os.makedirs(f"{root}/{name}")
 os.chmod(f"{root}/tmp", 0o1777)
 os.chmod(f"{root}/root", 0o700)
@@ -64,6 +65,7 @@ for name, text in config["etc"].items():
 mount("--bind", "/usr", f"{root}/usr")
 mount("-o", "remount,bind,ro", f"{root}/usr")
 mount("-t", "proc", "proc", f"{root}/proc")
+mount("-t", "sysfs", "-o", "ro", "sysfs", f"{root}/sys")
 mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", f"{root}/dev")
 mount("-t", "tmpfs", "-o", f"mode=777,size={config['small_disk_bytes']}", "tmpfs", f"{root}/low")
 for name in ("null", "zero", "full", "random", "urandom", "tty"):
@@ -88,6 +90,11 @@ os.chdir("/")
 sys.meta_path.insert(0, NoImports())
 sys.path.clear()
 sys.path_importer_cache.clear()
+
+if config["address"]:
+    serve._listen_everywhere = lambda port: [
+        serve._listen(serve.socket.AF_INET, config["address"], port)
+    ]
 
 def ready():
     os.write(config["ready"], b"ready")
@@ -137,8 +144,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_envd(folder: Path, *, etc: dict[str, str] | None = None) -> Iterator[Envd]:
+def running_envd(
+    folder: Path, *, etc: dict[str, str] | None = None, address: str = ""
+) -> Iterator[Envd]:
     """Start envd with its files under `folder`; afterwards all of its container is gone.
+
+    With `address`, one of the loopback's own, it listens there on envd's usual port, so that
+    several stand beside each other as sandboxes do; else everywhere on a free port.
 
     What it wrote to stderr must be free of bugs and of late imports; that is asserted here, so
     every test that uses a server is a test of both.
@@ -146,11 +158,12 @@ def running_envd(folder: Path, *, etc: dict[str, str] | None = None) -> Iterator
     root = folder / "root"
     root.mkdir(parents=True)
     log = folder / "stderr"
-    port = free_port()
+    port = ENVD_PORT if address else free_port()
     read, write = os.pipe()
     config: dict[str, Any] = {
         "root": str(root),
         "port": port,
+        "address": address,
         "ready": write,
         "path": [path for path in sys.path if path],
         "etc": {"passwd": _PASSWD, "group": _GROUP, **(etc or {})},

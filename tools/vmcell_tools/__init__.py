@@ -45,6 +45,7 @@ operator_desk    the store, opened for the operator's commands, which are audite
 demo             an E2B client against a real microVM
 template_client  the API's template routes
 template_source  what a template is built from
+matrix           calls of every client in every version
 cli_output       errors, JSON and tables of all commands
 cli_dev          words and options of `vmcell dev`
 cli_host         words and options of `vmcell setup` and `doctor`
@@ -56,6 +57,7 @@ cli_key          words and options of `vmcell key`
 cli_audit        words and options of `vmcell audit`
 cli_volume       words and options of `vmcell volume`
 cli_build        words and options of `vmcell kernel` and `image`
+cli_matrix       words and options of `vmcell matrix`
 cli              the `vmcell` command
 __main__         `python -m vmcell_tools`
 """

@@ -14,6 +14,7 @@ from vmcell_tools.cli_cache import cache
 from vmcell_tools.cli_dev import dev
 from vmcell_tools.cli_host import doctor, setup
 from vmcell_tools.cli_key import key
+from vmcell_tools.cli_matrix import matrix
 from vmcell_tools.cli_output import OneSentenceGroup
 from vmcell_tools.cli_team import migrate, team
 from vmcell_tools.cli_template import template
@@ -27,7 +28,8 @@ def main() -> None:
 
 
 COMMANDS = (
-    *(setup, doctor, kernel, image, template, volume, cache, team, key, audit, migrate, bench, dev),
+    *(setup, doctor, kernel, image, template, volume, cache, team, key, audit, migrate),
+    *(bench, matrix, dev),
 )
 for command in COMMANDS:
     main.add_command(command)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from vmcell_protos.errors import HostError
 from vmcell_tools.build_cache import BuildCache
@@ -77,3 +81,37 @@ def stop_service() -> None:
 def create_key(team: str) -> str:
     """A fresh API key of the service in the VM."""
     return in_vm(*VMCELL, "key", "create", "--team", team).split()[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceInVm:
+    """How the service in the VM is reached from here."""
+
+    api_url: str
+    sandbox_url: str
+    key: str
+
+
+@contextmanager
+def service_in_dev_vm(team: str, progress: Progress) -> Iterator[ServiceInVm]:
+    """The dev VM up, the base image in it, the service running and a fresh key for `team`.
+
+    The VM stays up afterwards. Raises HostError for what does not come up.
+    """
+    progress.step("bringing the dev VM up")
+    up = subprocess.run(UP, check=False)
+    if up.returncode:
+        raise HostError("the dev VM did not come up; its message is above")
+    status = json.loads(subprocess.check_output([*VMCELL, "dev", "status", "--json"]))
+    import_image("base", ("vmcell",), progress)
+    progress.step("starting noded, the API and nginx in the dev VM")
+    api_url = f"http://127.0.0.1:{status['api_port']}"
+    start_service(api_url)
+    try:
+        yield ServiceInVm(
+            api_url=api_url,
+            sandbox_url=f"http://127.0.0.1:{status['data_port']}",
+            key=create_key(team),
+        )
+    finally:
+        stop_service()

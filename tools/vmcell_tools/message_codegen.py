@@ -31,6 +31,8 @@ STEMS = (
     "events",
     "metrics",
     "bootstrap",
+    "envd_process",
+    "envd_filesystem",
 )
 LINE_LENGTH = 100
 

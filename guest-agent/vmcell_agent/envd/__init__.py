@@ -11,11 +11,13 @@ paths               which absolute path a client means
 loop                epoll, timers, deferred calls
 settings            what /init told: token, environment, defaults
 exchange            one request and its response
+file_sending        sendfile(2)
 connection          HTTP/1.1 on one socket
 rpc                 Connect calls
 spawn               fork and exec of one command
 stdin               writing to a child that may not read
 journal             starts, output and ends, for GET /logs
+process_event       what listeners are told, framed once
 process             one process, its listeners, its end
 process_table       all processes; reaping
 process_service     process.Process
@@ -29,6 +31,7 @@ watch_service       filesystem.Filesystem: WatchDir and CreateWatcher
 file_access         who may use /files, and which file is meant
 download            GET /files
 upload              POST /files
+compose             POST /files/compose
 initialise          POST /init
 metrics             GET /metrics
 layer               what has changed in the root, as a tar

@@ -3,6 +3,10 @@
 Requests are framed by h11 alone (RFC 9112), and a request that states its length in two ways is
 refused, so that a proxy in front and this server are always of one mind where it ends. Requests
 sent ahead wait in the socket until the response before them has ended.
+
+Large bodies of a stated length are read past h11, which copies each byte several times: their end
+is known from the head. What h11 has not seen the end of cannot be used again, so the next request
+on the connection gets a fresh one.
 """
 
 from __future__ import annotations
@@ -11,10 +15,12 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import h11
 
-from .exchange import BodyReader, Exchange, HttpError, Request
+from .exchange import BodyReader, Exchange, FilePart, HttpError, Request
+from .file_sending import send_file_piece
 from .loop import HUNG_UP, READABLE, WRITABLE, Loop
 from .wire.headers import http_date
 from .wire.target import split_target
@@ -30,6 +36,13 @@ STALLED_SECONDS = 300.0
 # How long the rest of a refused body is read and dropped, so that the answer is not lost to a
 # reset (RFC 9112 section 9.6).
 LINGER_SECONDS = 5.0
+# From here on a body of a stated length is read past h11.
+DIRECT_BODY_BYTES = 64 * 1024
+# How many full buffers one connection may take before the others have their turn.
+_DIRECT_READS = 4
+
+# What is read past h11 lies here until its reader has taken it; readers keep nothing of it.
+_buffer = memoryview(bytearray(RECEIVE_BYTES))
 
 Application = Callable[[Exchange], BodyReader]
 
@@ -48,8 +61,12 @@ class Connection:
         self._socket = sock
         self._application = application
         self._closed = closed
-        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
-        self._output: deque[memoryview] = deque()
+        self._http = _new_http()
+        # Bytes still to come of a body that is read past h11, None for all other bodies; and what
+        # of it h11 had been given with the head.
+        self._body_left: int | None = None
+        self._body_in_http = 0
+        self._output: deque[memoryview | FilePart] = deque()
         self._unsent_bytes = 0
         self._exchange: Exchange | None = None
         self._reader: BodyReader | None = None
@@ -87,6 +104,17 @@ class Connection:
             self._queue(piece)
         self._flush()
 
+    def send_file(self, part: FilePart) -> None:
+        # h11 counts it and hands it back: it needs nothing of a body but its length.
+        data = h11.Data(data=part)  # type: ignore[arg-type]  # only its length is asked
+        pieces: list[Any] = self._http.send_with_data_passthrough(data) or []
+        for piece in pieces:
+            if piece is part:
+                self._output.append(part)
+            else:
+                self._queue(piece)
+        self._flush()
+
     def send_end(self) -> None:
         self._held = False
         self._queue(self._http.send(h11.EndOfMessage()))
@@ -119,9 +147,10 @@ class Connection:
         if self._lingering:
             return quiet_s > LINGER_SECONDS
         if self._exchange is None:
-            begun = bool(self._http.trailing_data[0])
+            begun = bool(self._sent_ahead())
             return quiet_s > (STALLED_SECONDS if begun else IDLE_SECONDS)
-        body_missing = self._http.their_state is h11.SEND_BODY and not self._held
+        body_missing = self._http.their_state is h11.SEND_BODY and self._body_left != 0
+        body_missing = body_missing and not self._held
         return quiet_s > STALLED_SECONDS and body_missing
 
     def close(self) -> None:
@@ -149,7 +178,17 @@ class Connection:
             # Reset after its end: recv(2) tells the end only, and epoll goes on reporting it.
             self.close()
 
+    def _request_is_complete(self) -> bool:
+        return self._body_left == 0 or self._http.their_state is h11.DONE
+
+    def _sent_ahead(self) -> bytes:
+        """What has been received and belongs to no request yet."""
+        return self._http.trailing_data[0][self._body_in_http :]
+
     def _receive(self) -> None:
+        if self._body_left and not self._lingering:
+            self._receive_direct()
+            return
         try:
             data = self._socket.recv(RECEIVE_BYTES)
         except (BlockingIOError, InterruptedError):
@@ -169,12 +208,45 @@ class Connection:
         self._http.receive_data(data)
         self._pump()
 
+    def _begin_direct(self, length_bytes: int) -> None:
+        """Take over the body if most of it is still to come."""
+        arrived = self._http.trailing_data[0]
+        if length_bytes < DIRECT_BODY_BYTES or len(arrived) >= length_bytes:
+            return
+        self._body_left = length_bytes - len(arrived)
+        self._body_in_http = len(arrived)
+        if arrived:
+            self._feed(arrived)
+
+    def _receive_direct(self) -> None:
+        for _ in range(_DIRECT_READS):
+            assert self._body_left
+            wanted = min(RECEIVE_BYTES, self._body_left)
+            try:
+                count = self._socket.recv_into(_buffer, wanted)
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError:
+                self.close()
+                return
+            if not count:
+                self._on_end_of_input()
+                return
+            self._active_at = time.monotonic()
+            self._body_left -= count
+            self._feed(_buffer[:count])
+            if not self._body_left:
+                self._finish_body()
+            if self._is_closed or self._held or not self._body_left:
+                break
+        self._pump()
+
     def _on_end_of_input(self) -> None:
         self._end_of_input = True
         exchange = self._exchange
         if exchange is not None and not exchange.ended:
-            live_stream = exchange.begun and exchange.pull is None
-            if live_stream or self._http.their_state is not h11.DONE:
+            live_stream = exchange.begun and exchange.pull is None and not exchange.sends_file
+            if live_stream or not self._request_is_complete():
                 # A live stream lost its listener, or the request will never be complete.
                 self.close()
                 return
@@ -197,6 +269,10 @@ class Connection:
 
     def _step(self) -> bool:
         if self._exchange is not None and self._exchange.ended and not self._next_cycle():
+            return False
+        if self._body_left is not None:
+            if self._body_left:
+                self._invite_body()
             return False
         try:
             event = self._http.next_event()
@@ -221,14 +297,20 @@ class Connection:
 
     def _next_cycle(self) -> bool:
         """After a response: True when the next request may be read (or a body be drained)."""
-        if self._http.our_state is h11.DONE and self._http.their_state is h11.DONE:
+        if self._http.our_state is h11.DONE and self._request_is_complete():
             self._exchange = self._reader = None
-            self._http.start_next_cycle()
+            if self._body_left == 0:
+                self._http, ahead = _new_http(), self._sent_ahead()
+                self._body_left, self._body_in_http = None, 0
+                if ahead:
+                    self._http.receive_data(ahead)
+            else:
+                self._http.start_next_cycle()
             self._active_at = time.monotonic()
             return True
         if self._http.our_state in (h11.MUST_CLOSE, h11.CLOSED, h11.ERROR):
             return False
-        return self._http.their_state is h11.SEND_BODY
+        return self._http.their_state is h11.SEND_BODY and self._body_left is None
 
     def _open_exchange(self, event: h11.Request) -> bool:
         headers: dict[str, str] = {}
@@ -255,12 +337,14 @@ class Connection:
             exchange.fail(failure)
         else:
             exchange.attempt(lambda: self._start(exchange))
+        if "content-length" in headers and not self._is_closed:
+            self._begin_direct(int(headers["content-length"]))
         return True
 
     def _start(self, exchange: Exchange) -> None:
         self._reader = self._application(exchange)
 
-    def _feed(self, chunk: bytes) -> None:
+    def _feed(self, chunk: bytes | memoryview) -> None:
         reader = self._reader
         exchange = self._exchange
         if reader is not None and exchange is not None and not exchange.ended:
@@ -342,25 +426,50 @@ class Connection:
                 self._queue(part)
 
     def _send_queued(self) -> bool:
+        """False when the client is gone, or a file is shorter than was promised."""
         while self._output:
+            first = self._output[0]
+            is_file = isinstance(first, FilePart)
             try:
-                sent = self._socket.sendmsg([*_first(self._output, 16)])
+                if isinstance(first, FilePart):
+                    sent = send_file_piece(self._socket, first)
+                else:
+                    sent = self._socket.sendmsg(_leading_bytes(self._output))
             except (BlockingIOError, InterruptedError):
                 break
             except OSError:
                 # The client went away; whatever it had asked for goes on without it.
                 self.close()
                 return False
+            if not sent:
+                # A broken connection is the only honest answer left.
+                self.close()
+                return False
             self._active_at = time.monotonic()
-            self._unsent_bytes -= sent
-            while sent:
-                first = self._output[0]
-                if sent < len(first):
-                    self._output[0] = first[sent:]
-                    break
-                sent -= len(first)
-                self._output.popleft()
+            self._take_sent(sent)
+            if is_file:
+                # The others have their turn between two pieces.
+                break
         return True
+
+    def _take_sent(self, sent: int) -> None:
+        first = self._output[0]
+        if isinstance(first, FilePart):
+            first.offset += sent
+            first.left -= sent
+            if not first.left:
+                self._output.popleft()
+                self._loop.soon(first.sent)
+            return
+        self._unsent_bytes -= sent
+        while sent:
+            first = self._output[0]
+            assert isinstance(first, memoryview)
+            if sent < len(first):
+                self._output[0] = first[sent:]
+                break
+            sent -= len(first)
+            self._output.popleft()
 
     def _linger(self) -> None:
         """Hang up politely: half-close, then drop what still comes for a moment."""
@@ -370,7 +479,8 @@ class Connection:
             # _flush comes back here once all is sent.
             self._update_events()
             return
-        if self._end_of_input or self._http.their_state not in (h11.SEND_BODY, h11.ERROR):
+        nothing_comes = self._end_of_input or self._body_left == 0
+        if nothing_comes or self._http.their_state not in (h11.SEND_BODY, h11.ERROR):
             self.close()
             return
         self._lingering = True
@@ -404,10 +514,21 @@ class Connection:
         """
         if self._end_of_input or self._held:
             return False
-        if self._http.their_state is h11.DONE:
-            return not self._http.trailing_data[0]
+        if self._request_is_complete():
+            return not self._sent_ahead()
         return True
 
 
-def _first(queue: deque[memoryview], count: int) -> list[memoryview]:
-    return [queue[n] for n in range(min(count, len(queue)))]
+def _new_http() -> h11.Connection:
+    return h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+
+
+def _leading_bytes(queue: deque[memoryview | FilePart]) -> list[memoryview]:
+    """What one sendmsg(2) may take: at most 16 pieces, up to the first file."""
+    found = []
+    for n in range(min(len(queue), 16)):
+        piece = queue[n]
+        if isinstance(piece, FilePart):
+            break
+        found.append(piece)
+    return found

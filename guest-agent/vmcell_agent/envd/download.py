@@ -9,22 +9,23 @@ import stat
 import zlib
 from collections.abc import Mapping
 
-from .exchange import Exchange, HttpError
+from .exchange import Exchange, FilePart, HttpError, Octets
 from .file_access import authorise, file_path, file_user
 from .settings import Settings
+from .wire.compression import GZIP_WINDOW_BITS
 from .wire.headers import (
     ByteRange,
+    NotAcceptable,
     RangeNotSatisfiable,
-    accepts_gzip,
     content_type_of,
     http_date,
     inline_disposition,
     parse_http_date,
     parse_range,
+    wants_gzip,
 )
 
 PIECE_BYTES = 256 * 1024
-_GZIP_WINDOW_BITS = 31
 _CONDITIONS = (
     "range",
     "if-modified-since",
@@ -44,7 +45,7 @@ class Download:
         account = file_user(exchange.request, settings)
         self._path = file_path(exchange.request.query.get("path", ""), account, settings)
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: Octets) -> None:
         """A body of a GET has no meaning (RFC 9110 section 9.3.1)."""
 
     def finish(self) -> None:
@@ -71,7 +72,7 @@ class Download:
                 sender.close()
                 exchange.reply(verdict, describing[2:])
                 return
-        elif accepts_gzip(headers.get("accept-encoding")):
+        elif _wants_gzip(headers):
             sender.compress()
             exchange.begin(200, [*describing, ("Content-Encoding", "gzip")])
             sender.start()
@@ -94,6 +95,11 @@ class Download:
         except RangeNotSatisfiable as error:
             raise HttpError(416, str(error), [("Content-Range", f"bytes */{size}")]) from None
         describing.append(("Accept-Ranges", "bytes"))
+        if part is None and size <= PIECE_BYTES:
+            # sysfs says a page and holds a line; what is there at once needs no promise.
+            body = sender.read_once()
+            self._exchange.reply(200, describing, body)
+            return
         if part is None:
             part, code = ByteRange(0, size), 200
         else:
@@ -101,39 +107,51 @@ class Download:
             describing.append(("Content-Range", f"bytes {part.start}-{part.end - 1}/{size}"))
         describing.append(("Content-Length", str(part.end - part.start)))
         self._exchange.begin(code, describing)
-        sender.limit(part)
-        sender.start()
+        sender.send(part)
 
 
 class _Sender:
-    """Owns the open file; hands its pieces to the exchange until the end or the limit."""
+    """Owns the open file until all of it has been handed on, or the client is gone."""
 
     def __init__(self, exchange: Exchange, descriptor: int) -> None:
         self._exchange = exchange
         self._descriptor = descriptor
-        self._left: int | None = None
         self._compressor: zlib._Compress | None = None
+        exchange.on_gone = self.close
 
-    def limit(self, part: ByteRange) -> None:
-        if part.start:
-            os.lseek(self._descriptor, part.start, os.SEEK_SET)
-        self._left = part.end - part.start
+    def read_once(self) -> bytes:
+        """All of a file of at most PIECE_BYTES, and closes it. HttpError 500."""
+        try:
+            return self._read()
+        finally:
+            self.close()
+
+    def send(self, part: ByteRange) -> None:
+        """A part of known length, by the kernel."""
+        if self._exchange.request.method == "HEAD":
+            self._end()
+        else:
+            length = part.end - part.start
+            self._exchange.send_file(FilePart(self._descriptor, part.start, length, self._end))
 
     def compress(self) -> None:
-        self._compressor = zlib.compressobj(1, zlib.DEFLATED, _GZIP_WINDOW_BITS)
+        self._compressor = zlib.compressobj(1, zlib.DEFLATED, GZIP_WINDOW_BITS)
 
     def start(self) -> None:
+        """Whatever the file holds, piece by piece, to its end."""
         if self._exchange.request.method == "HEAD":
-            self.close()
-            self._exchange.end()
-            return
-        self._exchange.on_gone = self.close
-        self._exchange.stream_from(self._next)
+            self._end()
+        else:
+            self._exchange.stream_from(self._next)
 
     def close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def _end(self) -> None:
+        self.close()
+        self._exchange.end()
 
     def _next(self) -> bytes | None:
         while self._descriptor >= 0:
@@ -152,21 +170,13 @@ class _Sender:
         return None
 
     def _read(self) -> bytes:
-        size = PIECE_BYTES if self._left is None else min(PIECE_BYTES, self._left)
         try:
-            piece = os.read(self._descriptor, size) if size else b""
+            return os.read(self._descriptor, PIECE_BYTES)
         except BlockingIOError:
-            piece = b""
+            return b""
         except OSError as error:
             self.close()
             raise HttpError(500, f"reading the file failed: {error.strerror}") from None
-        if self._left is not None:
-            if size and not piece:
-                # Cut short by somebody: a broken connection is the only honest answer left.
-                self.close()
-                raise HttpError(500, "the file became shorter while it was sent")
-            self._left -= len(piece)
-        return piece
 
 
 def _open(path: str) -> tuple[int, os.stat_result]:
@@ -196,6 +206,13 @@ def open_error(path: str, error: OSError) -> HttpError:
     if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.ETXTBSY):
         return HttpError(400, f"path '{path}': {(error.strerror or '').lower()}")
     return HttpError(500, f"path '{path}': {(error.strerror or str(error)).lower()}")
+
+
+def _wants_gzip(headers: Mapping[str, str]) -> bool:
+    try:
+        return wants_gzip(headers.get("accept-encoding"))
+    except NotAcceptable as error:
+        raise HttpError(406, str(error)) from None
 
 
 def _check_conditions(headers: Mapping[str, str], modified_s: int) -> int | None:

@@ -33,12 +33,34 @@ class Request:
     headers: Mapping[str, str]
 
 
+# A piece of a request's body; a memoryview is valid during the call only.
+Octets = bytes | memoryview
+
+
 class BodyReader(Protocol):
     """Takes the request's body; either method may raise HttpError or CallerError."""
 
-    def feed(self, chunk: bytes) -> None: ...
+    def feed(self, chunk: Octets) -> None: ...
 
     def finish(self) -> None: ...
+
+
+class FilePart:
+    """`left` bytes of an open regular file from `offset` on; the descriptor is its giver's.
+
+    `sent` is called once all of them are on their way.
+    """
+
+    __slots__ = ("descriptor", "left", "offset", "sent")
+
+    def __init__(self, descriptor: int, offset: int, left: int, sent: Callable[[], None]) -> None:
+        self.descriptor = descriptor
+        self.offset = offset
+        self.left = left
+        self.sent = sent
+
+    def __len__(self) -> int:
+        return self.left
 
 
 class Transport(Protocol):
@@ -47,6 +69,8 @@ class Transport(Protocol):
     def send_head(self, status: int, headers: list[tuple[str, str]]) -> None: ...
 
     def send_body(self, data: bytes) -> None: ...
+
+    def send_file(self, part: FilePart) -> None: ...
 
     def send_end(self) -> None: ...
 
@@ -77,6 +101,7 @@ class Exchange:
         self.on_gone: Callable[[], None] | None = None
         self.on_drained: Callable[[], None] | None = None
         self.pull: Callable[[], bytes | None] | None = None
+        self.sends_file = False
         self.fail_with: Callable[[HttpError | CallerError], None] = self._fail_plainly
         self.extra_headers: list[tuple[str, str]] = []
 
@@ -120,6 +145,12 @@ class Exchange:
         self.pull = pull
         if not self.gone:
             self._transport.want_more()
+
+    def send_file(self, part: FilePart) -> None:
+        """The whole body, which the kernel takes from the file at the client's pace."""
+        if not self.gone and not self.ended:
+            self.sends_file = True
+            self._transport.send_file(part)
 
     def cut(self) -> None:
         """Break the connection off: the response begun cannot be completed honestly."""
@@ -167,7 +198,7 @@ class WholeBody:
         self._done = done
         self._body = bytearray()
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: Octets) -> None:
         self._body += chunk
         if len(self._body) > self._limit_bytes:
             raise CallerError(

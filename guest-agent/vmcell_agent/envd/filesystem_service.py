@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Callable, Generator
 
+from vmcell_protos import envd_filesystem as proto
 from vmcell_protos.errors import CallerError
 
 from .entry import entry_info
@@ -29,11 +30,11 @@ class FilesystemService:
         self._loop = loop
         self._settings = settings
         self.methods: dict[str, Method] = {
-            "Stat": Method(unary=self._stat),
-            "ListDir": Method(unary=self._list_dir),
-            "MakeDir": Method(unary=self._make_dir),
-            "Move": Method(unary=self._move),
-            "Remove": Method(unary=self._remove),
+            "Stat": Method(proto.StatRequest, proto.StatResponse, unary=self._stat),
+            "ListDir": Method(proto.ListDirRequest, proto.ListDirResponse, unary=self._list_dir),
+            "MakeDir": Method(proto.MakeDirRequest, proto.MakeDirResponse, unary=self._make_dir),
+            "Move": Method(proto.MoveRequest, proto.MoveResponse, unary=self._move),
+            "Remove": Method(proto.RemoveRequest, proto.RemoveResponse, unary=self._remove),
         }
 
     def _path(self, call: Call, message: Fields, field: str = "path") -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
 
@@ -48,10 +49,9 @@ def _initialise(exchange: Exchange, settings: Settings, clock: SetClock, body: b
             raise CallerError(f"field {name} of /init is not supported")
     timestamp = message.optional_text("timestamp")
     unix_ns = None if not timestamp else _unix_ns(timestamp)
-    environment = _environment(message)
     settings.initialise(
         access_token=token,
-        environment=environment,
+        environment=_environment(message, settings.global_environment),
         default_user=message.optional_text("defaultUser"),
         default_workdir=message.optional_text("defaultWorkdir"),
     )
@@ -61,11 +61,21 @@ def _initialise(exchange: Exchange, settings: Settings, clock: SetClock, body: b
     exchange.reply(204, [("Cache-Control", "no-store")])
 
 
-def _environment(message: Fields) -> dict[str, str]:
-    environment = message.text_map("envVars")
+def _environment(message: Fields, present: Mapping[str, str]) -> dict[str, str] | None:
+    """The global environment as the message wants it; None: it says nothing about it."""
+    events = message.optional_text("hyperloopIP")
+    if not message.has("envVars") and not events:
+        return None
+    environment = message.text_map("envVars") if message.has("envVars") else dict(present)
     for name in environment:
         if not name or "=" in name:
             raise CallerError(f"{name!r} is no name of an environment variable")
+    if events:
+        try:
+            socket.inet_pton(socket.AF_INET, events)
+        except OSError:
+            raise CallerError(f"hyperloopIP {events!r} is no IPv4 address") from None
+        environment["E2B_EVENTS_ADDRESS"] = f"http://{events}"
     return environment
 
 

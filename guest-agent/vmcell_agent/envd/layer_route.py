@@ -61,7 +61,7 @@ class _LayerReader:
         self._route = route
         self._exchange = exchange
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: bytes | memoryview) -> None:
         """A body of a GET has no meaning (RFC 9110 section 9.3.1)."""
 
     def finish(self) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import signal
-from binascii import b2a_base64
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,10 +24,9 @@ from vmcell_protos.errors import CallerError
 
 from .journal import Journal
 from .loop import READABLE, Loop, Timer
+from .process_event import ProcessEvent
 from .spawn import Spawned, TerminalSize, set_terminal_size
 from .stdin import Done, StdinWriter
-from .wire.envelope import encode_envelope
-from .wire.fields import dump_message
 from .wire.gotext import exit_text
 
 PIPE_CHUNK_BYTES = 32 * 1024
@@ -50,25 +48,14 @@ class ProcessConfig:
 
 
 class Listener(Protocol):
-    """A client's stream of events; frames are Connect envelopes, equal for all listeners."""
+    """A client's stream of events."""
 
     @property
     def unsent_bytes(self) -> int: ...
 
-    def frame(self, frame: bytes) -> None: ...
+    def tell(self, event: ProcessEvent) -> None: ...
 
     def finish(self, error: CallerError | None) -> None: ...
-
-
-def event_frame(event: dict[str, object]) -> bytes:
-    """`{"event": event}`: Start's and Connect's responses have the same shape."""
-    return encode_envelope(dump_message({"event": event}))
-
-
-def _data_frame(kind: str, data: bytes) -> bytes:
-    return encode_envelope(
-        b'{"event":{"data":{"%b":"%b"}}}' % (kind.encode("ascii"), b2a_base64(data, newline=False))
-    )
 
 
 class Process:
@@ -85,6 +72,7 @@ class Process:
         journal: Journal,
     ) -> None:
         self.pid = spawned.pid
+        self.start = ProcessEvent({"start": {"pid": self.pid}})
         self.config = config
         self.terminal = terminal
         self._loop = loop
@@ -94,7 +82,7 @@ class Process:
         self._wait_status: int | None = None
         self._killed = False
         self._paused = False
-        self.end_frame: bytes | None = None
+        self.end: ProcessEvent | None = None
         self.deadline: Timer | None = None
         self.stdin = None if spawned.stdin is None else StdinWriter(loop, spawned.stdin)
         self._outputs: dict[int, str] = {spawned.stdout: "pty" if terminal else "stdout"}
@@ -108,7 +96,7 @@ class Process:
     def listen(self, listener: Listener) -> None:
         """Send `start` now and all events from here on."""
         self._listeners.append(listener)
-        listener.frame(event_frame({"start": {"pid": self.pid}}))
+        listener.tell(self.start)
         self.balance()
 
     def leave(self, listener: Listener) -> None:
@@ -132,7 +120,7 @@ class Process:
             else:
                 self._watch(descriptor)
 
-    def _publish(self, frame: bytes) -> None:
+    def _publish(self, event: ProcessEvent) -> None:
         for listener in tuple(self._listeners):
             if listener.unsent_bytes > MAX_LAG_BYTES:
                 self._listeners.remove(listener)
@@ -143,7 +131,7 @@ class Process:
                     )
                 )
             else:
-                listener.frame(frame)
+                listener.tell(event)
         self.balance()
 
     # Output.
@@ -169,7 +157,7 @@ class Process:
             self._close_output(descriptor)
             return False
         self._journal.output(self.pid, self._outputs[descriptor], data)
-        self._publish(_data_frame(self._outputs[descriptor], data))
+        self._publish(ProcessEvent({"data": {self._outputs[descriptor]: data}}))
         return True
 
     def _close_output(self, descriptor: int) -> None:
@@ -187,7 +175,7 @@ class Process:
         self._finish_if_over()
 
     def _finish_if_over(self) -> None:
-        if self._wait_status is None or self.end_frame is not None:
+        if self._wait_status is None or self.end is not None:
             return
         if self._outputs and not self._killed and not self.terminal:
             return
@@ -203,12 +191,12 @@ class Process:
         end: dict[str, object] = {"exitCode": code, "exited": exited, "status": status}
         if code != 0:
             end["error"] = status
-        self.end_frame = event_frame({"end": end})
+        self.end = ProcessEvent({"end": end})
         if self.deadline is not None:
             self.deadline.cancel()
         listeners, self._listeners = self._listeners, []
         for listener in listeners:
-            listener.frame(self.end_frame)
+            listener.tell(self.end)
             listener.finish(None)
         self._ended(self)
 

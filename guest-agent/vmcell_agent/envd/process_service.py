@@ -7,12 +7,14 @@ import os
 import time
 from collections.abc import Callable
 
+from vmcell_protos import envd_process as proto
 from vmcell_protos.errors import CallerError
 
 from .accounts import Account
 from .loop import Timer
 from .paths import resolve_path
-from .process import Process, ProcessConfig, event_frame
+from .process import Process, ProcessConfig
+from .process_event import ProcessEvent
 from .process_table import ProcessTable
 from .rpc import Call, MessageReader, Method
 from .settings import Settings
@@ -23,7 +25,7 @@ _SIGNALS = {"SIGNAL_UNSPECIFIED": 0, "SIGNAL_SIGKILL": 9, "SIGNAL_SIGTERM": 15}
 _DEFAULT_SIZE = TerminalSize(columns=80, rows=24)
 # A client stream is read no further while this much of its input waits for the process.
 _INPUT_HIGH_BYTES = 256 * 1024
-_KEEPALIVE_FRAME = event_frame({"keepalive": {}})
+_KEEPALIVE = ProcessEvent({"keepalive": {}})
 # The SDKs always run bash; an image without it still has a POSIX shell that knows -l, -i and -c.
 _SHELL, _SHELL_INSTEAD = "/bin/bash", "/bin/sh"
 
@@ -46,9 +48,9 @@ class _Subscription:
     def unsent_bytes(self) -> int:
         return self._call.exchange.unsent_bytes
 
-    def frame(self, frame: bytes) -> None:
+    def tell(self, event: ProcessEvent) -> None:
         self._sent_at = time.monotonic()
-        self._call.send_frame(frame)
+        self._call.send_frame(event.frame(self._call.codec))
 
     def finish(self, error: CallerError | None) -> None:
         self._stop()
@@ -78,7 +80,7 @@ class _Subscription:
     def _keep_alive(self) -> None:
         quiet_s = time.monotonic() - self._sent_at
         if quiet_s >= self._call.keepalive_s:
-            self.frame(_KEEPALIVE_FRAME)
+            self.tell(_KEEPALIVE)
             quiet_s = 0.0
         self._arm(self._call.keepalive_s - quiet_s)
 
@@ -206,14 +208,26 @@ class ProcessService:
         self._table = table
         self._settings = settings
         self.methods: dict[str, Method] = {
-            "List": Method(unary=self._list),
-            "Start": Method(server_stream=self._start),
-            "Connect": Method(server_stream=self._connect),
-            "Update": Method(unary=self._update),
-            "SendInput": Method(unary=self._send_input),
-            "StreamInput": Method(client_stream=self._stream_input),
-            "SendSignal": Method(unary=self._send_signal),
-            "CloseStdin": Method(unary=self._close_stdin),
+            "List": Method(proto.ListRequest, proto.ListResponse, unary=self._list),
+            "Start": Method(proto.StartRequest, proto.StartResponse, server_stream=self._start),
+            "Connect": Method(
+                proto.ConnectRequest, proto.ConnectResponse, server_stream=self._connect
+            ),
+            "Update": Method(proto.UpdateRequest, proto.UpdateResponse, unary=self._update),
+            "SendInput": Method(
+                proto.SendInputRequest, proto.SendInputResponse, unary=self._send_input
+            ),
+            "StreamInput": Method(
+                proto.StreamInputRequest,
+                proto.StreamInputResponse,
+                client_stream=self._stream_input,
+            ),
+            "SendSignal": Method(
+                proto.SendSignalRequest, proto.SendSignalResponse, unary=self._send_signal
+            ),
+            "CloseStdin": Method(
+                proto.CloseStdinRequest, proto.CloseStdinResponse, unary=self._close_stdin
+            ),
         }
 
     def _select(self, message: Fields, *, ended: bool = False) -> Process:
@@ -272,7 +286,7 @@ class ProcessService:
 
     @staticmethod
     def _out_of_time(process: Process, subscription: _Subscription) -> None:
-        if process.end_frame is None:
+        if process.end is None:
             subscription.expire()
             process.signal(_SIGNALS["SIGNAL_SIGKILL"])
 
@@ -308,9 +322,9 @@ class ProcessService:
 
     def _connect(self, call: Call, message: Fields) -> None:
         process = self._select(message, ended=True)
-        if process.end_frame is not None:
-            call.send_frame(event_frame({"start": {"pid": process.pid}}))
-            call.send_frame(process.end_frame)
+        if process.end is not None:
+            call.send_frame(process.start.frame(call.codec))
+            call.send_frame(process.end.frame(call.codec))
             call.finish()
             return
         subscription = _Subscription(call, process)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .compose import compose_reader
 from .cors import is_preflight, preflight_headers, response_headers
 from .download import Download
 from .exchange import BodyReader, Exchange, HttpError, WholeBody
@@ -59,6 +60,7 @@ class Router:
             "/health": {"GET": (False, self._health)},
             "/init": {"POST": (False, self._init)},
             "/files": {"GET": (False, self._download), "POST": (False, self._upload)},
+            "/files/compose": {"POST": (True, self._compose)},
             "/envs": {"GET": (True, self._envs)},
             "/metrics": {"GET": (True, self._read_metrics)},
             "/logs": {"GET": (True, self._read_logs)},
@@ -108,6 +110,9 @@ class Router:
 
     def _upload(self, exchange: Exchange) -> BodyReader:
         return Upload(exchange, self._settings)
+
+    def _compose(self, exchange: Exchange) -> BodyReader:
+        return compose_reader(exchange, self._loop, self._settings)
 
     def _envs(self, exchange: Exchange) -> BodyReader:
         return _ignored(lambda: exchange.reply_json(200, self._settings.global_environment))

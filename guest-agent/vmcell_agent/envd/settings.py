@@ -11,6 +11,8 @@ from .wire.signature import same_secret
 
 # E2B's own templates have it.
 _STANDARD_USER = "user"
+# How programs see that they are in a sandbox.
+_MARKED = {"E2B_SANDBOX": "true"}
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -28,7 +30,7 @@ class Settings:
         self.accounts = accounts
         self.access_token: str | None = None
         self.image_environment = {"PATH": _DEFAULT_PATH, **environment}
-        self.global_environment = {"E2B_SANDBOX": "true"}
+        self.global_environment = dict(_MARKED)
         self.default_workdir = ""
         self._default_user = _STANDARD_USER
         self._initialised = False
@@ -50,15 +52,19 @@ class Settings:
         self,
         *,
         access_token: str | None,
-        environment: Mapping[str, str],
+        environment: Mapping[str, str] | None,
         default_user: str | None,
         default_workdir: str | None,
     ) -> None:
-        """Take over what is not None (and not empty); `may_initialise` was asked before."""
+        """Take over what is not None (and not empty); `may_initialise` was asked before.
+
+        `environment` replaces the one before it, so that a variable can be taken away too.
+        """
         self._initialised = True
         if access_token:
             self.access_token = access_token
-        self.global_environment.update(environment)
+        if environment is not None:
+            self.global_environment = {**_MARKED, **environment}
         if default_user:
             self._default_user = default_user
         if default_workdir:

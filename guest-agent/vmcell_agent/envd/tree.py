@@ -171,11 +171,16 @@ def _copy_file(source: str, destination: str) -> Steps:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         writing = os.open(destination, flags, 0o600)
         stack.callback(os.close, writing)
-        while piece := os.read(reading, _COPY_BYTES):
-            view = memoryview(piece)
-            while view:
-                view = view[os.write(writing, view) :]
-            yield
+        yield from copy_bytes(reading, writing)
+
+
+def copy_bytes(reading: int, writing: int) -> Steps:
+    """All that is left of the one descriptor's file to the other's; both stay the caller's."""
+    while piece := os.read(reading, _COPY_BYTES):
+        view = memoryview(piece)
+        while view:
+            view = view[os.write(writing, view) :]
+        yield
 
 
 def _copy_attributes(source: str, destination: str, status: os.stat_result) -> None:

@@ -11,8 +11,7 @@ import os
 import posixpath
 import re
 import stat
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from vmcell_protos.errors import CallerError
@@ -20,10 +19,11 @@ from vmcell_protos.errors import CallerError
 from .accounts import Account
 from .download import open_error
 from .entry import METADATA_PREFIX
-from .exchange import Exchange, HttpError
+from .exchange import Exchange, HttpError, Octets
 from .file_access import authorise, file_path, file_user
 from .settings import Settings
 from .tree import make_directories
+from .wire.compression import CompressionError, Gunzip
 from .wire.multipart import (
     MultipartError,
     MultipartParser,
@@ -33,8 +33,6 @@ from .wire.multipart import (
     boundary_of,
 )
 
-_GZIP_WINDOW_BITS = 31
-_UNPACKED_PIECE_BYTES = 256 * 1024
 _METADATA_HEADER = "x-metadata-"
 _METADATA_KEY = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,200}")
 _PART_NAME = "file"
@@ -100,7 +98,7 @@ class _Target:
                     raise
                 raise HttpError(400, f"cannot store metadata {key!r}: {error.strerror}") from None
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: Octets) -> None:
         view = memoryview(data)
         try:
             while view:
@@ -149,13 +147,15 @@ class Upload:
         exchange.on_gone = self._discard
         encoding = request.headers.get("content-encoding", "identity").strip().lower()
         if encoding == "gzip":
-            self._unpack: _Gunzip | None = _Gunzip()
+            self._unpack: Gunzip | None = Gunzip()
         elif encoding in ("", "identity"):
             self._unpack = None
         else:
             raise HttpError(415, f"content encoding {encoding!r} is not supported: use gzip")
 
-    def _body_format(self, content_type: str) -> tuple[Callable[[bytes], None], Callable[[], None]]:
+    def _body_format(
+        self, content_type: str
+    ) -> tuple[Callable[[Octets], None], Callable[[], None]]:
         media_type = content_type.partition(";")[0].strip().lower()
         if media_type == "multipart/form-data":
             try:
@@ -169,13 +169,16 @@ class Upload:
             400, f"content type {content_type!r} is neither multipart/form-data nor octet-stream"
         )
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: Octets) -> None:
         try:
             if self._unpack is None:
                 self._take(chunk)
             else:
                 for piece in self._unpack.feed(chunk):
                     self._take(piece)
+        except CompressionError as error:
+            self._discard()
+            raise HttpError(400, str(error)) from None
         except BaseException:
             self._discard()
             raise
@@ -185,6 +188,9 @@ class Upload:
             if self._unpack is not None:
                 self._unpack.finish()
             self._end()
+        except CompressionError as error:
+            self._discard()
+            raise HttpError(400, str(error)) from None
         except BaseException:
             self._discard()
             raise
@@ -209,7 +215,7 @@ class Upload:
 
     # One raw body.
 
-    def _take_raw(self, chunk: bytes) -> None:
+    def _take_raw(self, chunk: Octets) -> None:
         if self._target is None:
             self._begin(self._path)
         assert self._target is not None
@@ -222,7 +228,7 @@ class Upload:
 
     # multipart/form-data.
 
-    def _take_multipart(self, chunk: bytes) -> None:
+    def _take_multipart(self, chunk: Octets) -> None:
         try:
             events = self._parser.feed(chunk)
         except MultipartError as error:
@@ -242,27 +248,6 @@ class Upload:
             self._parser.finish()
         except MultipartError as error:
             raise HttpError(400, f"cannot read the multipart body: {error}") from None
-
-
-class _Gunzip:
-    """gzip in, pieces of bounded size out; HttpError 400 for anything but one whole member."""
-
-    def __init__(self) -> None:
-        self._stream = zlib.decompressobj(_GZIP_WINDOW_BITS)
-
-    def feed(self, chunk: bytes) -> Iterator[bytes]:
-        while chunk:
-            try:
-                piece = self._stream.decompress(chunk, _UNPACKED_PIECE_BYTES)
-            except zlib.error as error:
-                raise HttpError(400, f"cannot unpack the gzip body: {error}") from None
-            if piece:
-                yield piece
-            chunk = self._stream.unconsumed_tail
-
-    def finish(self) -> None:
-        if not self._stream.eof:
-            raise HttpError(400, "cannot unpack the gzip body: it ends too early")
 
 
 def _metadata(headers: Mapping[str, str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import stat
 import time
 from collections import deque
 
+from vmcell_protos import envd_filesystem as proto
 from vmcell_protos.errors import CallerError
 
 from .entry import entry_info
@@ -16,15 +17,13 @@ from .paths import resolve_path
 from .rpc import Call, Method
 from .settings import Settings
 from .watch import REMOVE, RENAME, DirectoryWatch, is_network_mount
-from .wire.envelope import encode_envelope
-from .wire.fields import Fields, dump_message
+from .wire.fields import Fields
 
 # Events that wait for a polling client; more are lost, and the client is told once.
 MAX_WAITING_EVENTS = 65_536
 MAX_WATCHERS = 256
 # A stream's client that lags this far behind is cut off.
 MAX_UNSENT_BYTES = 8 * 1024 * 1024
-_KEEPALIVE_FRAME = encode_envelope(dump_message({"keepalive": {}}))
 
 Event = dict[str, object]
 
@@ -88,7 +87,7 @@ class _Stream:
         if quiet_s >= self._call.keepalive_s:
             self._sent_at = time.monotonic()
             quiet_s = 0.0
-            self._call.send_frame(_KEEPALIVE_FRAME)
+            self._call.send({"keepalive": {}})
         # Sending may have found the client gone, which cancels the next one too.
         if not self._call.exchange.gone:
             wait_s = self._call.keepalive_s - quiet_s
@@ -147,10 +146,20 @@ class WatchService:
         self._settings = settings
         self._watchers: dict[str, _Watcher] = {}
         self.methods: dict[str, Method] = {
-            "WatchDir": Method(server_stream=self._watch_dir),
-            "CreateWatcher": Method(unary=self._create),
-            "GetWatcherEvents": Method(unary=self._get_events),
-            "RemoveWatcher": Method(unary=self._remove),
+            "WatchDir": Method(
+                proto.WatchDirRequest, proto.WatchDirResponse, server_stream=self._watch_dir
+            ),
+            "CreateWatcher": Method(
+                proto.CreateWatcherRequest, proto.CreateWatcherResponse, unary=self._create
+            ),
+            "GetWatcherEvents": Method(
+                proto.GetWatcherEventsRequest,
+                proto.GetWatcherEventsResponse,
+                unary=self._get_events,
+            ),
+            "RemoveWatcher": Method(
+                proto.RemoveWatcherRequest, proto.RemoveWatcherResponse, unary=self._remove
+            ),
         }
 
     def _open(self, call: Call, message: Fields, client: _Stream | _Watcher) -> DirectoryWatch:

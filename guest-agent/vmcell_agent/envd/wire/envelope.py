@@ -53,7 +53,7 @@ class EnvelopeDecoder:
         """Bytes of an unfinished frame; not 0 at the end of the body means it was cut short."""
         return len(self._buffer)
 
-    def feed(self, chunk: bytes) -> list[Envelope]:
+    def feed(self, chunk: bytes | memoryview) -> list[Envelope]:
         self._buffer += chunk
         frames: list[Envelope] = []
         start = 0

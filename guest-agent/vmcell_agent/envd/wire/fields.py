@@ -1,4 +1,4 @@
-"""Reading proto3 JSON messages field by field.
+"""Reading messages field by field: proto3 JSON, or what the codec made of protobuf's bytes.
 
 Names are lowerCamelCase, snake_case is understood too, null means absent, unknown fields are
 ignored (protobuf's JSON mapping). Every misfit raises CallerError invalid_argument.
@@ -29,14 +29,37 @@ def parse_message(body: bytes) -> Fields:
     return Fields(value)
 
 
+def _base64_text(value: object) -> str:
+    if not isinstance(value, bytes):
+        raise TypeError(f"{type(value).__name__} has no form in JSON")
+    return binascii.b2a_base64(value, newline=False).decode("ascii")
+
+
 def dump_message(message: dict[str, object]) -> bytes:
-    """`message` as compact JSON; lone surrogates (file names that are no UTF-8) become U+FFFD."""
-    text = json.dumps(message, separators=(",", ":"), ensure_ascii=False)
+    """`message` as compact JSON, bytes as base64; file names that are no UTF-8 get U+FFFD."""
+    text = json.dumps(message, separators=(",", ":"), ensure_ascii=False, default=_base64_text)
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError:
-        # A name's raw bytes come from the file system as surrogates (PEP 383).
-        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode("utf-8")
+        return clean_text(text).encode("utf-8")
+
+
+def clean_text(text: str) -> str:
+    """`text` with lone surrogates, which stand for raw bytes of names (PEP 383), as U+FFFD."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def octets_of(value: object) -> bytes | None:
+    """`bytes` as they are, or base64, standard or URL-safe, padded or not; None for all else."""
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        return None
+    text = value.replace("-", "+").replace("_", "/").rstrip("=")
+    try:
+        return binascii.a2b_base64(text + "=" * (-len(text) % 4), strict_mode=True)
+    except (binascii.Error, ValueError):
+        return None
 
 
 class Fields:
@@ -126,17 +149,13 @@ class Fields:
         return self.optional_uint32(name) or 0
 
     def octets(self, name: str) -> bytes:
-        """`bytes`: base64, standard or URL-safe, padded or not."""
         value = self._get(name)
         if value is None:
             return b""
-        if not isinstance(value, str):
+        found = octets_of(value)
+        if found is None:
             raise self._misfit(name, "base64 text")
-        text = value.replace("-", "+").replace("_", "/").rstrip("=")
-        try:
-            return binascii.a2b_base64(text + "=" * (-len(text) % 4), strict_mode=True)
-        except (binascii.Error, ValueError):
-            raise self._misfit(name, "base64 text") from None
+        return found
 
     def enum(self, name: str, numbers: dict[str, int]) -> int:
         """An enum by name or number; an unknown name is refused, an unknown number kept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import calendar
 import os
 import signal
 import stat
@@ -39,6 +40,11 @@ _SIGNAL_TEXTS: dict[int, str] = {
 }
 
 
+# timestamp.proto: from 0001-01-01T00:00:00Z to 9999-12-31T23:59:59.999999999Z.
+_FIRST_NS = -62_135_596_800 * 1_000_000_000
+_LAST_NS = 253_402_300_800 * 1_000_000_000 - 1
+
+
 def file_mode_text(mode: int) -> str:
     """`-rw-r--r--`, `drwxr-xr-x`, `Lrwxrwxrwx`, `dtrwxrwxrwx` for st_mode."""
     kind = stat.S_IFMT(mode)
@@ -51,8 +57,11 @@ def file_mode_text(mode: int) -> str:
 
 
 def rfc3339(unix_ns: int) -> str:
-    """`2024-05-01T12:00:00Z`, with 3, 6 or 9 digits of fraction where needed (protobuf's rule)."""
-    seconds, nanoseconds = divmod(unix_ns, 1_000_000_000)
+    """`2024-05-01T12:00:00Z`, with 3, 6 or 9 digits of fraction where needed (protobuf's rule).
+
+    Times that no Timestamp can hold (before the year 1, after 9999) become the nearest one.
+    """
+    seconds, nanoseconds = divmod(min(max(unix_ns, _FIRST_NS), _LAST_NS), 1_000_000_000)
     t = time.gmtime(seconds)
     text = (
         f"{t.tm_year:04d}-{t.tm_mon:02d}-{t.tm_mday:02d}"
@@ -64,6 +73,16 @@ def rfc3339(unix_ns: int) -> str:
             digits = digits[:-3]
         text += "." + digits
     return text + "Z"
+
+
+def unix_ns(text: str) -> int:
+    """The inverse of `rfc3339`, for its own texts."""
+    whole, _, fraction = text.removesuffix("Z").partition(".")
+    date, _, clock = whole.partition("T")
+    year, month, day = map(int, date.rsplit("-", 2))
+    hour, minute, second = map(int, clock.split(":"))
+    seconds = calendar.timegm((year, month, day, hour, minute, second))
+    return seconds * 1_000_000_000 + int(fraction.ljust(9, "0") or "0")
 
 
 class ExitText(NamedTuple):

@@ -82,16 +82,33 @@ def timeout_seconds(connect_timeout_ms: str | None) -> float | None:
     return int(connect_timeout_ms) / 1000 or None
 
 
-def accepts_gzip(accept_encoding: str | None) -> bool:
-    """Whether gzip may be used and is preferred to sending the bytes as they are.
+class NotAcceptable(ValueError):
+    """The client takes neither gzip nor the bytes as they are: status 406."""
 
-    Clients that list gzip only as one of many (their HTTP library's default) get plain bytes:
-    inside a sandbox the processor is dearer than the local network.
+
+def wants_gzip(accept_encoding: str | None) -> bool:
+    """Whether to pack a file for this client (RFC 9110 section 12.5.3); NotAcceptable.
+
+    Only for one that names gzip and no other coding, or refuses plain bytes: clients whose HTTP
+    library lists gzip among many get plain bytes, as inside a sandbox the processor is dearer than
+    the local network.
     """
-    if accept_encoding is None:
-        return False
-    items = [item.strip().lower() for item in accept_encoding.split(",") if item.strip()]
-    return items == ["gzip"]
+    weights: dict[str, float] = {}
+    for item in (accept_encoding or "").lower().split(","):
+        name, _, parameters = item.partition(";")
+        if name.strip():
+            weights[name.strip()] = _quality(parameters)
+    any_other = weights.get("*")
+    gzip = weights.get("gzip", any_other or 0.0) > 0
+    plain = weights.get("identity", 1.0 if any_other is None else any_other) > 0
+    if not gzip and not plain:
+        raise NotAcceptable(f"Accept-Encoding {accept_encoding!r} allows neither gzip nor identity")
+    return gzip and (not plain or [n for n, q in weights.items() if q > 0] == ["gzip"])
+
+
+def _quality(parameters: str) -> float:
+    match = re.search(r"(?:^|;)\s*q\s*=\s*([01](?:\.\d{0,3})?)\s*(?:;|$)", parameters)
+    return float(match[1]) if match else 1.0
 
 
 def http_date(unix_s: float) -> str:

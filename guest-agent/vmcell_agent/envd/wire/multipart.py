@@ -32,7 +32,7 @@ class PartBegin(NamedTuple):
 class PartData(NamedTuple):
     """A piece of the part that began last; never empty."""
 
-    data: bytes
+    data: bytes | memoryview
 
 
 class PartEnd(NamedTuple):
@@ -95,7 +95,7 @@ class MultipartParser:
         self._state = self._preamble
         self._done = False
 
-    def feed(self, chunk: bytes) -> list[PartEvent]:
+    def feed(self, chunk: bytes | memoryview) -> list[PartEvent]:
         if self._done:
             return []
         self._buffer += chunk
@@ -162,8 +162,9 @@ class MultipartParser:
         if at < 0:
             kept = len(self._delimiter) - 1
             if len(self._buffer) > kept:
-                events.append(PartData(bytes(self._buffer[:-kept])))
-                del self._buffer[:-kept]
+                # Handed on as it is, with a new buffer for what may be a delimiter: no copy.
+                full, self._buffer = self._buffer, self._buffer[-kept:]
+                events.append(PartData(memoryview(full)[:-kept]))
             return False
         if at:
             events.append(PartData(bytes(self._buffer[:at])))
