@@ -21,7 +21,8 @@ from vmcell_protos.pb import node_pb2, node_pb2_grpc
 
 CALL_TIMEOUT_S = 30.0
 KILL_TIMEOUT_S = 60.0
-LOGS_BYTES = 4 << 20
+# A guest that answers slowly must not hold the API's threads for long.
+LOGS_BYTES, LOGS_TIMEOUT_S = 4 << 20, 10.0
 CALLERS_CODES = (
     *("invalid_argument", "not_found", "already_exists", "failed_precondition", "out_of_range"),
     *("permission_denied", "unimplemented"),
@@ -198,7 +199,7 @@ class NodeClient:
             "/logs",
             access_token=access_token,
             limit_bytes=LOGS_BYTES,
-            timeout_s=CALL_TIMEOUT_S,
+            timeout_s=LOGS_TIMEOUT_S,
         )
 
     def _call(self, verb: str, request: object, timeout_s: float = CALL_TIMEOUT_S):  # type: ignore[no-untyped-def]  # stubs are untyped

@@ -10,7 +10,7 @@ from sqlalchemy import JSON, BigInteger, Boolean, ForeignKey, String
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 # The newest revision in `migrations`; a test compares.
-SCHEMA_VERSION = "0004"
+SCHEMA_VERSION = "0006"
 
 
 class Base(DeclarativeBase):
@@ -52,10 +52,7 @@ class TemplateRow(Base):
 
 
 class SandboxRow(Base):
-    """A sandbox's owner, tokens and metadata; written before the node is asked to make it.
-
-    `traffic_token` "": its ports are open to everybody.
-    """
+    """A sandbox's owner, token and metadata; written before the node is asked to make it."""
 
     __tablename__ = "sandboxes"
 
@@ -63,7 +60,7 @@ class SandboxRow(Base):
     team_id: Mapped[str] = mapped_column(ForeignKey("teams.id"), index=True)
     template_id: Mapped[str] = mapped_column(String(512))
     access_token: Mapped[str] = mapped_column(String(64))
-    traffic_token: Mapped[str] = mapped_column(String(64), server_default="")
+    traffic_token: Mapped[str] = mapped_column(String(64), default="", server_default="")
     user_metadata: Mapped[dict[str, str]]
     built: Mapped[bool] = mapped_column(Boolean)
     created_at_unix_ms: Mapped[int] = mapped_column(BigInteger)
