@@ -82,7 +82,7 @@ class ControlPlane:
             order = replace(self._order(record, template, body), volume_mounts=mounts)
             running = self._node.create(order)
         except VmcellError as error:
-            if is_undone(error):
+            if _is_undone(error):
                 self._store.forget_sandboxes([record.sandbox_id])
             raise _create_error(error, body.template) from error
         try:
@@ -91,6 +91,10 @@ class ControlPlane:
         except HostError as error:  # costs a place in the team's limit for a while, no more
             log.error("sandbox %s runs, but %s", record.sandbox_id, error)
         return record, running
+
+    def may_exist(self, team: Team, sandbox_id: str) -> bool:
+        """Whether a create of that id is not known to have left nothing."""
+        return self._store.sandbox(sandbox_id, team_id=team.team_id) is not None
 
     def kill(self, team: Team, sandbox_id: str) -> None:
         """Ends a sandbox of the team; CallerError not_found."""
@@ -208,7 +212,7 @@ class ControlPlane:
             self._store.forget_sandboxes(lost)
 
 
-def is_undone(error: VmcellError) -> bool:
+def _is_undone(error: VmcellError) -> bool:
     """Whether a create that failed so is known to have left nothing."""
     return not isinstance(error, NodeUnreachable) and error.code != "deadline_exceeded"
 

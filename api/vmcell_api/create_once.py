@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 
 from vmcell_api.coded_errors import CodedCallerError
-from vmcell_api.control_plane import ControlPlane, Pair, is_undone
+from vmcell_api.control_plane import ControlPlane, Pair
 from vmcell_api.identifiers import new_sandbox_id
 from vmcell_api.sandbox_bodies import CreateBody
 from vmcell_api.store.create_keys import CreateKey, CreateKeys
@@ -83,8 +83,8 @@ class CreateOnce:
     def _make(self, team: Team, body: CreateBody, taken: CreateKey) -> Pair:
         try:
             made = self._control.create(team, body, sandbox_id=taken.sandbox_id)
-        except VmcellError as error:
-            if is_undone(error):
+        except VmcellError:
+            if not self._control.may_exist(team, taken.sandbox_id):
                 self._keys.free(taken)
             raise
         try:

@@ -44,17 +44,32 @@ def fetch(
     except OSError as error:
         words = str(error) or type(error).__name__
         raise HostError(f"envd at {address} did not answer GET {path}: {words}") from error
+    try:
+        status, body = parse_answer(data, limit_bytes)
+    except GuestError as error:
+        raise GuestError(
+            f"envd at {address} gave no valid answer to GET {path}: {error}"
+        ) from error
+    if status != 200 or len(body) > limit_bytes:
+        raise GuestError(
+            f"envd at {address} answered GET {path} with {status} and {len(body)} bytes"
+        )
+    return body
+
+
+def parse_answer(data: bytes, limit_bytes: int) -> tuple[int, bytes]:
+    """Status and body of an HTTP answer, of the body at most one byte more than `limit_bytes`.
+
+    Raises GuestError for bytes that are none.
+    """
     answer = http.client.HTTPResponse(_Received(data))  # type: ignore[arg-type]  # makefile is all
     try:
         answer.begin()
-        body = answer.read(limit_bytes + 1)
-    except http.client.HTTPException as error:
-        raise GuestError(f"envd at {address} gave no valid answer to GET {path}") from error
-    if answer.status != 200 or len(body) > limit_bytes:
-        raise GuestError(
-            f"envd at {address} answered GET {path} with {answer.status} and {len(body)} bytes"
-        )
-    return body
+        return answer.status, answer.read(limit_bytes + 1)
+    except (http.client.HTTPException, OSError) as error:
+        raise GuestError(str(error) or type(error).__name__) from error
+    finally:
+        answer.close()
 
 
 def _exchange(

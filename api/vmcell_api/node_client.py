@@ -22,7 +22,8 @@ from vmcell_protos.pb import node_pb2, node_pb2_grpc
 
 CALL_TIMEOUT_S = 30.0
 KILL_TIMEOUT_S = 60.0
-LOGS_BYTES = 4 << 20
+# A guest that answers slowly must not hold the API's threads for long.
+LOGS_BYTES, LOGS_TIMEOUT_S = 4 << 20, 10.0
 # A volume may have millions of files.
 REMOVE_VOLUME_TIMEOUT_S = 600.0
 CALLERS_CODES = (
@@ -237,7 +238,7 @@ class NodeClient:
             "/logs",
             access_token=access_token,
             limit_bytes=LOGS_BYTES,
-            timeout_s=CALL_TIMEOUT_S,
+            timeout_s=LOGS_TIMEOUT_S,
         )
 
     def make_volume(self, volume_id: str) -> None:

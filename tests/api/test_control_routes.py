@@ -185,7 +185,13 @@ def test_kill_once(client: Client) -> None:
 
 def test_the_joined_id_of_old_sdks(client: Client) -> None:
     sandbox_id = client.create()["sandboxID"]
-    assert client("GET", f"/sandboxes/{sandbox_id}-vmcell").status_code == 200
+    joined = f"/sandboxes/{sandbox_id}-vmcell"
+    for path in ("", "/metrics", "/logs"):
+        assert client("GET", joined + path).status_code == 200
+    assert client("PUT", joined + "/network", {}).status_code == 204
+    assert client("POST", joined + "/timeout", {"timeout": 60}).status_code == 204
+    assert client("POST", joined + "/connect", {"timeout": 60}).status_code == 200
+    assert client("POST", joined + "/refreshes", {"duration": 60}).status_code == 204
     assert_error(client("GET", "/sandboxes/..%2f..%2fetc"), 404)
     assert_error(client("GET", "/sandboxes/" + "a" * 5000), 404)
 
@@ -251,6 +257,9 @@ def test_list_filters(client: Client) -> None:
     assert ids(state="running,paused") == [two, one]
     assert ids(startedAfter="2001-01-01T00:00:00Z") == [two, one]
     assert ids(startedAfter="2099-01-01T00:00:00Z") == []
+    assert ids(startedAfter="2001-01-01T00:00:00.123456789+01:00") == [two, one]
+    version_1 = client("GET", "/sandboxes", query_string=urlencode({"metadata": "k=other"}))
+    assert [entry["sandboxID"] for entry in version_1.json] == [two]
 
 
 @pytest.mark.parametrize(

@@ -93,8 +93,6 @@ def test_at_once(service: ApiService, client: Client) -> None:
 
 
 def test_a_create_that_failed_may_be_repeated(service: ApiService, client: Client) -> None:
-    service.node.fail_next = None
-
     def fail(order: NewSandbox) -> None:
         raise HostError("the guest did not boot")
 
@@ -104,6 +102,16 @@ def test_a_create_that_failed_may_be_repeated(service: ApiService, client: Clien
     assert _create(client, "k-1").status_code == 201
     assert_error(_create(client, "k-3", templateID="no-such"), 404)
     assert_error(_create(client, "k-3", templateID="no-such"), 404)
+
+
+def test_a_create_that_never_reached_the_node_frees_its_key(
+    service: ApiService, client: Client
+) -> None:
+    service.node.fail_next = NodeUnreachable("noded does not answer")
+    answer = _create(client, "k-1")
+    assert_error(answer, 503)
+    assert (answer.headers["should-retry"], answer.headers["retry-after"]) == ("true", "1")
+    assert _create(client, "k-1").status_code == 201
 
 
 def test_a_create_whose_outcome_nobody_knows(

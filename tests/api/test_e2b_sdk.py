@@ -154,6 +154,12 @@ def test_list_and_its_filters(sdk: ApiService) -> None:
     assert ids(SandboxQuery(metadata={"colour": "dark red", "n=1": "50%"})) == [red.sandbox_id]
     assert ids(SandboxQuery(metadata={"colour": "green"})) == []
     assert ids(SandboxQuery(state=[SandboxState.PAUSED])) == []
+    assert ids(SandboxQuery(template="small")) == [blue.sandbox_id]
+    started = blue.get_info().started_at
+    assert ids(SandboxQuery(started_after=started)) == [blue.sandbox_id], "at or after"
+    oldest = Sandbox.list(limit=1, order="asc")
+    assert oldest.next_items()[0].sandbox_id == red.sandbox_id
+    assert oldest.has_next
 
 
 def test_errors_reach_the_caller_as_its_exceptions(

@@ -6,19 +6,27 @@ snapshot, lease, file, slot, rule or row.
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from dying_node import (
+    PATIENCE_S,
+    add_guest_addresses,
+    doomed,
+    noded_dies,
+    nothing_left,
+    opened,
+    order_of,
+    wait_until,
+    write_config,
+)
 from falcon import testing
 from kill_points import API_POINTS, NODED_POINTS, WHOLE, Point
 from own_netns import own_netns
@@ -28,152 +36,34 @@ from stand_in_images import GOOD, import_stand_ins
 from vmcell_api import control_plane, create_once
 from vmcell_api.__main__ import make_app
 from vmcell_api.config import ApiConfig
-from vmcell_api.egress import Egress
-from vmcell_api.identifiers import new_sandbox_id
 from vmcell_api.node import door
-from vmcell_api.node.__main__ import build_node
 from vmcell_api.node.node import Node
-from vmcell_api.node_client import NewSandbox, NodeClient, NodeUnreachable
+from vmcell_api.node_client import NewSandbox
 from vmcell_api.store.database import migrate, open_engine
 from vmcell_api.store.records import Store
 from vmcell_api.tenancy import create_key
 
 pytestmark = pytest.mark.root
 
-PATIENCE_S = 30.0
-SUPPORT = Path(__file__).resolve().parents[1] / "support"
-RULES = Egress(allow_internet=False, allow_out=("93.184.216.0/24",))
-SETTINGS = (
-    *("containerd_socket", "runtime", "state_dir", "node_socket", "slot_count", "api_uid"),
-    *("database_url", "start_timeout_s"),
-)
-
 
 @pytest.fixture(scope="module")
 def containerd() -> Iterator[RealContainerd]:
     with own_netns(), real_containerd(Path(tempfile.mkdtemp(prefix="vmc"))) as running:
-        for number in range(1, 4):
-            words = f"ip addr add 10.88.0.{2 * number + 1}/32 dev lo"
-            subprocess.run(words.split(), check=True)
+        add_guest_addresses()
         import_stand_ins(running)
         yield running
 
 
 @pytest.fixture
 def config(containerd: RealContainerd, tmp_path: Path) -> ApiConfig:
-    config = ApiConfig(
-        containerd_socket=containerd.socket,
-        runtime="io.containerd.runc.v2",
-        state_dir=str(tmp_path / "run"),
-        node_socket=str(tmp_path / "noded.sock"),
-        database_url=f"sqlite:///{tmp_path}/api.sqlite",
-        slot_count=3,
-        start_timeout_s=30,
-        api_uid=os.geteuid(),
-    )
-    rows = [f"{name} = {json.dumps(getattr(config, name))}\n" for name in SETTINGS]
-    (tmp_path / "api.toml").write_text("".join(rows))
-    return config
-
-
-def _wait_until(what: Callable[[], object], why: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not what():
-        assert time.monotonic() < deadline, why
-        time.sleep(0.02)
-
-
-@contextlib.contextmanager
-def _doomed(what: str, point: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """The process that dies at `point`; whatever happens it is gone afterwards."""
-    with (folder / "doomed.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(SUPPORT / "doomed_process.py"), what, point],
-            env={**os.environ, "VMCELL_API_CONFIG": str(folder / "api.toml")},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait(10)
-        for stream in (process.stdin, process.stdout):
-            assert stream is not None
-            stream.close()
-
-
-@contextlib.contextmanager
-def _opened(config: ApiConfig) -> Iterator[Node]:
-    node = build_node(config)
-    node.open()
-    try:
-        yield node
-    finally:
-        node.close()
-        node.slots.close_all()
-
-
-def _nothing_left(node: Node, containerd: RealContainerd) -> None:
-    assert node.list() == []
-    _wait_until(lambda: not any(containerd.traces().values()), f"{containerd.traces()}")
-    assert node.slots.free_count == 3
-    folder = Path(node._state_dir, ".noded")
-    assert not folder.exists() or not list(folder.iterdir())
-    _wait_until(lambda: not _shims(containerd), "a shim is left")
-    table = subprocess.run(
-        ["nft", "list", "table", "inet", "vmcell"], capture_output=True, text=True, check=True
-    ).stdout
-    assert "rules_" not in table, "a sandbox's rules are left"
-    for number in range(1, 4):
-        assert f'"vmc{number}" : accept' in table
-
-
-def _shims(containerd: RealContainerd) -> str:
-    command = ["pgrep", "-f", f"containerd-shim-runc-v2.*{containerd.socket}"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
-
-
-def _order() -> NewSandbox:
-    return NewSandbox(
-        sandbox_id=new_sandbox_id(),
-        template_id="good",
-        image=GOOD,
-        vcpus=1,
-        memory_mib=128,
-        timeout_s=600,
-        egress=RULES,
-    )
-
-
-def _create_and_kill(client: NodeClient, order: NewSandbox) -> None:
-    client.create(order)
-    client.kill(order.sandbox_id)
+    return write_config(containerd.socket, "io.containerd.runc.v2", tmp_path)
 
 
 @pytest.mark.parametrize("name", NODED_POINTS)
 def test_noded_killed(
     name: str, containerd: RealContainerd, config: ApiConfig, tmp_path: Path
 ) -> None:
-    point, order = NODED_POINTS[name], _order()
-    client = NodeClient(config.node_socket, create_timeout_s=60)
-    with _doomed("noded", name, tmp_path) as noded, contextlib.closing(client):
-        _wait_until(
-            lambda: noded.poll() is not None or os.path.exists(config.node_socket),
-            "noded does not listen",
-        )
-        with pytest.raises(NodeUnreachable):
-            _create_and_kill(client, order)
-        assert noded.wait(PATIENCE_S) == -signal.SIGKILL, (tmp_path / "doomed.log").read_text()
-    with _opened(config) as node:
-        if point.leaves == WHOLE:
-            (sandbox,) = node.list()
-            assert (sandbox.sandbox_id, sandbox.egress) == (order.sandbox_id, RULES)
-            assert containerd.traces()["tasks"] == [order.sandbox_id]
-            node.kill(order.sandbox_id)
-        _nothing_left(node, containerd)
+    noded_dies(name, containerd, config, tmp_path, order_of())
 
 
 def test_every_call_of_a_create_and_a_kill_is_a_point(
@@ -192,9 +82,9 @@ def test_every_call_of_a_create_and_a_kill_is_a_point(
         seen.add(frame.f_code.co_name)
         return call(self, method, request, tried, **options)
 
-    with _opened(config) as node:
+    with opened(config) as node:
         monkeypatch.setattr(module.Containerd, "_call", note)
-        order = _order()
+        order = order_of()
         node.create(door.checked_request(_message(order)))
         node.kill(order.sandbox_id)
     named = {point.call for point in NODED_POINTS.values()}
@@ -268,7 +158,7 @@ def test_the_api_killed(
     store = Store(open_engine(config.database_url))
     key, _ = create_key(store, store.ensure_team("me"), scopes=("*",))
     store.close()
-    with _opened(config) as node:
+    with opened(config) as node:
         server = door.serve(door.Door(node, disk_mib=1), config.node_socket, owner_uid=os.geteuid())
         try:
             _die_at(name, key, tmp_path)
@@ -281,14 +171,14 @@ def test_the_api_killed(
                 monkeypatch.setattr(module, "_now_ms", lambda: later)
             assert api.listed() == []
             assert api.store.sandboxes(team_id=api.team.team_id) == {}, "a row is left"
-            _nothing_left(node, containerd)
+            nothing_left(node, containerd)
             api.store.close()
         finally:
             server.stop(0).wait()
 
 
 def _die_at(name: str, key: str, folder: Path) -> None:
-    with _doomed("api", name, folder) as process:
+    with doomed("api", name, folder) as process:
         assert process.stdout is not None
         address = process.stdout.readline().strip()
         assert address, (folder / "doomed.log").read_text()
@@ -299,7 +189,7 @@ def _die_at(name: str, key: str, folder: Path) -> None:
 
 def _is_whole(api: _Api, node: Node, point: Point) -> None:
     """It is listed, a repeat of its create finds it, and it can be killed."""
-    _wait_until(lambda: node.list(), "noded does not finish what the API asked for")
+    wait_until(lambda: node.list(), "noded does not finish what the API asked for")
     (sandbox,) = node.list()
     assert api.listed() == [sandbox.sandbox_id]
     if point.verb == "create":

@@ -23,7 +23,7 @@ from vmcell_protos.errors import HostError
 
 SCHEMAS = Path(__file__).with_name("released_schemas")
 # Steps that only ever came together with a later one.
-NEVER_ALONE = {"0002", "0003", "0004"}
+NEVER_ALONE = {"0002", "0003", "0004", "0005"}
 RELEASED = sorted(path.stem for path in SCHEMAS.glob("*.sql"))
 TEAM_ONE = "0b5e0a3e-0000-4000-8000-000000000001"
 

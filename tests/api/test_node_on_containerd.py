@@ -218,6 +218,13 @@ def test_a_deadline_kills(node: Node) -> None:
         node.set_deadline(sandbox_id, 1000, only_extend=False)
 
 
+def test_a_timeout_of_nothing_ends_it_at_once(node: Node) -> None:
+    sandbox_id = node.create(_request()).sandbox_id
+    node.set_deadline(sandbox_id, 0, only_extend=False)
+    _wait_until(lambda: not node.list())
+    _wait_until(lambda: node.slots.free_count == 3)
+
+
 def test_a_task_that_dies_is_cleaned_up(node: Node, containerd: RealContainerd) -> None:
     sandbox_id = node.create(_request()).sandbox_id
     containerd.ctr("tasks", "kill", "-s", "SIGKILL", sandbox_id)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from dev_vm import DevVm
@@ -13,6 +16,7 @@ from e2b import CommandExitException, NotFoundException, Sandbox
 from e2b.exceptions import AuthenticationException, SandboxException
 
 from vmcell_tools.dev_service import create_key, start_service, stop_service
+from vmcell_tools.leak_check import leaks
 
 pytestmark = pytest.mark.vm
 
@@ -69,6 +73,74 @@ def test_commands_files_and_isolation(service: DevVm) -> None:
     assert {kind: set(lines) - set(before[kind]) for kind, lines in after.items() if lines} == {
         kind: set() for kind, lines in after.items() if lines
     }
+
+
+FAR = "93.184.216.34"
+# A neighbour with a public address: what the guest sends there is routed and masqueraded.
+FAR_UP = f"""
+ip netns add far && ip link add far0 type veth peer name far1 netns far
+ip addr add 93.184.216.33/30 dev far0 && ip link set far0 up
+ip -n far addr add {FAR}/30 dev far1 && ip -n far link set far1 up
+exec </dev/null >/dev/null 2>&1
+cd / && setsid ip netns exec far python3 -m http.server 8000 --bind {FAR} &
+"""
+
+
+@pytest.fixture
+def far(service: DevVm) -> Iterator[None]:
+    service.check("sh", "-ec", FAR_UP)
+    yield
+    service.check("sh", "-c", "ip netns pids far | xargs -r kill; ip netns del far")
+
+
+def test_network_rules_metrics_and_logs(service: DevVm, far: None) -> None:
+    with _create(network={"allow_out": [FAR], "deny_out": ["0.0.0.0/0"]}) as sandbox:
+
+        def reaches() -> bool:
+            probe = f"timeout 4 bash -c '</dev/tcp/{FAR}/8000' && echo reached || echo closed"
+            return sandbox.commands.run(probe, timeout=PATIENCE_S).stdout == "reached\n"
+
+        assert reaches()
+        sandbox.update_network({"deny_out": [f"{FAR}/32"]}, request_timeout=PATIENCE_S)
+        assert not reaches()
+        sandbox.update_network({}, request_timeout=PATIENCE_S)
+        assert reaches()
+        deadline = time.monotonic() + 60
+        while not (found := sandbox.get_metrics(request_timeout=PATIENCE_S)):
+            assert time.monotonic() < deadline, "no metrics came"
+            time.sleep(0.5)
+        assert 0 < found[0].mem_used < found[0].mem_total
+        assert 0 < found[0].disk_used < found[0].disk_total
+        request = urllib.request.Request(
+            f"{service.api_url}/v2/sandboxes/{sandbox.sandbox_id}/logs?search=reached",
+            headers={"X-API-KEY": os.environ["E2B_API_KEY"]},
+        )
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
+            entries = json.load(answer)["logs"]
+        outputs = [row for row in entries if row["fields"]["event"] == "process_output"]
+        assert [row["message"] for row in outputs] == ["reached\n"] * 2
+
+
+NODED_PID = "ss -xlpH src /run/vmcell/noded.sock | grep -o 'pid=[0-9]*' | head -n 1 | cut -d= -f2"
+
+
+def test_noded_killed_while_a_guest_boots(service: DevVm) -> None:
+    """The points of tests/api/test_kill_points.py, once with a machine in the making."""
+    before = service.inventory()
+    with ThreadPoolExecutor(1) as pool:
+        making = pool.submit(_create)
+        deadline = time.monotonic() + 120
+        while not service.check("ctr", "-n", "vmcell", "tasks", "list", "-q").split():
+            assert time.monotonic() < deadline, "no task came"
+            assert not making.done()
+        service.check("sh", "-c", f"kill -9 $({NODED_PID})")
+        assert making.exception(PATIENCE_S) is not None
+    stop_service()
+    start_service(service.api_url)
+    assert Sandbox.list().next_items() == []
+    deadline = time.monotonic() + 60
+    while left := leaks(before, service.inventory()):
+        assert time.monotonic() < deadline, left
 
 
 def test_timeout_kills(service: DevVm) -> None:

@@ -48,9 +48,9 @@ class Template:
 
 @dataclass(frozen=True, kw_only=True)
 class SandboxRecord:
-    """What the store keeps of a sandbox.
+    """What the store keeps of a sandbox; `access_token` "": envd asks for none.
 
-    `access_token` "": envd asks for none; `traffic_token` "": its ports are open to everybody.
+    `traffic_token` "": everybody may send requests to its ports.
     """
 
     sandbox_id: str
@@ -232,9 +232,9 @@ def _sandbox(row: SandboxRow) -> SandboxRecord:
         team_id=row.team_id,
         template_id=row.template_id,
         access_token=row.access_token,
-        traffic_token=row.traffic_token,
         metadata=row.user_metadata,
         created_at_unix_ms=row.created_at_unix_ms,
+        traffic_token=row.traffic_token,
     )
 
 

@@ -18,7 +18,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 # The newest revision in `migrations`; a test compares.
-SCHEMA_VERSION = "0005"
+SCHEMA_VERSION = "0006"
 
 
 class Base(DeclarativeBase):
@@ -93,10 +93,7 @@ class TemplateRow(Base):
 
 
 class SandboxRow(Base):
-    """A sandbox's owner, tokens and metadata; written before the node is asked to make it.
-
-    `traffic_token` "": its ports are open to everybody.
-    """
+    """A sandbox's owner, token and metadata; written before the node is asked to make it."""
 
     __tablename__ = "sandboxes"
 
@@ -104,7 +101,7 @@ class SandboxRow(Base):
     team_id: Mapped[str] = mapped_column(ForeignKey("teams.id"), index=True)
     template_id: Mapped[str] = mapped_column(String(512))
     access_token: Mapped[str] = mapped_column(String(64))
-    traffic_token: Mapped[str] = mapped_column(String(64), server_default="")
+    traffic_token: Mapped[str] = mapped_column(String(64), default="", server_default="")
     user_metadata: Mapped[dict[str, str]]
     built: Mapped[bool] = mapped_column(Boolean)
     created_at_unix_ms: Mapped[int] = mapped_column(BigInteger)

@@ -1,20 +1,16 @@
-"""Traffic tokens of sandboxes, and the idempotency keys of creates."""
+"""The idempotency keys of creates."""
 
 from __future__ import annotations
 
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0004"
-down_revision = "0003"
+revision = "0006"
+down_revision = "0005"
 
 
 def upgrade() -> None:
-    """Adds the column and the table."""
-    op.add_column(
-        "sandboxes",
-        sa.Column("traffic_token", sa.String(64), nullable=False, server_default=""),
-    )
+    """Adds the table."""
     op.create_table(
         "create_keys",
         sa.Column("team_id", sa.String(36), sa.ForeignKey("teams.id"), primary_key=True),
@@ -28,7 +24,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Removes both with what is in them."""
+    """Removes it with what is in it: a repeat of a create makes a second sandbox."""
     op.drop_table("create_keys")
-    with op.batch_alter_table("sandboxes") as table:
-        table.drop_column("traffic_token")
