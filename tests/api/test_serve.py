@@ -44,6 +44,8 @@ def _ask(
         connection.request(method, path, body=data, headers=named)
         answer = connection.getresponse()
         text = answer.read()
+        if answer.headers.get_content_type() == "text/plain":
+            return answer.status, {"text": text.decode()}
         return answer.status, json.loads(text) if text else {}
     finally:
         connection.close()
@@ -65,6 +67,7 @@ def service() -> Iterator[Running]:
             "node_socket": f"{folder}/noded.sock",
             "route_socket": f"{folder}/route.sock",
             "nginx_dir": f"{folder}/nginx",
+            "log_format": "json",
             "state_dir": f"{folder}/run",
             "metrics_dir": f"{folder}/metrics",
             "containerd_socket": containerd.socket,
@@ -114,11 +117,15 @@ def _user(pid: int) -> int:
     return os.stat(f"/proc/{pid}").st_uid
 
 
-def test_a_sandbox_from_the_key_to_its_end(service: Running) -> None:
-    command = [sys.executable, "-m", "vmcell_tools", "key", "create", "--team", "one"]
-    key = subprocess.run(
+def _new_key(service: Running, *options: str) -> str:
+    command = [sys.executable, "-m", "vmcell_tools", "key", "create", "--team", "one", *options]
+    return subprocess.run(
         command, env=service.environment, check=True, capture_output=True, text=True, timeout=60
     ).stdout.split()[-1]
+
+
+def test_a_sandbox_from_the_key_to_its_end(service: Running) -> None:
+    key, admin = _new_key(service), _new_key(service, "--scope", "admin")
     auth = {"X_API_Key": key}
     status, made = _ask(3000, "POST", "/v2/sandboxes", {"templateID": GOOD}, **auth)
     assert status == 201, (made, service.log.read_text())
@@ -128,6 +135,14 @@ def test_a_sandbox_from_the_key_to_its_end(service: Running) -> None:
     status, body = _ask(3000, "POST", "/v2/sandboxes", {"templateID": GOOD}, **auth)
     assert (status, body["error_code"]) == (503, "sandbox_capacity_unavailable")
     assert len(_ask(3000, "GET", "/v2/sandboxes", **auth)[1]) == 1
+    status, page = _ask(3000, "GET", "/metrics", X_API_Key=admin)
+    assert status == 200
+    for line in (
+        *("vmcell_node_up 1.0", "vmcell_sandboxes_running 1.0", "vmcell_slots_free 0.0"),
+        'vmcell_sandbox_create_seconds_count{result="ok"} 1.0',
+        'vmcell_api_errors_total{code="resource_exhausted"} 1.0',
+    ):
+        assert line in page["text"].splitlines(), page["text"]
     assert _ask(3000, "DELETE", f"/sandboxes/{made['sandboxID']}", **auth)[0] == 204
     status, body = _ask(3080, "GET", "/health", **ids)
     assert (status, body["message"]) == (502, "The sandbox was not found")
