@@ -15,6 +15,7 @@ from fake_node import FakeNode
 
 from vmcell_api.app import create_app
 from vmcell_api.config import ApiConfig
+from vmcell_api.request_rate import RequestRates
 from vmcell_api.route_app import create_route_app
 from vmcell_api.store.database import migrate, open_engine
 from vmcell_api.store.records import Store
@@ -45,11 +46,11 @@ def api_service(folder: Path, **settings: object) -> Iterator[ApiService]:
     config = ApiConfig(**settings)  # type: ignore[arg-type]  # test settings
     migrate(config.database_url)
     store = Store(open_engine(config.database_url))
-    node = FakeNode()
+    node, rates = FakeNode(), RequestRates()
     key, _ = create_key(store, store.ensure_team("team-one"), scopes=("*",))
     try:
         yield ApiService(
-            app=create_app(store, node, config),
+            app=create_app(store, node, config, rates=rates),
             route_app=create_route_app(store, node, config.domain),
             store=store,
             node=node,
@@ -57,6 +58,7 @@ def api_service(folder: Path, **settings: object) -> Iterator[ApiService]:
             key=key,
         )
     finally:
+        rates.close()
         store.close()
 
 
