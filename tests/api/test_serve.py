@@ -52,6 +52,14 @@ def test_a_sandbox_from_the_key_to_its_end(service: WholeService) -> None:
     status, body = ask(3000, "POST", "/v2/sandboxes", {"templateID": GOOD}, **auth)
     assert (status, body["error_code"]) == (503, "sandbox_capacity_unavailable")
     assert len(ask(3000, "GET", "/v2/sandboxes", **auth)[1]) == 1
+    status, page = ask(3000, "GET", "/metrics", X_API_Key=service.new_key("--scope", "admin"))
+    assert status == 200
+    for line in (
+        *("vmcell_node_up 1.0", "vmcell_sandboxes_running 1.0", "vmcell_slots_free 0.0"),
+        'vmcell_sandbox_create_seconds_count{result="ok"} 1.0',
+        'vmcell_api_errors_total{code="resource_exhausted"} 1.0',
+    ):
+        assert line in page["text"].splitlines(), page["text"]
     auth["Host"] = "api.sbx.localhost"
     assert len(ask(3080, "GET", "/v2/sandboxes", **auth)[1]) == 1
     assert _create_chunked(key)[0] == 503, "JavaScript sends its bodies so"

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from private_postgres import PrivatePostgres
 
 from vmcell_api.store.database import migrate, open_engine
 from vmcell_api.store.records import SandboxRecord, Store
@@ -144,3 +145,30 @@ def test_a_broken_store_is_one_sentence(tmp_path: Path) -> None:
     store.close()
     with pytest.raises(HostError, match="database_url"):
         open_engine("nonsense")
+
+
+def test_a_postgresql_that_is_away_is_one_sentence_without_the_password(tmp_path: Path) -> None:
+    away = f"postgresql://vmcell:hunter2@/vmcell?host={tmp_path}"
+    with pytest.raises(HostError, match="cannot bring the store postgresql") as caught:
+        migrate(away)
+    store = Store(open_engine(away))
+    with pytest.raises(HostError, match="the store did not answer") as again:
+        store.template("x")
+    store.close()
+    assert "hunter2" not in f"{caught.value}{again.value}"
+    assert "\n" not in f"{caught.value}{again.value}"
+
+
+def test_a_postgresql_that_was_restarted_is_found_again(postgres: PrivatePostgres) -> None:
+    url = postgres.database()
+    migrate(url)
+    store = Store(open_engine(url))
+    assert store.template("base")
+    with postgres.connect("postgres") as connection:
+        killed = connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s",
+            [url.partition("@/")[2].partition("?")[0]],
+        ).fetchall()
+    assert killed == [(True,)]
+    assert store.template("base")
+    store.close()

@@ -18,6 +18,7 @@ from fake_node import FakeNode
 
 from vmcell_api.app import create_app
 from vmcell_api.config import ApiConfig
+from vmcell_api.request_rate import RequestRates
 from vmcell_api.route_app import create_route_app
 from vmcell_api.store.database import migrate, open_engine
 from vmcell_api.store.records import Store
@@ -60,6 +61,7 @@ def api_service(
     migrate(config.database_url)
     store = Store(open_engine(config.database_url))
     node, builder = node or FakeNode(volumes_dir=config.volumes_dir), FakeBuilder()
+    rates = RequestRates()
     key, _ = create_key(store, store.ensure_team("team-one"), scopes=("*",))
     folders = VolumeFolders(config.volumes_dir)
     folders.prepare()
@@ -68,7 +70,7 @@ def api_service(
     volumes = Volumes(config.volumes_dir, owner)
     try:
         yield ApiService(
-            app=create_app(store, node, config, volume_tokens=tokens, builds=builder),
+            app=create_app(store, node, config, volume_tokens=tokens, builds=builder, rates=rates),
             content_app=create_content_app(volumes, tokens),
             route_app=create_route_app(store, node, config.domain),
             store=store,
@@ -79,6 +81,7 @@ def api_service(
         )
     finally:
         volumes.close()
+        rates.close()
         store.close()
 
 

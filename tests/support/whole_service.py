@@ -33,9 +33,9 @@ class WholeService:
     log: Path
     folder: Path
 
-    def new_key(self, team: str = "one") -> str:
-        """A fresh API key."""
-        command = [sys.executable, "-m", "vmcell_tools", "key", "create", "--team", team]
+    def new_key(self, *options: str, team: str = "one") -> str:
+        """A fresh API key; `options` as `vmcell key create` takes them."""
+        command = [sys.executable, "-m", "vmcell_tools", "key", "create", "--team", team, *options]
         done = subprocess.run(
             command, env=self.environment, check=True, capture_output=True, text=True, timeout=60
         )
@@ -65,6 +65,7 @@ def whole_service(*, slot_count: int = 1, workers: int = 1) -> Iterator[WholeSer
             "node_socket": f"{folder}/noded.sock",
             "route_socket": f"{folder}/route.sock",
             "nginx_dir": f"{folder}/nginx",
+            "log_format": "json",
             "state_dir": f"{folder}/run",
             "metrics_dir": f"{folder}/metrics",
             "volumes_dir": f"{folder}/volumes",
@@ -109,6 +110,8 @@ def ask(port: int, method: str, path: str, body: object = None, **headers: str) 
         connection.request(method, path, body=data, headers=named)
         answer = connection.getresponse()
         text = answer.read()
+        if answer.headers.get_content_type() == "text/plain":
+            return answer.status, {"text": text.decode()}
         return answer.status, json.loads(text) if text else {}
     finally:
         connection.close()

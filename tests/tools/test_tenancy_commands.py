@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,18 @@ def test_wrong_usage_is_status_2() -> None:
     assert _run("team", "limits", "x", "--timeout", "soon").exit_code == 2
     assert _run("audit", "--limit", "0").exit_code == 2
     assert _run("key", "create").exit_code == 2
+
+
+def test_the_operators_page_says_what_works() -> None:
+    """Its commands, one after the other, on one store; only the key's id is filled in."""
+    page = Path(__file__).resolve().parents[2] / "docs" / "operators.md"
+    lines = re.findall(r"^ {4}vmcell (.*)$", page.read_text(), re.MULTILINE)
+    assert len(lines) >= 8
+    for line in lines:
+        words = shlex.split(line)
+        if words[1] in ("revoke", "rotate"):
+            words[2] = _json("key", "create", "--team", "acme")["keyID"]
+        _good(*words)
 
 
 def test_migrate(url: str) -> None:

@@ -23,6 +23,7 @@ BUSY_TIMEOUT_MS = 5000
 MIGRATION_TIMEOUT_MS = 60_000
 # Any number will do, as long as all of us take the same.
 MIGRATION_LOCK = 0x766D63656C6C
+CONNECT_TIMEOUT_S = 5
 POOL_SIZE, POOL_OVERFLOW = 5, 60
 _PRAGMAS = (
     f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}",
@@ -36,8 +37,12 @@ def open_engine(url: str) -> Engine:
     """An engine for `url`; nothing is connected yet. Raises HostError for a URL that is none."""
     try:
         # Parameters are tokens and hashes of keys; errors go into logs and answers.
+        parsed = _with_driver(url)
+        is_remote = parsed.drivername.startswith("postgresql")
         engine = sa.create_engine(
-            _with_driver(url),
+            parsed,
+            connect_args={"connect_timeout": CONNECT_TIMEOUT_S} if is_remote else {},
+            # A server that was restarted is met here, not in the middle of a question.
             pool_pre_ping=True,
             hide_parameters=True,
             pool_size=POOL_SIZE,
@@ -91,7 +96,9 @@ def migrate(url: str, *, owner_uid: int | None = None) -> None:
         finally:
             engine.dispose()
     except (OSError, sa.exc.SQLAlchemyError) as error:
-        raise HostError(f"cannot bring the store {_shown(url)} up to date: {error}") from error
+        raise HostError(
+            f"cannot bring the store {_shown(url)} up to date: {words_of(error)}"
+        ) from error
 
 
 def _leave_transactions_to_us(connection, _) -> None:  # type: ignore[no-untyped-def]  # DB-API, untyped
@@ -147,12 +154,17 @@ def check_version(engine: Engine) -> None:
         with engine.connect() as connection:
             found = _version(connection)
     except sa.exc.SQLAlchemyError as error:
-        raise HostError(f"cannot open the store: {error}") from error
+        raise HostError(f"cannot open the store: {words_of(error)}") from error
     if found != SCHEMA_VERSION:
         raise HostError(
             f"the store has version {found}, this program wants {SCHEMA_VERSION}; "
             "run: vmcell migrate"
         )
+
+
+def words_of(error: Exception) -> str:
+    """The database's own words: no statement, no second line, where PostgreSQL quotes values."""
+    return (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
 
 
 def _sqlite_path(url: URL) -> Path | None:

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
+from vmcell_api.store.database import words_of
 from vmcell_api.store.tables import SandboxRow, TeamRow, TemplateRow
 from vmcell_protos.errors import CallerError, HostError
 
@@ -201,14 +202,11 @@ class Transaction:
                 if error is None:
                     session.commit()
             except sa.exc.SQLAlchemyError as failure:
-                raise HostError(f"the store did not take a change: {_words(failure)}") from failure
+                raise HostError(
+                    f"the store did not take a change: {words_of(failure)}"
+                ) from failure
         if isinstance(error, sa.exc.SQLAlchemyError):
-            raise HostError(f"the store did not answer: {_words(error)}") from error
-
-
-def _words(error: sa.exc.SQLAlchemyError) -> str:
-    """The database's own words: no statement, no second line, where PostgreSQL quotes values."""
-    return (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
+            raise HostError(f"the store did not answer: {words_of(error)}") from error
 
 
 def team_of(row: TeamRow) -> Team:
