@@ -208,7 +208,7 @@ def test_files_that_are_not_in_the_upload_fail_by_name(bench: Bench) -> None:
 
 def test_a_step_that_writes_too_much_is_named(bench: Bench) -> None:
     with pytest.raises(StepFailed, match="more than 64 MiB"):
-        bench.build(_run("dd if=/dev/zero of=/root/big bs=1M count=70", "root"))
+        bench.build(_run("dd if=/dev/zero of=/home/big bs=1M count=70", "root"))
 
 
 def test_cancelling_a_real_step(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
