@@ -73,7 +73,12 @@ class UploadStore:
         size = 0
         with partial.open("xb") as file:
             while True:
-                piece = stream.read(PIECE_BYTES)
+                try:
+                    piece = stream.read(PIECE_BYTES)
+                except OSError as error:
+                    raise CallerError(
+                        f"the upload stopped after {size} bytes ({error}); send it again"
+                    ) from error
                 if not piece:
                     return size
                 size += len(piece)

@@ -150,7 +150,13 @@ def test_an_unknown_image_says_how_to_get_it(node: Node) -> None:
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"image": BROKEN}, "envd"), ({"image": REFUSES}, "500"), ({"runtime": "x.none.v2"}, "none")],
+    [
+        ({"start_command": "serve"}, "template did not start"),
+        ({"ready_command": "check"}, "template did not start"),
+        ({"image": BROKEN}, "envd"),
+        ({"image": REFUSES}, "500"),
+        ({"runtime": "x.none.v2"}, "none"),
+    ],
 )
 def test_a_failed_create_leaves_nothing(
     containerd: RealContainerd, config: ApiConfig, options: dict[str, str], words: str

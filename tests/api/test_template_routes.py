@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import time
@@ -15,6 +16,7 @@ from e2b.api.client.models import Template, TemplateWithBuilds
 from falcon import testing
 
 from vmcell_api.node.upload_files import open_upload
+from vmcell_api.upload_store import UploadStore
 from vmcell_protos.errors import CallerError, HostError
 
 HASH = "ab" * 32
@@ -294,6 +296,27 @@ def test_an_upload_is_whole_or_not_there(tmp_path: Path) -> None:
         assert _link(client)[0] is False
         files = [found for found in Path(service.config.upload_dir).rglob("*") if found.is_file()]
         assert files == []
+
+
+def test_a_client_that_stops_is_told_so(tmp_path: Path) -> None:
+    class Stalled:
+        def __init__(self) -> None:
+            self.pieces = [b"some"]
+
+        def read(self, size: int = -1, /) -> bytes:
+            if self.pieces:
+                return self.pieces.pop()
+            raise TimeoutError("timed out")
+
+    store = UploadStore(str(tmp_path), limit_mib=1)
+    with pytest.raises(CallerError, match="stopped after 4 bytes"):
+        store.receive("team", HASH, Stalled(), 10)
+    assert [path.name for path in tmp_path.rglob("*")] == ["team"]
+    old = tmp_path / "team" / ".partial-of-a-dead-worker"
+    old.touch()
+    os.utime(old, (0, 0))
+    assert store.receive("team", HASH, io.BytesIO(b"whole"), None) == 5
+    assert [path.name for path in (tmp_path / "team").iterdir()] == [HASH]
 
 
 @pytest.fixture

@@ -108,9 +108,12 @@ def _unmount_below(folder: Path) -> None:
         subprocess.run(["umount", "-l", target], check=False, timeout=20)
 
 
-def write_image(path: Path, name: str, files: dict[str, tuple[bytes, int]]) -> None:
-    """Writes an OCI image archive with one layer; `files` maps paths to (content, mode)."""
-    layer = _tar({name: entry for name, entry in files.items()})
+def write_image(
+    path: Path, name: str, files: dict[str, tuple[bytes, int]], *, layer: bytes = b""
+) -> None:
+    """Writes an OCI image archive with one layer: the tar `layer`, or one of `files`, which maps
+    paths to (content, mode)."""
+    layer = layer or _tar({name: entry for name, entry in files.items()})
     layer_digest = _digest(layer)
     config = json.dumps(
         {

@@ -28,7 +28,7 @@ from vmcell_api.node.slot_plan import Slot
 from vmcell_api.node.teardown import LEASE_PREFIX
 from vmcell_api.volumes.folders import VolumeFolders
 from vmcell_api.volumes.names import VolumeMount
-from vmcell_protos.errors import CallerError
+from vmcell_protos.errors import CallerError, HostError, VmcellError
 from vmcell_protos.pb.containerd import types_pb2
 
 LEASE_LIFE_S = 3600
@@ -221,10 +221,13 @@ def _start_template(
             environment=environment,
         )
 
-    if request.start_command:
-        start_command.start(guest, command(request.start_command), deadline=deadline)
-    if request.ready_command:
-        start_command.wait_ready(guest, command(request.ready_command), deadline=deadline)
+    try:
+        if request.start_command:
+            start_command.start(guest, command(request.start_command), deadline=deadline)
+        if request.ready_command:
+            start_command.wait_ready(guest, command(request.ready_command), deadline=deadline)
+    except VmcellError as error:  # asking again would end the same way
+        raise HostError(f"the template did not start: {error}", code="internal") from error
 
 
 def _guest_environment(request: SandboxRequest) -> dict[str, str]:

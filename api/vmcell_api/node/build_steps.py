@@ -140,15 +140,16 @@ def make_user_script() -> str:
 
     By sh alone, because images have useradd, adduser or neither.
     """
-    return """set -e
+    return r"""set -e
 if ! grep -q '^user:' /etc/passwd 2>/dev/null; then
-  id=1000
-  while grep -q "^[^:]*:[^:]*:$id:" /etc/passwd /etc/group 2>/dev/null; do id=$((id + 1)); done
+  gid=$(sed -n 's/^user:[^:]*:\([0-9]*\):.*/\1/p' /etc/group 2>/dev/null || true)
+  id=1000; taken=/etc/passwd; [ -n "$gid" ] || taken='/etc/passwd /etc/group'
+  while grep -q "^[^:]*:[^:]*:$id:" $taken 2>/dev/null; do id=$((id + 1)); done
   shell=/bin/sh; [ -x /bin/bash ] && shell=/bin/bash
   grep -q '^root:' /etc/passwd 2>/dev/null || echo 'root:x:0:0:root:/root:/bin/sh' >> /etc/passwd
   grep -q '^root:' /etc/group 2>/dev/null || echo 'root:x:0:' >> /etc/group
-  grep -q '^user:' /etc/group || echo "user:x:$id:" >> /etc/group
-  echo "user:x:$id:$id:user:/home/user:$shell" >> /etc/passwd
+  [ -n "$gid" ] || { gid=$id; echo "user:x:$gid:" >> /etc/group; }
+  echo "user:x:$id:$gid:user:/home/user:$shell" >> /etc/passwd
 fi
 if [ ! -d /home/user ]; then
   mkdir -p /home/user
