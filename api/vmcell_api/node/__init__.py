@@ -9,6 +9,7 @@ conntrack      ending the connections of a slot
 slots          the pool of TAPs
 containerd     containerd's gRPC services, errors as ours
 guest_init     envd's token, environment and health
+start_command  the image's start command, and the wait for its ready command
 sandbox_files  resolv.conf, hosts and hostname for a guest
 sandbox        a sandbox, as labels and back
 teardown       removing a sandbox, however much of it there is

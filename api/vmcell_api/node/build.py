@@ -10,7 +10,7 @@ import threading
 import time
 from dataclasses import dataclass, field, replace
 
-from vmcell_api.node import guest_init, oci_image, oci_spec, sandbox_files
+from vmcell_api.node import guest_init, oci_image, oci_spec, sandbox_files, start_command
 from vmcell_api.node.containerd import Containerd
 from vmcell_api.node.sandbox import (
     CREATING,
@@ -108,6 +108,13 @@ class SandboxBuilder:
             access_token=request.access_token,
             environment=_guest_environment(request),
             default_user=request.default_user,
+            timeout_s=max(1.0, deadline - time.monotonic()),
+            died=died,
+        )
+        start_command.run(
+            sandbox.address,
+            start_command.StartCommand(start=image.start_command, ready=image.ready_command),
+            access_token=request.access_token,
             timeout_s=max(1.0, deadline - time.monotonic()),
             died=died,
         )

@@ -18,16 +18,23 @@ INDEX_TYPES = (
     "application/vnd.docker.distribution.manifest.list.v2+json",
 )
 MAX_JSON_BYTES = 8 << 20
+# Shell commands that are run in every sandbox of the image.
+START_LABEL, READY_LABEL = "io.vmcell.start", "io.vmcell.ready"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """`chain_id` names the committed snapshot of all layers; `environment` is the image's own."""
+    """`chain_id` names the committed snapshot of all layers; `environment` is the image's own.
+
+    `start_command` and `ready_command` are the image's labels, "" where the image has none.
+    """
 
     chain_id: str
     environment: tuple[str, ...] = ()
     working_directory: str = "/"
+    start_command: str = ""
+    ready_command: str = ""
 
 
 def chain_id(diff_ids: list[str]) -> str:
@@ -77,11 +84,23 @@ def parse_config(config: bytes, image: str) -> ImageConfig:
     if not isinstance(environment, list):
         raise _broken(image, "its Env is not a list")
     directory = process.get("WorkingDir") or "/"
+    labels = process.get("Labels") or {}
+    if not isinstance(labels, dict):
+        raise _broken(image, "its Labels are not an object")
     return ImageConfig(
         chain_id=chain_id([_digest(diff_id, image) for diff_id in diff_ids]),
         environment=tuple(row for row in environment if isinstance(row, str) and "=" in row),
         working_directory=directory if isinstance(directory, str) else "/",
+        start_command=_label(labels, START_LABEL, image),
+        ready_command=_label(labels, READY_LABEL, image),
     )
+
+
+def _label(labels: dict[str, object], name: str, image: str) -> str:
+    value = labels.get(name, "")
+    if not isinstance(value, str) or "\0" in value:
+        raise _broken(image, f"its label {name} is {value!r} and no shell command")
+    return value
 
 
 def _table(data: bytes, image: str) -> dict[str, object]:
