@@ -64,7 +64,7 @@ class Interpreter:
     def kernels(self) -> list[int]:
         """Process ids of the kernels: the server's children."""
         task = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(pid) for pid in task.read_text().split()]
+        return [int(pid) for pid in task.read_text().split()] if task.exists() else []
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from vmcell_protos.errors import CallerError, HostError
 MAX_FRAME_BYTES = 4 << 20
 # The end of what a command printed, for the sentence about its failure.
 TOLD_BYTES = 600
-CLOSED_WITHIN_S = 5.0
+CONNECT_S = 5.0
 _PREFIX = struct.Struct(">BI")
 _END_OF_STREAM = 0x02
 # What reading raises when the guest answers with something else than the protocol's messages.
@@ -61,7 +61,10 @@ class _Outcome:
 
 
 class _Stream:
-    """One command of the guest, read by a thread of its own until it ends or `close`."""
+    """One command of the guest, read by a thread of its own until it ends or `close`.
+
+    `begun` is set when the command runs, or when it never will; its outcome is then in `ended`.
+    """
 
     def __init__(
         self,
@@ -71,9 +74,13 @@ class _Stream:
         arguments: list[str],
         ended: queue.Queue[_Outcome],
     ) -> None:
+        self.begun = threading.Event()
+        self._address = address
         self._outcome = _Outcome(name)
         self._ended = ended
-        self._connection = http.client.HTTPConnection(address, ENVD_PORT, timeout=CLOSED_WITHIN_S)
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._closed = False
         self._thread = threading.Thread(
             target=self._follow, args=(token, arguments), name=f"{name}-command", daemon=True
         )
@@ -81,19 +88,32 @@ class _Stream:
 
     def close(self) -> None:
         """Stops listening; the command is not told."""
-        if (sock := self._connection.sock) is not None:
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+        with self._lock:
+            self._closed = True
+            if self._socket is not None:
+                with suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join()
-        self._connection.close()
 
     def _follow(self, token: str, arguments: list[str]) -> None:
+        connection = http.client.HTTPConnection(self._address, ENVD_PORT, timeout=CONNECT_S)
         try:
-            for event in self._events(token, arguments):
+            connection.connect()
+            with self._lock:
+                if self._closed:
+                    return
+                self._socket = connection.sock
+            for event in _events(connection, token, arguments):
                 self._take(event)
+                self.begun.set()
         except (OSError, http.client.HTTPException, *_NOT_CONNECT) as error:
             self._outcome.why = f"its stream was lost ({error or type(error).__name__})"
-        self._ended.put(self._outcome)
+        finally:
+            with self._lock:
+                self._socket = None
+            connection.close()
+            self._ended.put(self._outcome)
+            self.begun.set()
 
     def _take(self, event: dict[str, dict[str, object]]) -> None:
         outcome = self._outcome
@@ -105,21 +125,24 @@ class _Stream:
             outcome.status = status if end.get("exited") and isinstance(status, int) else -1
             outcome.why = str(end.get("status"))
 
-    def _events(self, token: str, arguments: list[str]) -> Iterator[dict[str, dict[str, object]]]:
-        message = {"process": {"cmd": "/bin/sh", "args": ["-c", *arguments]}, "stdin": False}
-        payload = json.dumps(message).encode()
-        headers = {
-            "Content-Type": "application/connect+json",
-            "Connect-Protocol-Version": "1",
-            "Authorization": "Basic " + base64.b64encode(b"root:").decode(),
-        }
-        if token:
-            headers["X-Access-Token"] = token
-        body = _PREFIX.pack(0, len(payload)) + payload
-        self._connection.request("POST", "/process.Process/Start", body=body, headers=headers)
-        assert self._connection.sock is not None
-        self._connection.sock.settimeout(None)
-        answer = self._connection.getresponse()
+
+def _events(
+    connection: http.client.HTTPConnection, token: str, arguments: list[str]
+) -> Iterator[dict[str, dict[str, object]]]:
+    """What envd says about a command of `/bin/sh -c` that it starts; raises ValueError."""
+    message = {"process": {"cmd": "/bin/sh", "args": ["-c", *arguments]}, "stdin": False}
+    payload = json.dumps(message).encode()
+    headers = {
+        "Content-Type": "application/connect+json",
+        "Connect-Protocol-Version": "1",
+        "Authorization": "Basic " + base64.b64encode(b"root:").decode(),
+    }
+    if token:
+        headers["X-Access-Token"] = token
+    body = _PREFIX.pack(0, len(payload)) + payload
+    connection.request("POST", "/process.Process/Start", body=body, headers=headers)
+    connection.sock.settimeout(None)
+    with connection.getresponse() as answer:
         if answer.status != 200:
             words = answer.read(400).decode("utf-8", "replace")
             raise ValueError(f"envd answered {answer.status}: {words}")
@@ -150,7 +173,7 @@ def run(
     """
     if not command.start and not command.ready:
         return
-    deadline = time.monotonic() + timeout_s
+    wait = _Wait(time.monotonic() + timeout_s, timeout_s, died)
     ended: queue.Queue[_Outcome] = queue.Queue()
     streams = []
     try:
@@ -160,31 +183,41 @@ def run(
         if command.ready:
             arguments = [_UNTIL, command.ready, _SHELL]
             streams.append(_Stream("ready", address, access_token, arguments, ended))
-            _await_ready(command, ended, deadline, timeout_s, died)
+            _await_ready(command.ready, ended, wait)
+        else:
+            _await_begin(streams[0], ended, wait)
     finally:
         for stream in streams:
             stream.close()
 
 
-def _await_ready(
-    command: StartCommand,
-    ended: queue.Queue[_Outcome],
-    deadline: float,
-    timeout_s: float,
-    died: threading.Event,
-) -> None:
-    while True:
-        if died.is_set():
-            raise HostError("the machine ended before its template's ready command succeeded")
-        left = deadline - time.monotonic()
+@dataclass(frozen=True)
+class _Wait:
+    """How long to wait, and for what to give up."""
+
+    deadline: float
+    timeout_s: float
+    died: threading.Event
+
+    def slice_s(self, what: str) -> float:
+        """How long to wait at a time; raises when `what` has waited long enough."""
+        if self.died.is_set():
+            raise HostError(f"the machine ended before {what}")
+        left = self.deadline - time.monotonic()
         if left <= 0:
             raise CallerError(
-                f"the template's ready command {command.ready[:200]!r} did not succeed within "
-                f"{timeout_s:.0f} s of the start; see that the start command brings it about",
+                f"within {self.timeout_s:.0f} s of the start it did not come so far: {what}; "
+                "see what the template's start and ready commands wait for",
                 code="failed_precondition",
             )
+        return min(SLICE_S, left)
+
+
+def _await_ready(ready: str, ended: queue.Queue[_Outcome], wait: _Wait) -> None:
+    what = f"the template's ready command {ready[:200]!r} succeeded"
+    while True:
         try:
-            outcome = ended.get(timeout=min(SLICE_S, left))
+            outcome = ended.get(timeout=wait.slice_s(what))
         except queue.Empty:
             continue
         # a start command may well end by itself, having left a service behind
@@ -192,3 +225,12 @@ def _await_ready(
             raise CallerError(str(outcome), code="failed_precondition")
         if outcome.name == "ready":
             return
+
+
+def _await_begin(stream: _Stream, ended: queue.Queue[_Outcome], wait: _Wait) -> None:
+    while not stream.begun.wait(wait.slice_s("the template's start command began")):
+        pass
+    with suppress(queue.Empty):
+        outcome = ended.get_nowait()
+        if outcome.status != 0:
+            raise CallerError(str(outcome), code="failed_precondition")
