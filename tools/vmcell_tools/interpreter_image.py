@@ -69,7 +69,7 @@ def server_files() -> Iterator[tuple[str, Path]]:
 def inputs() -> list[str | bytes]:
     """All that the image is made of, beside Debian's packages."""
     files: list[str | bytes] = [LOCK.read_bytes(), START.read_bytes(), *LEFT_OUT, PIP_SETTINGS]
-    files += [*TYPESCRIPT_LEFT_OUT, READY]
+    files += [*TYPESCRIPT_LEFT_OUT, START_PATH, READY]
     for target, source in server_files():
         files += [target, source.read_bytes()]
     return files

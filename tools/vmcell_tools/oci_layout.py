@@ -36,7 +36,8 @@ class ImageSettings:
     command: tuple[str, ...]
     directory: str
     comment: str
-    labels: Mapping[str, str] = field(default_factory=dict)
+    # No part of the repr, which names builds: images without labels keep their names.
+    labels: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 def write_archive(archive: Path, layer: Path, settings: ImageSettings) -> str:
