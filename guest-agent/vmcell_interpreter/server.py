@@ -54,6 +54,9 @@ class TextErrors(RequestHandler):
         error = details.get("exc_info", (None, None))[1]
         if isinstance(error, RequestError):
             status_code = error.status
+        if isinstance(error, NoKernel):
+            # the JavaScript client shows the status line and no body
+            details["reason"] = "Language Not Installed"
         super().send_error(status_code, **details)
 
     def log_exception(self, *details: Any) -> None:

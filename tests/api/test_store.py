@@ -204,3 +204,14 @@ def test_a_broken_store_is_one_sentence(tmp_path: Path) -> None:
     store.close()
     with pytest.raises(HostError, match="database_url"):
         open_engine("nonsense")
+
+
+def test_templates_of_every_installation(tmp_path: Path) -> None:
+    migrate(_url(tmp_path))
+    store = Store(open_engine(_url(tmp_path)))
+    interpreter = store.template("code-interpreter-v1")
+    assert interpreter is not None
+    assert interpreter.image == "docker.io/vmcell/code-interpreter-v1:latest"
+    assert (interpreter.vcpus, interpreter.memory_mib) == (2, 1024)
+    assert store.template("base") is not None
+    store.close()

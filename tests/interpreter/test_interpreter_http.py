@@ -71,6 +71,11 @@ def test_errors_are_a_line_of_text(
     assert http.get("/contexts").json() == before
 
 
+def test_the_status_line_names_what_is_missing(http: httpx.Client) -> None:
+    answer = http.post("/contexts", json={"language": "java"})
+    assert (answer.status_code, answer.reason_phrase) == (500, "Language Not Installed")
+
+
 def test_browsers_may_call(http: httpx.Client) -> None:
     answer = http.options("/execute", headers={"Origin": "http://x", "X-Y": "z"})
     assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (204, "*")
