@@ -7,7 +7,8 @@ PYTHON ?= $(shell for p in /usr/bin/python3 python3.13 python3.12 python3.11 pyt
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-plain test-root test-kvm test-vm test-long test-api-cases host venv artifacts dev-up clean help
+.PHONY: demo test test-plain test-root test-kvm test-vm test-long test-api-cases host venv artifacts \
+	interpreter-image dev-up clean help
 
 help:
 	@echo "make demo   boot a microVM and drive it with the E2B SDK"
@@ -31,6 +32,10 @@ artifacts: venv
 	@$(BIN)/vmcell image base
 	@$(BIN)/vmcell image build small
 	@$(BIN)/vmcell image build base
+
+# Half a gigabyte, and only sandboxes of code-interpreter-v1 need it.
+interpreter-image: venv
+	@$(BIN)/vmcell image build code-interpreter-v1
 
 demo: artifacts
 	@$(BIN)/vmcell demo
@@ -63,7 +68,7 @@ test-api-cases: venv
 dev-up: artifacts
 	@$(BIN)/vmcell dev up --store make --api-port 0 --data-port 0
 
-test-vm: dev-up
+test-vm: interpreter-image dev-up
 	$(PYTEST) -m vm --timeout 900; status=$$?; $(BIN)/vmcell dev down; exit $$status
 
 clean:

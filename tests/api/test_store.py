@@ -147,6 +147,16 @@ def test_a_broken_store_is_one_sentence(tmp_path: Path) -> None:
         open_engine("nonsense")
 
 
+def test_templates_of_every_installation(url: str) -> None:
+    store = Store(open_engine(url))
+    interpreter = store.template("code-interpreter-v1")
+    assert interpreter is not None
+    assert interpreter.image == "docker.io/vmcell/code-interpreter-v1:latest"
+    assert (interpreter.vcpus, interpreter.memory_mib) == (2, 1024)
+    assert store.template("base") is not None
+    store.close()
+
+
 def test_a_postgresql_that_is_away_is_one_sentence_without_the_password(tmp_path: Path) -> None:
     away = f"postgresql://vmcell:hunter2@/vmcell?host={tmp_path}"
     with pytest.raises(HostError, match="cannot bring the store postgresql") as caught:

@@ -13,6 +13,8 @@ MAY_IMPORT = {
     "vmcell_runtime": {"vmcell_protos"},
     "vmcell_shim": {"vmcell_protos", "vmcell_runtime"},
     "vmcell_agent": {"vmcell_protos"},
+    # an image has it, without the rest of us
+    "vmcell_interpreter": set(),
     "vmcell_api": {"vmcell_protos"},
     "vmcell_tools": {
         "vmcell_protos",

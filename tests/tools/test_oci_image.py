@@ -160,7 +160,7 @@ def test_the_busybox_layer_is_a_root_file_system(small_layer: dict[str, tarfile.
 
 
 def test_an_unknown_image_is_the_callers_error(tmp_path: Path) -> None:
-    with pytest.raises(CallerError, match=r"no image 'huge'; build one of base, small"):
+    with pytest.raises(CallerError, match=r"no image 'huge'; build one of base, small, code-"):
         build_oci_image("huge", BuildCache(tmp_path), QUIET)
     assert not list(tmp_path.iterdir())
-    assert set(IMAGES) == {"base", "small"}
+    assert set(IMAGES) == {"base", "small", "code-interpreter-v1"}

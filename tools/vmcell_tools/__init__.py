@@ -12,6 +12,8 @@ debian_tree      Debian packages as a directory tree
 base_image       the guest's base image
 oci_layout       the format of OCI archives
 image_layers     root file systems of our images
+python_wheels    packages from PyPI, exactly those of a lock file
+interpreter_image  what the code interpreter's image is made of
 oci_image        our OCI images
 image_import     built images into containerd
 message_codegen  protobuf messages from .proto files

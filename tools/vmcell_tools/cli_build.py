@@ -48,7 +48,7 @@ def image_base(as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def image_build(name: str, as_json: bool) -> None:
-    """Build the OCI image NAME (base or small), unless the cache has it; prints its path."""
+    """Build the OCI image NAME (see `list`), unless the cache has it; prints its path."""
     from vmcell_tools.build_cache import BuildCache
     from vmcell_tools.oci_image import build_oci_image
     from vmcell_tools.progress import Progress

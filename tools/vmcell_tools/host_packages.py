@@ -37,7 +37,10 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     ),
     # CNI plugins give pods their network in the dev VM; systemd for systemd-analyze alone, which
     # reads the unit that setup writes; tests of the store start a PostgreSQL of their own.
-    "test": ("bsdutils", "containernetworking-plugins", "systemd", "postgresql"),
+    "test": (
+        *("bsdutils", "containernetworking-plugins", "systemd", "postgresql"),
+        *("nodejs", "node-acorn", "node-typescript"),
+    ),
 }
 POLICY = Path("/usr/sbin/policy-rc.d")
 POLICY_TEXT = "#!/bin/sh\n# Written while vmcell installs packages, then removed.\nexit 101\n"

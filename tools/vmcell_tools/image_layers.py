@@ -57,9 +57,12 @@ def _suite(sources: str) -> str:
     return sources.split()[2]
 
 
-def debian_layer(layer: Path, packages: Sequence[str], sources: str) -> None:
+def debian_layer(
+    layer: Path, packages: Sequence[str], sources: str, hooks: Sequence[str] = ()
+) -> None:
     """A minimal Debian with `packages` and the user 1000, as the tar `layer`.
 
+    `hooks` are shell commands for the installed system, whose directory is their "$1".
     It takes the very versions that the host's apt lists name: the lists are copied in, not renewed.
     """
     if os.geteuid() != 0:
@@ -67,14 +70,14 @@ def debian_layer(layer: Path, packages: Sequence[str], sources: str) -> None:
     work = layer.parent
     source_list = work / "sources.list"
     source_list.write_text(sources)
-    hooks = Path("/usr/share/mmdebstrap/hooks/merged-usr")
+    merged_usr = Path("/usr/share/mmdebstrap/hooks/merged-usr")
     run_step(
         [
             *("mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar"),
-            *("--skip=output/dev,update,cleanup/apt", f"--hook-dir={hooks}"),
+            *("--skip=output/dev,update,cleanup/apt", f"--hook-dir={merged_usr}"),
             '--setup-hook=cp -r /var/lib/apt/lists/. "$1/var/lib/apt/lists/"',
             *(f"--dpkgopt={option}" for option in PATH_OPTIONS),
-            *(f"--customize-hook={hook}" for hook in CUSTOMIZE),
+            *(f"--customize-hook={hook}" for hook in (*hooks, *CUSTOMIZE)),
             f"--include={','.join(packages)}",
             *(_suite(sources), layer, source_list),
         ],

@@ -2,6 +2,7 @@
 
 `base`  Debian with bash, Python, certificates and the user 1000: the image of sandboxes
 `small` busybox: the image of tests and examples
+`code-interpreter-v1` base with Node, scientific Python and E2B's code interpreter
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmcell_protos.errors import CallerError
+from vmcell_tools import interpreter_image
 from vmcell_tools.build_cache import BuildCache, input_digest
 from vmcell_tools.debian_tree import (
     Package,
@@ -28,6 +30,7 @@ from vmcell_tools.image_layers import (
 )
 from vmcell_tools.oci_layout import ImageSettings, write_archive
 from vmcell_tools.progress import Progress
+from vmcell_tools.python_wheels import wheels
 
 KIND = "oci-image"
 ARCHIVE_NAME = "image.tar"
@@ -55,7 +58,8 @@ SMALL = ImageSettings(
     directory="/",
     comment="busybox",
 )
-IMAGES = {"base": BASE, "small": SMALL}
+INTERPRETER = interpreter_image.settings(dict(BASE.environment))
+IMAGES = {"base": BASE, "small": SMALL, interpreter_image.NAME: INTERPRETER}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +85,10 @@ def find_oci_image(name: str, cache: BuildCache, progress: Progress) -> OciImage
 
 
 def build_oci_image(name: str, cache: BuildCache, progress: Progress) -> OciImage:
-    """The image `name` ("base" or "small") of today's packages, built when it is not cached.
+    """The image `name` (a key of IMAGES) of today's packages, built when it is not cached.
 
-    Raises CallerError for another name and for "base" without root, HostError for a full disk.
+    Raises CallerError for another name, and without root for any but "small"; HostError for a full
+    disk.
     """
     plan = _plan(name, cache, progress)
 
@@ -109,6 +114,8 @@ def _plan(name: str, cache: BuildCache, progress: Progress) -> _Plan:
         raise CallerError(f"there is no image {name!r}; build one of {', '.join(IMAGES)}")
     if name == "small":
         return _small_plan(cache, progress)
+    if name == interpreter_image.NAME:
+        return _interpreter_plan(cache, progress)
     return _base_plan(cache, progress)
 
 
@@ -134,5 +141,23 @@ def _base_plan(cache: BuildCache, progress: Progress) -> _Plan:
     return _Plan(digest=_digest(BASE, packages, sources, *PATH_OPTIONS, *CUSTOMIZE), make=make)
 
 
-def _digest(settings: ImageSettings, packages: Sequence[Package], *more: str) -> str:
+def _interpreter_plan(cache: BuildCache, progress: Progress) -> _Plan:
+    sources = debian_sources()
+    names = (*DEBIAN_PACKAGES, *interpreter_image.DEBIAN_PACKAGES)
+    packages = closure_versions(cache, (*MINIMAL_DEBIAN, *names), progress)
+
+    def make(layer: Path) -> None:
+        fetched = wheels(interpreter_image.LOCK, cache, progress)
+        progress.step(
+            f"installing {len(packages)} Debian and {len(fetched)} Python packages into an image; "
+            "about two minutes"
+        )
+        hooks = interpreter_image.hooks(layer.parent, fetched)
+        debian_layer(layer, names, sources, hooks)
+
+    more = (sources, *PATH_OPTIONS, *CUSTOMIZE, *interpreter_image.inputs())
+    return _Plan(digest=_digest(INTERPRETER, packages, *more), make=make)
+
+
+def _digest(settings: ImageSettings, packages: Sequence[Package], *more: str | bytes) -> str:
     return input_digest(RECIPE, repr(settings), *map(str, packages), *more)

@@ -12,7 +12,7 @@ import io
 import json
 import tarfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 LAYOUT_VERSION = "1.0.0"
@@ -26,13 +26,18 @@ CREATED = "1970-01-01T00:00:00Z"
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
-    """What a container of the image starts with; `reference` names it ("docker.io/a/b:latest")."""
+    """What a container of the image starts with; `reference` names it ("docker.io/a/b:latest").
+
+    `labels` are the image's own; noded reads those that begin with `io.vmcell.`.
+    """
 
     reference: str
     environment: Mapping[str, str]
     command: tuple[str, ...]
     directory: str
     comment: str
+    # No part of the repr, which names builds: images without labels keep their names.
+    labels: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 def write_archive(archive: Path, layer: Path, settings: ImageSettings) -> str:
@@ -73,6 +78,7 @@ def _config(settings: ImageSettings, layer_digest: str) -> dict[str, object]:
             "Env": [f"{name}={value}" for name, value in settings.environment.items()],
             "Cmd": list(settings.command),
             "WorkingDir": settings.directory,
+            **({"Labels": dict(settings.labels)} if settings.labels else {}),
         },
         "rootfs": {"type": "layers", "diff_ids": [layer_digest]},
         "history": [{"created": CREATED, "created_by": "vmcell", "comment": settings.comment}],

@@ -10,7 +10,7 @@ slots          the pool of TAPs
 containerd     containerd's gRPC services, errors as ours
 guest_init     envd's token, environment and health
 guest_process  commands, uploads and layers through envd
-start_command  a template's start command, and when it is ready
+start_command  the start command of a template or image, and when it is ready
 sandbox_files  resolv.conf, hosts and hostname for a guest
 volume_use     which sandboxes have which volumes
 sandbox        a sandbox, as labels and back

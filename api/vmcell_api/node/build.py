@@ -14,6 +14,7 @@ from vmcell_api.egress import OPEN, Egress
 from vmcell_api.node import guest_init, oci_image, oci_spec, sandbox_files, start_command
 from vmcell_api.node.containerd import Containerd
 from vmcell_api.node.guest_process import Command, GuestProcesses
+from vmcell_api.node.oci_spec import ENVD
 from vmcell_api.node.sandbox import (
     CREATING,
     END_LABEL,
@@ -51,7 +52,7 @@ class SandboxRequest:
     default_workdir: str = ""
     start_command: str = ""
     ready_command: str = ""
-    init: str = "envd"  # or the builder's, which gives away what was written
+    init: str = ENVD  # or the builder's, which gives away what was written
     volume_mounts: tuple[VolumeMount, ...] = ()
 
 
@@ -130,7 +131,7 @@ class SandboxBuilder:
             timeout_s=max(1.0, deadline - time.monotonic()),
             died=died,
         )
-        _start_template(request, sandbox.address, image, deadline)
+        _start_template(request, sandbox.address, image, deadline, died)
         now = unix_ms_now()
         sandbox = replace(sandbox, started_at_unix_ms=now, end_at_unix_ms=now + request.timeout_ms)
         labels = sandbox.labels(RUNNING)
@@ -205,10 +206,20 @@ class SandboxBuilder:
 
 
 def _start_template(
-    request: SandboxRequest, address: str, image: oci_image.ImageConfig, deadline: float
+    request: SandboxRequest,
+    address: str,
+    image: oci_image.ImageConfig,
+    deadline: float,
+    died: threading.Event,
 ) -> None:
-    """What a template wants running in each of its sandboxes, and the wait until it is ready."""
-    if not request.start_command and not request.ready_command:
+    """What a template wants running in each of its sandboxes, and the wait until it is ready.
+
+    An image's labels say so for templates that do not; their commands are root's.
+    """
+    start, ready, user = request.start_command, request.ready_command, request.default_user
+    if not start and not ready:
+        start, ready, user = image.start_command, image.ready_command, "root"
+    if (not start and not ready) or request.init != ENVD:
         return
     guest = GuestProcesses(address, request.access_token)
     environment = dict(row.split("=", 1) for row in image.environment)
@@ -216,16 +227,16 @@ def _start_template(
     def command(text: str) -> Command:
         return Command(
             text=text,
-            user=request.default_user,
+            user=user,
             workdir=request.default_workdir,
             environment=environment,
         )
 
     try:
-        if request.start_command:
-            start_command.start(guest, command(request.start_command), deadline=deadline)
-        if request.ready_command:
-            start_command.wait_ready(guest, command(request.ready_command), deadline=deadline)
+        if start:
+            start_command.start(guest, command(start), deadline=deadline)
+        if ready:
+            start_command.wait_ready(guest, command(ready), deadline=deadline, failed=died)
     except VmcellError as error:  # asking again would end the same way
         raise HostError(f"the template did not start: {error}", code="internal") from error
 

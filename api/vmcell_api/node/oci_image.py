@@ -18,16 +18,23 @@ INDEX_TYPES = (
     "application/vnd.docker.distribution.manifest.list.v2+json",
 )
 MAX_JSON_BYTES = 8 << 20
+# Shell commands that are run in every sandbox of the image.
+START_LABEL, READY_LABEL = "io.vmcell.start", "io.vmcell.ready"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """`chain_id` names the committed snapshot of all layers; `environment` is the image's own."""
+    """`chain_id` names the committed snapshot of all layers; `environment` is the image's own.
+
+    `start_command` and `ready_command` are the image's labels, "" where the image has none.
+    """
 
     chain_id: str
     environment: tuple[str, ...] = ()
     working_directory: str = "/"
+    start_command: str = ""
+    ready_command: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +44,8 @@ class ImageProcess:
     environment: tuple[str, ...]
     user: str
     working_directory: str
+    start_command: str
+    ready_command: str
 
 
 def chain_id(diff_ids: list[str]) -> str:
@@ -79,6 +88,8 @@ def parse_config(config: bytes, image: str) -> ImageConfig:
         chain_id=chain_id(diff_ids),
         environment=process.environment,
         working_directory=process.working_directory or "/",
+        start_command=process.start_command,
+        ready_command=process.ready_command,
     )
 
 
@@ -95,11 +106,16 @@ def config_table(config: bytes, image: str) -> tuple[list[str], ImageProcess]:
     environment = process.get("Env") or []
     if not isinstance(environment, list):
         raise _broken(image, "its Env is not a list")
+    labels = process.get("Labels") or {}
+    if not isinstance(labels, dict):
+        raise _broken(image, "its Labels are not an object")
     user, directory = process.get("User") or "", process.get("WorkingDir") or ""
     return [_digest(diff_id, image) for diff_id in diff_ids], ImageProcess(
         environment=tuple(row for row in environment if isinstance(row, str) and "=" in row),
         user=user if isinstance(user, str) else "",
         working_directory=directory if isinstance(directory, str) else "",
+        start_command=_label(labels, START_LABEL, image),
+        ready_command=_label(labels, READY_LABEL, image),
     )
 
 
@@ -114,6 +130,13 @@ def layer_table(manifest: bytes, image: str, count: int) -> list[tuple[str, int,
     if len(layers) != count:
         raise _broken(image, f"it has {len(layers)} layers and {count} diff ids")
     return layers
+
+
+def _label(labels: dict[str, object], name: str, image: str) -> str:
+    value = labels.get(name, "")
+    if not isinstance(value, str) or "\0" in value:
+        raise _broken(image, f"its label {name} is {value!r} and no shell command")
+    return value
 
 
 def _table(data: bytes, image: str) -> dict[str, object]:

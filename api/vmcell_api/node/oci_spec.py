@@ -11,6 +11,8 @@ import json
 from dataclasses import dataclass
 
 ANNOTATION_PREFIX = "io.vmcell."
+# The agent's own program that is a sandbox's init.
+ENVD = "envd"
 
 CAPABILITIES = [
     *("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW"),
@@ -47,7 +49,7 @@ class SandboxMachine:
     environment: tuple[str, ...] = ()
     working_directory: str = "/"
     file_mounts: tuple[tuple[str, str], ...] = ()
-    init: str = "envd"
+    init: str = ENVD
     volume_mounts: tuple[tuple[str, str], ...] = ()
 
 
@@ -75,7 +77,7 @@ def build_spec(machine: SandboxMachine) -> bytes:
         "process": {
             "terminal": False,
             "user": {"uid": 0, "gid": 0},
-            "args": ["envd"],
+            "args": [ENVD],
             "env": environment,
             "cwd": machine.working_directory,
             "capabilities": {name: CAPABILITIES for name in capability_sets},
