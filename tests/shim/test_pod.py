@@ -14,6 +14,7 @@ from shim_harness import Shim, refused
 
 from vmcell_protos import task
 from vmcell_protos.errors import VmcellError
+from vmcell_protos.wellknown import Empty
 from vmcell_shim import delete as delete_action
 
 POD = "p1"
@@ -111,6 +112,24 @@ def test_death_of_the_vm_ends_pause_and_members(shim: Shim) -> None:
     shim.delete(container_id="a")
     shim.delete(container_id=POD)
     assert shim.left_behind() == []
+
+
+def test_a_shim_leaves_with_the_last_member_of_a_dead_pod(shim: Shim) -> None:
+    """containerd 2.x asks for the end once, when the sandbox container is deleted."""
+    pid = start_pod(shim)
+    member(shim, "a", "/bin/sleep", "600")
+    member(shim, "b", "/bin/sleep", "600")
+    shim.call("Shutdown", task.ShutdownRequest(id="a"), Empty)
+    os.kill(pid, signal.SIGKILL)
+    assert shim.wait(container_id=POD) == 137
+    shim.delete(container_id=POD)
+    shim.call("Shutdown", task.ShutdownRequest(id=POD), Empty)
+    shim.wait(container_id="a")
+    shim.delete(container_id="a")
+    assert not shim.idle.is_set()
+    shim.wait(container_id="b")
+    shim.delete(container_id="b")
+    assert shim.idle.is_set()
 
 
 def test_a_pod_has_only_so_many_windows(shim: Shim) -> None:

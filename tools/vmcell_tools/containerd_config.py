@@ -11,7 +11,7 @@ import tomllib
 from dataclasses import dataclass
 
 from vmcell_protos.errors import HostError
-from vmcell_shim.annotations import PREFIX
+from vmcell_shim.annotations import POD_NAMES, PREFIX
 from vmcell_shim.info import NAME
 
 HANDLER = "vmcell"
@@ -20,7 +20,7 @@ BEGIN, END = "# vmcell: begin", "# vmcell: end"
 CRI_V2, CRI_V3 = "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"
 # What a pod may say about its own VM. The other annotations under the prefix name things of the
 # host (a TAP interface), so whoever may make pods must not set them.
-POD_ANNOTATIONS = (PREFIX + "vcpus", PREFIX + "memory-mib")
+POD_ANNOTATIONS = tuple(PREFIX + name for name in POD_NAMES)
 
 
 @dataclass(frozen=True, kw_only=True)
