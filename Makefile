@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in /usr/bin/python3 python3.13 python3.12 python3.11 pyt
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-plain test-root test-kvm test-vm test-long host venv artifacts dev-up clean help
+.PHONY: demo test test-plain test-root test-kvm test-vm test-long host venv artifacts containerd2 dev-up clean help
 
 help:
 	@echo "make demo   boot a microVM and drive it with the E2B SDK"
@@ -39,7 +39,12 @@ test: test-plain test-root test-kvm test-vm
 test-plain: venv
 	$(PYTEST) -m 'not kvm and not vm and not root'
 
-test-root: venv
+# Where Go or its module proxy is missing, the tests that want these programs are skipped by name.
+containerd2: venv
+	@if command -v go >/dev/null; then $(BIN)/vmcell dev containerd; else false; fi || \
+		echo "containerd 2.x and nerdctl are not built; their tests will be skipped"
+
+test-root: venv containerd2
 	$(PYTEST) -m 'root and not vm'
 
 # On a machine without /dev/kvm the same tests run inside the dev VM.
@@ -55,7 +60,7 @@ test-kvm: venv
 test-long: venv
 	VMCELL_CONTRACT_CALLS=36000 $(PYTEST) -o faulthandler_timeout=0 tests/shim/test_contract_machine.py
 
-dev-up: artifacts
+dev-up: artifacts containerd2
 	@$(BIN)/vmcell dev up --store make --api-port 0 --data-port 0
 
 test-vm: dev-up

@@ -13,6 +13,7 @@ oci_layout       the format of OCI archives
 image_layers     root file systems of our images
 oci_image        our OCI images
 image_import     built images into containerd
+go_programs      containerd 2.x and nerdctl, compiled for the tests
 message_codegen  protobuf messages from .proto files
 grpc_stubs       gRPC stubs for containerd
 containerd_config  our part of containerd's configuration, as text
