@@ -45,11 +45,15 @@ _CRI_3 = """
   [plugins."io.containerd.cri.v1.runtime".containerd]
     default_runtime_name = "vmcell"
 """
-# The same runtime once more, without a sandbox container.
+# The same runtime once more, without a sandbox container, and with streams instead of FIFOs.
 _SHIM_SANDBOXER = """
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.vmcell-shim]
   runtime_type = "io.containerd.vmcell.v2"
   sandboxer = "shim"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.vmcell-streaming]
+  runtime_type = "io.containerd.vmcell.v2"
+  sandboxer = "shim"
+  io_type = "streaming"
 """
 _CRI_PLUGINS = {
     2: ("io.containerd.grpc.v1.cri",),

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 
 import pytest
+from cri.client import wait_for
 from dev_vm import RUNTIME, SMALL, DevVm, Result
 from second_containerd import SecondContainerd
 
@@ -67,7 +68,8 @@ def test_published_port(nerdctl: Nerdctl, web: str, dev_vm: DevVm) -> None:
 
 def test_exec(nerdctl: Nerdctl, web: str) -> None:
     done = nerdctl.call("exec", "-i", web, "sh", "-c", "cat; exit 5", stdin=b"in")
-    assert (done.code, done.stdout) == (5, b"in"), done.error_text
+    assert (done.code, done.stdout) == (1, b"in")
+    assert "exec failed with exit code 5" in done.error_text
 
 
 def test_logs(nerdctl: Nerdctl, web: str) -> None:
@@ -100,8 +102,10 @@ def test_stop(nerdctl: Nerdctl) -> None:
     script = "trap 'echo bye; exit 4' TERM; echo ready; while :; do sleep 0.2; done"
     nerdctl.run("-d", "--name", "graceful", "--net", "none", SMALL, "sh", "-c", script)
     try:
-        nerdctl.check("stop", "-t", "30", "graceful")
+        wait_for(lambda: nerdctl.check("logs", "graceful"), lambda text: "ready" in text, 60)
+        nerdctl.check("stop", "-t", "60", "graceful")
         (shown,) = json.loads(nerdctl.check("inspect", "graceful"))
-        assert shown["State"]["ExitCode"] in (4, 143)
+        assert shown["State"]["ExitCode"] == 4
+        assert nerdctl.check("logs", "graceful") == "ready\nbye\n"
     finally:
         nerdctl.check("rm", "-f", "graceful")
