@@ -217,6 +217,24 @@ def test_delete_of_a_member_leaves_the_living_pod(shim: Shim) -> None:
     assert not (shim.directory / "run/test/a").exists()
 
 
+def test_delete_of_a_pod_takes_its_members_along(shim: Shim) -> None:
+    """containerd 2.x runs no other one when the pod's shim has died."""
+    start_pod(shim)
+    member(shim, "a", "/bin/sleep", "600")
+    member(shim, "gone", "/bin/true")
+    shim.delete(container_id="gone")
+    state = shim.directory / "run/test/p1/state.json"
+    assert [path.name for path in state.parent.glob("member-*")] == ["member-a"]
+    record = json.loads(state.read_text())
+    record["shim"][1] -= 1  # as if another process had that pid by now
+    state.write_text(json.dumps(record))
+    delete_action.delete(str(shim.directory / "bundle-p1"))
+    assert shim.wait(container_id=POD) == 137
+    assert shim.left_behind() == []
+    # And that of a member, as by 1.6, finds nothing to do.
+    delete_action.delete(str(shim.directory / "bundle-a"))
+
+
 def test_delete_of_a_member_takes_a_pod_without_shim_along(shim: Shim) -> None:
     pid = start_pod(shim)
     member(shim, "a", "/bin/true")

@@ -108,6 +108,32 @@ def test_a_killed_vmm_is_the_end_of_the_pod(cri: CriClient, tmp_path: Path) -> N
         wait_for(lambda: cri.pod_status(pod).state, lambda state: state == not_ready, 20)
 
 
+def test_a_killed_shim_takes_its_pod_along(
+    cri: CriClient, daemon: PrivateContainerd, tmp_path: Path
+) -> None:
+    with running_pod(cri, tmp_path) as pod:
+        container = cri.run(pod, "only", IMAGE, *SLEEP)
+        info = cri.call("PodSandboxStatus", pod_sandbox_id=pod.id, verbose=True).info
+        vmm = vmm_of(info)
+        (shim,) = [
+            int(entry.name)
+            for entry in Path("/proc").iterdir()
+            if entry.name.isdigit() and daemon.is_shim(command_line(entry))
+        ]
+        os.kill(shim, signal.SIGKILL)
+        wait_until(lambda: not Path(f"/proc/{vmm}").exists(), "the VMM's end", 6)
+        assert cri.wait_exit(container, 20).exit_code in (137, 255)
+        not_ready = cri.messages.SANDBOX_NOTREADY
+        wait_for(lambda: cri.pod_status(pod).state, lambda state: state == not_ready, 20)
+
+
+def command_line(entry: Path) -> bytes:
+    try:
+        return (entry / "cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
 def test_a_pod_survives_containerd(
     cri: CriClient, daemon: PrivateContainerd, tmp_path: Path
 ) -> None:
