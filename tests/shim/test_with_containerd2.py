@@ -91,7 +91,7 @@ def test_streaming_io_is_refused_by_name(containerd: PrivateContainerd, tmp_path
             cri.remove_pod(pod)
 
 
-@pytest.mark.parametrize("before", [None, "version = 3\n", "version = 2\n"])
+@pytest.mark.parametrize("before", [None, "version = 4\n", "version = 3\n", "version = 2\n"])
 def test_setup_writes_what_containerd_reads(
     release: Release, tmp_path: Path, before: str | None
 ) -> None:
