@@ -72,7 +72,7 @@ def test_erofs_layers_reach_the_guest_as_they_are(containerd: PrivateContainerd)
     assert done.returncode == 0, done.stderr
     log = (containerd.directory / "run/default/c1/shim.log").read_text()
     (line,) = [line for line in log.splitlines() if "root images" in line]
-    root = f"{containerd.directory}/root/io.containerd.snapshotter.v1.erofs/snapshots"
+    root = containerd.directory / "root" / "io.containerd.snapshotter.v1.erofs/snapshots"
     images = re.findall(rf"{root}/\d+/layer\.erofs", line)
     assert len(set(images)) == 2
 
