@@ -8,7 +8,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: demo test test-plain test-root test-kvm test-vm test-long test-api-cases host venv artifacts \
-	interpreter-image dev-up clean help
+	interpreter-image containerd2 dev-up clean help
 
 help:
 	@echo "make demo   boot a microVM and drive it with the E2B SDK"
@@ -45,7 +45,12 @@ test: test-plain test-root test-kvm test-vm
 test-plain: venv
 	$(PYTEST) -m 'not kvm and not vm and not root'
 
-test-root: venv
+# Where Go or its module proxy is missing, the tests that want these programs are skipped by name.
+containerd2: venv
+	@if command -v go >/dev/null; then $(BIN)/vmcell dev containerd; else false; fi || \
+		echo "containerd 2.x and nerdctl are not built; their tests will be skipped"
+
+test-root: venv containerd2
 	$(PYTEST) -m 'root and not vm'
 
 # On a machine without /dev/kvm the same tests run inside the dev VM.
@@ -65,7 +70,7 @@ test-long: venv
 test-api-cases: venv
 	VMCELL_API_CASES=5000 $(PYTEST) tests/api/test_api_cases.py
 
-dev-up: artifacts
+dev-up: artifacts containerd2
 	@$(BIN)/vmcell dev up --store make --api-port 0 --data-port 0
 
 test-vm: interpreter-image dev-up

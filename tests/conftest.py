@@ -1,4 +1,5 @@
-"""Lanes and their needs. A missing need fails the test that has it; nothing is skipped.
+"""Lanes and their needs. A missing need fails the test that has it; nothing is skipped, but for
+what needs a containerd that Go has to compile (tests/support/containerd_release.py).
 
 `make test` runs the lanes one after the other with `-m`; a plain `pytest` runs the plain lane.
 """

@@ -6,6 +6,11 @@ from vmcell_protos.task import Mount
 from vmcell_protos.wellknown import Any, Timestamp
 from vmcell_protos.wire import Field, Message
 
+NamespaceMode_POD = 0
+NamespaceMode_CONTAINER = 1
+NamespaceMode_NODE = 2
+NamespaceMode_TARGET = 3
+
 
 class CreateSandboxRequest(Message):
     __slots__ = ("annotations", "bundle_path", "netns_path", "options", "rootfs", "sandbox_id")
@@ -34,6 +39,93 @@ class CreateSandboxRequest(Message):
         self.options: Any | None = options
         self.netns_path: str = netns_path
         self.annotations: dict[str, str] = annotations or {}
+
+
+class NamespaceOption(Message):
+    __slots__ = ("network",)
+    FIELDS = (Field(1, "network", "int32"),)
+
+    def __init__(
+        self,
+        *,
+        network: int = 0,
+    ) -> None:
+        self.network: int = network
+
+
+class LinuxSandboxSecurityContext(Message):
+    __slots__ = ("namespace_options",)
+    FIELDS = (Field(1, "namespace_options", "message", "one", NamespaceOption),)
+
+    def __init__(
+        self,
+        *,
+        namespace_options: NamespaceOption | None = None,
+    ) -> None:
+        self.namespace_options: NamespaceOption | None = namespace_options
+
+
+class LinuxContainerResources(Message):
+    __slots__ = ("cpu_period", "cpu_quota", "memory_limit_in_bytes")
+    FIELDS = (
+        Field(1, "cpu_period", "int64"),
+        Field(2, "cpu_quota", "int64"),
+        Field(4, "memory_limit_in_bytes", "int64"),
+    )
+
+    def __init__(
+        self,
+        *,
+        cpu_period: int = 0,
+        cpu_quota: int = 0,
+        memory_limit_in_bytes: int = 0,
+    ) -> None:
+        self.cpu_period: int = cpu_period
+        self.cpu_quota: int = cpu_quota
+        self.memory_limit_in_bytes: int = memory_limit_in_bytes
+
+
+class LinuxPodSandboxConfig(Message):
+    __slots__ = ("cgroup_parent", "resources", "security_context", "sysctls")
+    FIELDS = (
+        Field(1, "cgroup_parent", "string"),
+        Field(2, "security_context", "message", "one", LinuxSandboxSecurityContext),
+        Field(3, "sysctls", "string", "map", None, key="string"),
+        Field(5, "resources", "message", "one", LinuxContainerResources),
+    )
+
+    def __init__(
+        self,
+        *,
+        cgroup_parent: str = "",
+        security_context: LinuxSandboxSecurityContext | None = None,
+        sysctls: dict[str, str] | None = None,
+        resources: LinuxContainerResources | None = None,
+    ) -> None:
+        self.cgroup_parent: str = cgroup_parent
+        self.security_context: LinuxSandboxSecurityContext | None = security_context
+        self.sysctls: dict[str, str] = sysctls or {}
+        self.resources: LinuxContainerResources | None = resources
+
+
+class PodSandboxConfig(Message):
+    __slots__ = ("annotations", "hostname", "linux")
+    FIELDS = (
+        Field(2, "hostname", "string"),
+        Field(7, "annotations", "string", "map", None, key="string"),
+        Field(8, "linux", "message", "one", LinuxPodSandboxConfig),
+    )
+
+    def __init__(
+        self,
+        *,
+        hostname: str = "",
+        annotations: dict[str, str] | None = None,
+        linux: LinuxPodSandboxConfig | None = None,
+    ) -> None:
+        self.hostname: str = hostname
+        self.annotations: dict[str, str] = annotations or {}
+        self.linux: LinuxPodSandboxConfig | None = linux
 
 
 class StartSandboxRequest(Message):

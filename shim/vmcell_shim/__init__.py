@@ -61,6 +61,7 @@ pause             a pod's sandbox container, which runs nothing
 registry          the sandbox and the containers of one shim
 metrics           the guest's cgroup numbers for Task.Stats
 service           the Task service, v2 and v3
+pod_config        a pod's configuration as the spec of its sandbox container
 sandbox_service   containerd's sandbox API
 dispatch          service names to services
 server            a ttrpc server on a unix socket

@@ -30,6 +30,8 @@ NAMES = (
     "net.gateway",
     "net.nameservers",
 )
+# What a pod may say of its own VM; the others name things of the host.
+POD_NAMES = ("vcpus", "memory-mib")
 _TAP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,14}")
 _MAC = re.compile(r"[0-9a-f][02468ace](:[0-9a-f]{2}){5}")
 

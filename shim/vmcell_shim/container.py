@@ -241,18 +241,27 @@ class Container:
             stdio.close()
             raise CallerError(f"exec {request.exec_id} exists already", code="already_exists")
         try:
-            message = AddProcessRequest(
+            process.unsent = AddProcessRequest(
                 container_id=self.id,
                 exec_id=request.exec_id,
                 process_json=request.spec.value if request.spec else b"",
                 streams=stdio.declare(self.guest.next_stream_id),
             )
-            self.guest.call("AddProcess", message, Empty, self._config.boot_timeout_s)
+            # A guest makes a container's namespaces when its init starts; until then the exec is
+            # known here alone.
+            if self.init.state == RUNNING:
+                self._introduce(process)
             process.advance("created")
         except BaseException:
             self._forget(process)
             raise
         self._events.publish(TaskExecAdded(container_id=self.id, exec_id=request.exec_id))
+
+    def _introduce(self, process: Process) -> None:
+        """The guest learns of an exec, once. Raises VmcellError."""
+        if process.unsent is not None:
+            self.guest.call("AddProcess", process.unsent, Empty, self._config.boot_timeout_s)
+            process.unsent = None
 
     def start(self, process: Process) -> int:
         """Runs a created process; returns the pid to report.
@@ -261,9 +270,11 @@ class Container:
         again, and clients refuse to delete a task that is created.
         """
         if process.exec_id:
-            self.init.advance("start_exec")
+            self.init.wait_settled(self._config.boot_timeout_s)
+            self.init.advance("start_an_exec_in")
         process.advance("start")
         try:
+            self._introduce(process)
             process.stdio.join(self.guest.dial)
             ref = self._ref(process)
             timeout_s = self._config.boot_timeout_s
@@ -376,10 +387,16 @@ class Container:
             self.guest.give_back(self.sandbox.memory_mib - needed_mib)
 
     def stats(self) -> ContainerStatsResponse:
-        """The guest's numbers of a running container. Raises VmcellError."""
+        """The guest's numbers of a running container. Raises VmcellError: not_found once its VM
+        ends, as its exit is about to say."""
         self.init.advance("stats")
         ref = self._footprint.ref()
-        return self.guest.call("ContainerStats", ref, ContainerStatsResponse, _STATS_ANSWER_S)
+        try:
+            return self.guest.call("ContainerStats", ref, ContainerStatsResponse, _STATS_ANSWER_S)
+        except ConnectionLost as error:
+            raise CallerError(
+                f"task {self.id} has no numbers: its microVM has ended", code="not_found"
+            ) from error
 
     def resize(self, process: Process, columns: int, rows: int) -> None:
         """Sets the terminal's size; one that is not started yet gets it when it is."""
@@ -413,7 +430,8 @@ class Container:
 
     def _delete_exec(self, process: Process) -> None:
         try:
-            self.guest.call("DeleteProcess", self._ref(process), Empty, _KILL_ANSWER_S)
+            if process.unsent is None:
+                self.guest.call("DeleteProcess", self._ref(process), Empty, _KILL_ANSWER_S)
         except VmcellError as error:
             # It may be gone with its VM; the host's part is removed in any case.
             self._journal.info(f"guest on deleting {process.name}: {error}")

@@ -67,6 +67,7 @@ class Footprint:
         self._files.owned = [self._own_dir]
         if self._files is not self._sandbox.files:
             self._files.sandbox = self._sandbox.files.directory
+            self._sandbox.files.add_member(self._id, self._files.directory)
         self._files.create(bundle)
 
     def images(self, source: RootSource) -> RootImages:
@@ -159,6 +160,7 @@ class Footprint:
                 self._sandbox.close()
             else:
                 self._files.remove()
+                self._sandbox.files.drop_member(self._id)
         finally:
             if self._images is not None:
                 self._images.close()

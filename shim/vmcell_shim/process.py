@@ -16,6 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmcell_protos.agent import AddProcessRequest
     from vmcell_shim.stdio import Stdio
 
 SIGKILL = 9
@@ -33,6 +34,8 @@ class Process:
         self.exit_status = 0
         self.exited_at_ns = 0
         self.size: tuple[int, int] | None = None
+        # How the guest is to learn of an exec; None once it knows.
+        self.unsent: AddProcessRequest | None = None
         self._condition = threading.Condition()
 
     @property

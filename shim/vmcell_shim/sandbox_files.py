@@ -3,8 +3,9 @@
 <state_dir>/<namespace>/<id>/ holds `state.json` (which processes live: shim, VMM and helpers; which
 files elsewhere are the sandbox's own; its cgroup, and how to undo its network) and the logs of
 console, shim and VMM. A pod's member has such a directory too, without processes, and names its
-pod's (`sandbox`). The bundle's link `vmcell` leads there, so that `delete` finds everything without
-the host's configuration. Every removal is idempotent.
+pod's (`sandbox`), where a link leads back to it: containerd 2.x runs `delete` for a pod alone, and
+not for its members. The bundle's link `vmcell` leads there, so that `delete` finds everything
+without the host's configuration. Every removal is idempotent.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 
 from vmcell_protos.errors import HostError
 from vmcell_shim.living import Living, kill_all
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 BUNDLE_LINK = "vmcell"
 _MAKE_TRIES = 100
+_MEMBER_PREFIX = "member-"
 _LOGS = ("console.log", "shim.log", "vmm.log")
 
 
@@ -71,6 +74,29 @@ class SandboxFiles:
             os.symlink(self.directory, link)
         except OSError as error:
             raise HostError(f"cannot make the state directory {self.directory}: {error}") from error
+
+    def add_member(self, name: str, directory: str) -> None:
+        """Notes a member's directory. Before this one is there nothing is: it is that of a group
+        without a sandbox of its own, of which each member has its `delete`. Raises HostError."""
+        try:
+            os.symlink(directory, os.path.join(self.directory, _MEMBER_PREFIX + name))
+        except (FileNotFoundError, FileExistsError):
+            return
+        except OSError as error:
+            raise HostError(f"cannot note {name} in {self.directory}: {error}") from error
+
+    def drop_member(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.directory, _MEMBER_PREFIX + name))
+
+    def members(self) -> list[str]:
+        """The directories of members that are still noted."""
+        try:
+            names = os.listdir(self.directory)
+        except FileNotFoundError:
+            return []
+        paths = (os.path.join(self.directory, name) for name in names)
+        return [os.readlink(path) for path in paths if os.path.islink(path)]
 
     def save(self) -> None:
         """Writes state.json anew; a reader sees the old or the new one, never half."""

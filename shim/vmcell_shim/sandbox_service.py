@@ -10,10 +10,12 @@ import threading
 import time
 
 from vmcell_protos import sandbox as messages
-from vmcell_protos.errors import CallerError, HostError
+from vmcell_protos.errors import CallerError, HostError, VmcellError
 from vmcell_protos.wellknown import Empty
 from vmcell_shim.config import load_config
 from vmcell_shim.events import timestamp
+from vmcell_shim.metrics import metrics_of, sum_of
+from vmcell_shim.pod_config import pod_spec
 from vmcell_shim.process import KILLED_STATUS
 from vmcell_shim.sandbox import UP
 from vmcell_shim.spec import plan_pod
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmcell_protos.wire import Message
-    from vmcell_shim.oci_json import Json
     from vmcell_shim.registry import Registry
     from vmcell_shim.sandbox import Sandbox
 
@@ -95,7 +96,7 @@ class SandboxService:
     def _start(self, payload: bytes, timeout_ns: int) -> Message:
         pod = self._found(messages.StartSandboxRequest.decode(payload).sandbox_id)
         config = load_config()
-        spec = _spec_of(pod.request)
+        spec = pod_spec(pod.request)
         plan = plan_pod(
             spec,
             default_vcpus=config.default_vcpus,
@@ -147,6 +148,7 @@ class SandboxService:
         info = {}
         if request.verbose:
             info = {
+                "vmm_pid": str(guest.pid),
                 "vcpus": str(pod.sandbox.vcpus),
                 "memory_mib": str(pod.sandbox.memory_mib),
                 "containers": ",".join(c.id for c in self._registry.containers()),
@@ -174,18 +176,20 @@ class SandboxService:
         return Empty()
 
     def _metrics(self, payload: bytes, _: int) -> Message:
+        """What its containers take together, by the guest's kernel."""
         request = messages.SandboxMetricsRequest.decode(payload)
         self._found(request.sandbox_id)
-        raise CallerError(
-            f"sandbox {request.sandbox_id} has no numbers of its own; ask for its containers'",
-            code="unimplemented",
+        rows = []
+        for container in self._registry.containers():
+            try:
+                rows.append(container.stats())
+            except VmcellError as error:
+                # Not started, paused, ended: it takes nothing, or nothing new.
+                if error.code not in ("failed_precondition", "not_found"):
+                    raise
+        metric = messages.Metric(
+            timestamp=timestamp(time.time_ns()),
+            id=request.sandbox_id,
+            data=metrics_of(sum_of(rows)),
         )
-
-
-def _spec_of(request: messages.CreateSandboxRequest) -> Json:
-    """What the request says, in the places of an OCI spec."""
-    network = {"type": "network", "path": request.netns_path}
-    return {
-        "annotations": dict(request.annotations),
-        "linux": {"namespaces": [network], "resources": {}},
-    }
+        return messages.SandboxMetricsResponse(metrics=metric)

@@ -41,6 +41,7 @@ class TaskService:
     def __init__(self, registry: Registry, idle: Callable[[], None]) -> None:
         self._registry = registry
         self._idle = idle
+        self._leaves_with_last = False
         self._methods: dict[str, Callable[[bytes, int], Message]] = {
             name: getattr(self, f"_{name.lower()}") for name in METHODS
         }
@@ -108,6 +109,8 @@ class TaskService:
         container.delete(process)
         if not request.exec_id:
             self._registry.remove(container)
+            if self._leaves_with_last and not self._registry.in_use:
+                self._idle()
         return task.DeleteResponse(
             pid=container.guest.pid,
             exit_status=process.exit_status,
@@ -188,9 +191,14 @@ class TaskService:
         return task.ConnectResponse(shim_pid=os.getpid(), task_pid=pid)
 
     def _shutdown(self, payload: bytes, _: int) -> Message:
-        task.ShutdownRequest.decode(payload)
+        request = task.ShutdownRequest.decode(payload)
+        members = self._registry.containers()
         if not self._registry.in_use:
             self._idle()
+        elif members and all(row.sandbox.id == request.id != row.id for row in members):
+            # The sandbox container was deleted before its members, as after the VM's death;
+            # containerd 2.x does not ask again when they are.
+            self._leaves_with_last = True
         return Empty()
 
 

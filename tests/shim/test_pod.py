@@ -14,6 +14,7 @@ from shim_harness import Shim, refused
 
 from vmcell_protos import task
 from vmcell_protos.errors import VmcellError
+from vmcell_protos.wellknown import Empty
 from vmcell_shim import delete as delete_action
 
 POD = "p1"
@@ -113,6 +114,24 @@ def test_death_of_the_vm_ends_pause_and_members(shim: Shim) -> None:
     assert shim.left_behind() == []
 
 
+def test_a_shim_leaves_with_the_last_member_of_a_dead_pod(shim: Shim) -> None:
+    """containerd 2.x asks for the end once, when the sandbox container is deleted."""
+    pid = start_pod(shim)
+    member(shim, "a", "/bin/sleep", "600")
+    member(shim, "b", "/bin/sleep", "600")
+    shim.call("Shutdown", task.ShutdownRequest(id="a"), Empty)
+    os.kill(pid, signal.SIGKILL)
+    assert shim.wait(container_id=POD) == 137
+    shim.delete(container_id=POD)
+    shim.call("Shutdown", task.ShutdownRequest(id=POD), Empty)
+    shim.wait(container_id="a")
+    shim.delete(container_id="a")
+    assert not shim.idle.is_set()
+    shim.wait(container_id="b")
+    shim.delete(container_id="b")
+    assert shim.idle.is_set()
+
+
 def test_a_pod_has_only_so_many_windows(shim: Shim) -> None:
     start_pod(shim)
     vmm = vmm_of(shim)
@@ -196,6 +215,24 @@ def test_delete_of_a_member_leaves_the_living_pod(shim: Shim) -> None:
     os.kill(pid, 0)
     assert (shim.directory / "run/test/p1/state.json").exists()
     assert not (shim.directory / "run/test/a").exists()
+
+
+def test_delete_of_a_pod_takes_its_members_along(shim: Shim) -> None:
+    """containerd 2.x runs no other one when the pod's shim has died."""
+    start_pod(shim)
+    member(shim, "a", "/bin/sleep", "600")
+    member(shim, "gone", "/bin/true")
+    shim.delete(container_id="gone")
+    state = shim.directory / "run/test/p1/state.json"
+    assert [path.name for path in state.parent.glob("member-*")] == ["member-a"]
+    record = json.loads(state.read_text())
+    record["shim"][1] -= 1  # as if another process had that pid by now
+    state.write_text(json.dumps(record))
+    delete_action.delete(str(shim.directory / "bundle-p1"))
+    assert shim.wait(container_id=POD) == 137
+    assert shim.left_behind() == []
+    # And that of a member, as by 1.6, finds nothing to do.
+    delete_action.delete(str(shim.directory / "bundle-a"))
 
 
 def test_delete_of_a_member_takes_a_pod_without_shim_along(shim: Shim) -> None:

@@ -12,6 +12,7 @@ from shim_harness import DEADLINE_S, Shim
 
 from vmcell_protos import sandbox
 from vmcell_protos.errors import VmcellError
+from vmcell_protos.metrics import Metrics
 from vmcell_protos.wellknown import Empty
 from vmcell_protos.wire import Message
 from vmcell_shim.sandbox_service import NOT_READY, READY, SERVICE
@@ -97,10 +98,48 @@ def test_refusals(shim: Shim) -> None:
     request = sandbox.CreateSandboxRequest(sandbox_id="p2", bundle_path="/")
     with pytest.raises(VmcellError, match="already"):
         call(shim, "CreateSandbox", request, Empty)
-    metrics = sandbox.SandboxMetricsRequest(sandbox_id=POD)
-    with pytest.raises(VmcellError, match="containers'"):
-        call(shim, "SandboxMetrics", metrics, sandbox.SandboxMetricsResponse)
     shut_down(shim)
+
+
+def test_metrics_are_those_of_its_running_containers(shim: Shim) -> None:
+    create(shim)
+    start(shim)
+    assert cpu_and_memory(shim) == (0, 0)
+    for name in ("c1", "c2", "never-started"):
+        shim.create("/bin/sleep", "600", container_id=name, annotations=MEMBER)
+    for name in ("c1", "c2"):
+        shim.start(container_id=name)
+    assert cpu_and_memory(shim) == (2 * 5000, 2 * 65536)
+    shim.kill(container_id="c1")
+    shim.wait(container_id="c1")
+    assert cpu_and_memory(shim) == (5000, 65536)
+    with pytest.raises(VmcellError, match="p2 does not exist"):
+        metrics_of(shim, "p2")
+    for name in ("c1", "never-started"):
+        shim.delete(container_id=name)
+    shim.kill(container_id="c2")
+    shim.wait(container_id="c2")
+    shim.delete(container_id="c2")
+    shut_down(shim)
+    assert shim.left_behind() == []
+
+
+def metrics_of(shim: Shim, name: str = POD) -> sandbox.Metric:
+    request = sandbox.SandboxMetricsRequest(sandbox_id=name)
+    metric = call(shim, "SandboxMetrics", request, sandbox.SandboxMetricsResponse).metrics
+    assert metric is not None
+    return metric
+
+
+def cpu_and_memory(shim: Shim) -> tuple[int, int]:
+    metric = metrics_of(shim)
+    assert metric.id == POD
+    assert metric.data is not None
+    assert metric.timestamp is not None
+    numbers = Metrics.decode(metric.data.value)
+    assert numbers.cpu is not None
+    assert numbers.memory is not None
+    return numbers.cpu.usage_usec, numbers.memory.usage
 
 
 def test_a_boot_that_fails_leaves_nothing(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from shim_harness import Shim, refused, wait_until
@@ -139,22 +140,65 @@ def test_exec(shim: Shim) -> None:
     )
 
 
+def test_exec_of_a_created_task_waits_for_its_start(shim: Shim) -> None:
+    """It is known from Exec on; a guest has nothing yet that it could run in."""
+    shim.create("/bin/sleep", "600")
+    shim.add_exec("e1", "/bin/sh", "-c", "echo from the exec; exit 5", stdout=shim.fifo("out"))
+    shim.add_exec("e2", "/bin/true")
+    with refused("already_exists"):
+        shim.add_exec("e1", "/bin/true")
+    with refused("failed_precondition"):
+        shim.start("e1")
+    assert shim.state("e1").status == task.TaskStatus_CREATED
+    assert shim.delete("e2").exit_status == 137
+    reader = os.open(shim.fifo("out"), os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        shim.start()
+        shim.start("e1")
+        assert shim.wait("e1") == 5
+        assert os.read(reader, 100) == b"from the exec\n"
+    finally:
+        os.close(reader)
+    assert shim.delete("e1").exit_status == 5
+    shim.containerd.wait_topics(
+        "create", "exec-added", "exec-added", "start", "exec-started", "exit"
+    )
+
+
+def test_exec_that_the_guest_refuses_late_can_be_deleted(
+    shim: Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_BEHAVIOUR", json.dumps({"deny": ["AddProcess"]}))
+    shim.create("/bin/sleep", "600")
+    shim.add_exec("e1", "/bin/true")
+    shim.start()
+    with pytest.raises(VmcellError, match="no AddProcess for you"):
+        shim.start("e1")
+    assert shim.state("e1").status == task.TaskStatus_CREATED
+    shim.delete("e1")
+    with pytest.raises(VmcellError, match="no AddProcess for you"):
+        shim.add_exec("e2", "/bin/true")
+    with refused("not_found"):
+        shim.state("e2")
+
+
 def test_exec_with_a_client_that_does_not_read_has_an_exit_before_the_delete(shim: Shim) -> None:
     reader = os.open(shim.fifo("out"), os.O_RDONLY | os.O_NONBLOCK)
     try:
-        shim.create("/bin/sh", "-c", "exit 0")
+        shim.create("/bin/sh", "-c", "read line; exit 0", stdin=shim.fifo("in"))
+        shim.start()
         shim.add_exec("e1", "/bin/sh", "-c", "cat /dev/zero", stdout=shim.fifo("out"))
         shim.start("e1")
         poll = select.poll()
         poll.register(reader, select.POLLIN)
         assert poll.poll(20_000)
-        shim.start()
+        Path(shim.fifo("in")).write_text("go\n")
         assert shim.wait() == 0
         shim.delete()
     finally:
         os.close(reader)
     shim.containerd.wait_topics(
-        "create", "exec-added", "exec-started", "start", "exit", "exit", "delete"
+        "create", "start", "exec-added", "exec-started", "exit", "exit", "delete"
     )
     exits = [TaskExit.decode(value) for _, _, value in shim.containerd.events[4:6]]
     assert [(row.id, row.exit_status) for row in exits] == [("c1", 0), ("e1", 137)]

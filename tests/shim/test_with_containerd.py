@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from containerd_release import DEBIAN, NEWER, find_release
 from private_containerd import IMAGE, RUNTIME, PrivateContainerd, image_archive
 from shim_harness import wait_until
 from zygote_harness import children
@@ -21,13 +22,19 @@ from vmcell_shim.cache_collector import collect, list_images
 pytestmark = pytest.mark.root
 
 
-@pytest.fixture(scope="module", params=["direct", "zygote"])
+@pytest.fixture(
+    scope="module", params=[(DEBIAN, "direct"), (DEBIAN, "zygote"), (NEWER, "direct")], ids="-".join
+)
 def daemon(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[PrivateContainerd]:
-    """Everything has to come out the same with a zygote and without."""
+    """Everything has to come out the same with each containerd, with a zygote and without."""
+    name, way = request.param
     containerd = PrivateContainerd(
-        tmp_path_factory.mktemp("ctd"), fake_guest=True, zygote=request.param == "zygote"
+        tmp_path_factory.mktemp("ctd"),
+        fake_guest=True,
+        zygote=way == "zygote",
+        release=find_release(name),
     )
     if containerd.zygote is not None:
         containerd.zygote.start()
@@ -59,7 +66,8 @@ def remove(containerd: PrivateContainerd, name: str) -> None:
 def test_run(containerd: PrivateContainerd) -> None:
     done = containerd.run("c1", "sh", "-c", "echo out; echo err >&2; exit 7", flags=("--rm",))
     assert (done.returncode, done.stdout) == (7, b"out\n")
-    assert done.stderr == b"err\n"
+    # ctr 2.x warns of this containerd's deprecated things before.
+    assert done.stderr.splitlines()[-1] == b"err"
 
 
 def test_short_input_ends(containerd: PrivateContainerd) -> None:
@@ -75,8 +83,8 @@ def test_long_input_arrives_whole(containerd: PrivateContainerd) -> None:
 
 def test_terminal(containerd: PrivateContainerd) -> None:
     line = (
-        f"ctr --address {containerd.socket} run --rm -t --runtime {RUNTIME} {IMAGE} c1 "
-        "sh -c 'tty; exit 3'"
+        f"{containerd.release.program('ctr')} --address {containerd.socket} run --rm -t "
+        f"--runtime {RUNTIME} {IMAGE} c1 sh -c 'tty; exit 3'"
     )
     done = subprocess.run(
         ["script", "-qec", line, "/dev/null"],

@@ -95,7 +95,12 @@ class ContractModel:
         if call in ALWAYS:
             return ALWAYS[call]
         found = self.find(container, process)
-        return ANSWERS[call][found.state] if found else "not_found"
+        if found is None:
+            return "not_found"
+        if call == "Start" and process and self._process(container, "").state == CREATED:
+            # runc's shim runs it; a guest has nothing to run it in yet (docs/limits.md).
+            return "failed_precondition"
+        return ANSWERS[call][found.state]
 
     # ---- what calls do --------------------------------------------------------------------------
 

@@ -16,6 +16,8 @@ import sys
 import tarfile
 from pathlib import Path
 
+from containerd_configs import configuration
+from containerd_release import DEBIAN, Release, find_release
 from shim_harness import wait_until
 from zygote_harness import Zygote
 
@@ -26,31 +28,6 @@ SOURCE_ROOTS = [str(ROOT / name) for name in ("protos", "runtime", "shim")]
 RUNTIME = "io.containerd.vmcell.v2"
 IMAGE = "docker.io/vmcell-test/layers:latest"
 
-_CONFIG = """
-version = 2
-root = "{directory}/root"
-state = "{directory}/state"
-disabled_plugins = [{disabled}]
-[grpc]
-  address = "{directory}/containerd.sock"
-[plugins."io.containerd.internal.v1.opt"]
-  path = "{directory}/opt"
-"""
-_CRI = """
-[plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "{image}"
-  stream_server_address = "127.0.0.1"
-  stream_server_port = "0"
-  tolerate_missing_hugetlb_controller = true
-  [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "/usr/lib/cni"
-    conf_dir = "{directory}/cni"
-  [plugins."io.containerd.grpc.v1.cri".containerd]
-    default_runtime_name = "vmcell"
-    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.vmcell]
-      runtime_type = "{runtime}"
-"""
-
 _STUB = """#!{python} -ISB
 import sys
 sys.path[:0] = {roots!r}
@@ -59,40 +36,50 @@ from vmcell_shim.bootstrap import main
 sys.exit(main(sys.argv))
 """
 _PATCH = "import fake_vmm; from vmcell_runtime import handle; handle.spawn = fake_vmm.spawn"
+# Pods always have a daemon for live directories.
+_PATCH_PODS = f"{_PATCH}; from vmcell_shim import sandbox; from fake_share import FakeShare; "
+_PATCH_PODS += "sandbox.Share = FakeShare"
 
 
 class PrivateContainerd:
     """One daemon below `directory`; start() again after kill() for a restart.
 
-    `cri`: with pods; the daemon then has a network namespace of its own, where their veth pairs
-    end. With `zygote`, shims are forked by one of its own, which has the fake guest too.
+    `release`: Debian's unless given. `cri`: with pods; the daemon then has a network namespace of
+    its own, where their veth pairs end. With `zygote`, shims are forked by one of its own, which
+    has the fake guest too.
     """
 
     def __init__(
-        self, directory: Path, *, fake_guest: bool, cri: bool = False, zygote: bool = False
+        self,
+        directory: Path,
+        *,
+        fake_guest: bool,
+        cri: bool = False,
+        zygote: bool = False,
+        release: Release | None = None,
     ) -> None:
         self.directory = directory
-        self.command = ["containerd", "--config", str(directory / "containerd.toml")]
+        self.release = release or find_release(DEBIAN)
+        config = str(directory / "containerd.toml")
+        self.command = [self.release.program("containerd"), "--config", config]
         self.socket = directory / "containerd.sock"
         self.log = directory / "containerd.log"
         self._popen: subprocess.Popen[bytes] | None = None
         (directory / "bin").mkdir()
         shim = directory / "bin/containerd-shim-vmcell-v2"
         roots = [*SOURCE_ROOTS, str(ROOT / "tests/support")]
-        patch = _PATCH if fake_guest else ""
+        patch = (_PATCH_PODS if cri else _PATCH) if fake_guest else ""
         shim.write_text(_STUB.format(python=sys.executable, roots=roots, patch=patch))
         shim.chmod(0o755)
         self.zygote = Zygote(f"{directory}/z", shim) if zygote else None
-        disabled = "" if cri else '"io.containerd.grpc.v1.cri"'
-        config = _CONFIG.format(directory=directory, disabled=disabled)
         if cri:
             self.command = ["unshare", "--net", *self.command]
-            config += _CRI.format(directory=directory, image=IMAGE, runtime=RUNTIME)
             (directory / "cni").mkdir()
             for path, content in dev_containerd.files().items():
                 if path.endswith(".conflist"):
                     (directory / "cni" / Path(path).name).write_bytes(content)
-        (directory / "containerd.toml").write_text(config)
+        text = configuration(directory, version=self.release.config, cri=cri, image=IMAGE)
+        (directory / "containerd.toml").write_text(text)
         for name in ("kernel", "base.erofs"):
             (directory / name).touch()
         (directory / "vmcell.toml").write_text(
@@ -133,7 +120,7 @@ class PrivateContainerd:
     def ctr(
         self, *words: str, stdin: bytes = b"", timeout_s: float = 60
     ) -> subprocess.CompletedProcess[bytes]:
-        command = ["ctr", "--address", str(self.socket), *words]
+        command = [self.release.program("ctr"), "--address", str(self.socket), *words]
         return subprocess.run(
             command, input=stdin, capture_output=True, timeout=timeout_s, check=False
         )

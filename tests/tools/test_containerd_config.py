@@ -100,6 +100,7 @@ def test_versions(output: str, version: tuple[int, int] | None) -> None:
         ((1, 7), DEBIAN, SEVEN),
         ((2, 2), None, TWO),
         ((2, 2), "version = 3\n", TWO),
+        ((2, 3), "version = 4\n", TWO),
         ((2, 2), DEBIAN, SEVEN),
         ((3, 0), None, TWO),
     ],
@@ -115,6 +116,7 @@ def test_the_snippet_that_fits(
     [
         ((1, 5), None, "1.5 is too old"),
         ((1, 7), "version = 3\n", "version 3"),
+        ((2, 3), "version = 5\n", "version 5"),
         ((1, 7), "", "version 1"),
         ((2, 0), "version = 'x'\n", "version 'x'"),
         ((2, 0), "version = ", "not TOML"),

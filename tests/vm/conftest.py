@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from containerd_release import NEWER, find_nerdctl, find_release
 from cri.client import CriClient
 from cri.pause_image import write_pause_image
 from dev_vm import DevVm
 from emulator_faults import run_once_or_twice
+from second_containerd import NAMESPACE, SecondContainerd
 
 from vmcell_tools.build_cache import BuildCache
 from vmcell_tools.dev_containerd import CRI_PORT, CRI_STREAM_PORT
@@ -47,6 +49,15 @@ def nothing_left(dev_vm: DevVm) -> Iterator[None]:
     before = dev_vm.inventory()
     yield
     assert not leaks(before, dev_vm.inventory())
+
+
+@pytest.fixture(scope="session")
+def second(dev_vm: DevVm) -> Iterator[SecondContainerd]:
+    """A containerd 2.x beside Debian's; skipped where it has not been built."""
+    daemon = SecondContainerd(dev_vm, find_release(NEWER), find_nerdctl())
+    daemon.start(NAMESPACE, "k8s.io")
+    yield daemon
+    daemon.stop()
 
 
 @pytest.fixture

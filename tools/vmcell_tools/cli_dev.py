@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from vmcell_tools.cli_output import json_option, print_json
+from vmcell_tools.cli_output import json_option, print_json, print_table
 
 name_option = click.option(
     "--name",
@@ -129,3 +129,24 @@ def dev_status(name: str, as_json: bool) -> None:
         return
     for key, value in dev_vm.report(vm).items():
         click.echo(f"{key:14} {value}")
+
+
+@dev.command("containerd")
+@json_option
+def dev_containerd(as_json: bool) -> None:
+    """Build a containerd 2.x and nerdctl for the tests, unless the cache has them."""
+    from vmcell_tools import go_programs
+    from vmcell_tools.build_cache import BuildCache
+    from vmcell_tools.progress import Progress
+
+    cache = BuildCache.default()
+    rows = []
+    with Progress("vmcell dev") as progress:
+        for module in (go_programs.CONTAINERD, go_programs.NERDCTL):
+            directory = go_programs.build_programs(module, cache, progress)
+            go_programs.drop_old_builds(module, cache)
+            rows += [(name, module.version, str(directory / name)) for name in module.commands]
+    if as_json:
+        print_json([dict(zip(("name", "version", "path"), row, strict=True)) for row in rows])
+    else:
+        print_table(("name", "version", "path"), rows)

@@ -11,7 +11,7 @@ import tomllib
 from dataclasses import dataclass
 
 from vmcell_protos.errors import HostError
-from vmcell_shim.annotations import PREFIX
+from vmcell_shim.annotations import POD_NAMES, PREFIX
 from vmcell_shim.info import NAME
 
 HANDLER = "vmcell"
@@ -20,14 +20,15 @@ BEGIN, END = "# vmcell: begin", "# vmcell: end"
 CRI_V2, CRI_V3 = "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"
 # What a pod may say about its own VM. The other annotations under the prefix name things of the
 # host (a TAP interface), so whoever may make pods must not set them.
-POD_ANNOTATIONS = (PREFIX + "vcpus", PREFIX + "memory-mib")
+POD_ANNOTATIONS = tuple(PREFIX + name for name in POD_NAMES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snippet:
     """What to append to the configuration of one generation of containerd.
 
-    `since` is the oldest containerd it is for, `version` that of the configuration it belongs in.
+    `since` is the oldest containerd it is for, `version` that of the configuration it belongs in;
+    in those of `same_in`, which newer releases write, the tables have the same names.
     """
 
     file: str
@@ -35,6 +36,7 @@ class Snippet:
     version: int
     plugin: str
     notes: tuple[str, ...]
+    same_in: tuple[int, ...] = ()
 
     def table(self, runtime: str) -> str:
         return f'[plugins."{self.plugin}".containerd.runtimes.{runtime}]'
@@ -47,9 +49,10 @@ class Snippet:
     @property
     def text(self) -> str:
         release = "2.x" if self.since[0] == 2 else ".".join(map(str, self.since))
+        versions = " or ".join(map(str, (self.version, *self.same_in)))
         rows = [
             f"# vmcell as a runtime of CRI, for containerd {release} with a configuration of",
-            f"# `version = {self.version}`. Append it to /etc/containerd/config.toml and restart",
+            f"# `version = {versions}`. Append it to /etc/containerd/config.toml and restart",
             "# containerd; `vmcell setup --containerd` does the former and keeps a backup.",
             "# Where the file has no table of a runtime yet, take runc's in too: containerd",
             "# 1.x forgets its built-in one as soon as another is named.",
@@ -87,6 +90,7 @@ SNIPPETS = (
         since=(2, 0),
         version=3,
         plugin=CRI_V3,
+        same_in=(4,),
         notes=(
             'snapshotter = "erofs"  # one of its own; without it the default of all runtimes.',
             "  From 2.2 on that one's layers reach the guest as they are. Images are pulled for",
@@ -124,7 +128,7 @@ def fitting_snippet(containerd: tuple[int, int], config: str | None) -> Snippet:
     if config is None:
         return fitting[-1]
     version = _parse(config).get("version", 1)
-    rows = [row for row in fitting if row.version == version]
+    rows = [row for row in fitting if version in (row.version, *row.same_in)]
     if not rows:
         raise HostError(
             f"containerd's configuration has version {version!r}; write it anew with"

@@ -63,7 +63,9 @@ class CriClient:
                 conditions = self.call("Status").status.conditions
             except grpc.RpcError:
                 return False
-            return all(row.status for row in conditions)
+            # 2.x has a third one, of deprecation warnings.
+            ready = {row.type for row in conditions if row.status}
+            return {"RuntimeReady", "NetworkReady"} <= ready
 
         wait_for(ready, bool, deadline_s)
 
