@@ -137,6 +137,15 @@ def order_of(image: str = GOOD) -> NewSandbox:
     )
 
 
+def _answers(client: NodeClient) -> bool:
+    """The socket is there a moment before somebody listens."""
+    try:
+        client.list()
+    except NodeUnreachable:
+        return False
+    return True
+
+
 def _create_and_kill(client: NodeClient, order: NewSandbox) -> None:
     client.create(order)
     client.kill(order.sandbox_id)
@@ -149,10 +158,7 @@ def noded_dies(
     point = NODED_POINTS[name]
     client = NodeClient(config.node_socket, create_timeout_s=60)
     with doomed("noded", name, tmp_path) as noded, contextlib.closing(client):
-        wait_until(
-            lambda: noded.poll() is not None or os.path.exists(config.node_socket),
-            "noded does not listen",
-        )
+        wait_until(lambda: noded.poll() is not None or _answers(client), "noded does not answer")
         with pytest.raises(NodeUnreachable):
             _create_and_kill(client, order)
         assert noded.wait(PATIENCE_S) == -signal.SIGKILL, (tmp_path / "doomed.log").read_text()
