@@ -22,6 +22,8 @@ from vmcell_protos.errors import CallerError, HostError
 log = logging.getLogger("vmcell.api")
 
 OPEN_PATHS = ("/health", "/openapi.json")
+# Links for uploads carry their own permission; SDKs send no key with them.
+OPEN_PREFIX = "/vmcell/uploads/"
 
 
 class KeyCheck:
@@ -37,7 +39,7 @@ class KeyCheck:
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Checks the key of every request but preflights, health checks and the API's document."""
-        if req.method == "OPTIONS" or req.path in OPEN_PATHS:
+        if _is_open(req):
             return
         key = self._key(presented_key(req))
         req.context.team, req.context.key_id, req.context.scopes = key.team, key.key_id, key.scopes
@@ -55,7 +57,7 @@ class KeyCheck:
         self, req: falcon.Request, resp: falcon.Response, resource: object, params: object
     ) -> None:
         """Checks the scope that the route needs."""
-        if req.method == "OPTIONS" or req.path in OPEN_PATHS:
+        if _is_open(req):
             return
         needed = needed_scope(req.method, req.uri_template or "")
         if not allows(req.context.scopes, needed):
@@ -94,6 +96,10 @@ def presented_key(req: falcon.Request) -> str:
 def timeout_limit_s(team: Team, config: ApiConfig) -> int:
     """How long a sandbox of the team may be told to live: the lower of both limits."""
     return min(config.max_timeout_s, team.max_timeout_s or config.max_timeout_s)
+
+
+def _is_open(req: falcon.Request) -> bool:
+    return req.method == "OPTIONS" or req.path in OPEN_PATHS or req.path.startswith(OPEN_PREFIX)
 
 
 def _bearer(header: str) -> str:

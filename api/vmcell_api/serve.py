@@ -9,6 +9,7 @@ Nothing here may start a thread or a gRPC channel before the last fork.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -22,9 +23,12 @@ from types import FrameType
 from typing import Protocol
 
 import vmcell_api.node.__main__ as noded
+from vmcell_api import logs
 from vmcell_api.config import ApiConfig, load_config
 from vmcell_api.nginx import NginxPlan, render
 from vmcell_protos.errors import HostError, VmcellError
+
+log = logging.getLogger("vmcell.serve")
 
 READY_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 20
@@ -221,16 +225,18 @@ def _tcp_listens(bind: str) -> bool:
 
 
 def _say(sentence: str) -> None:
-    sys.stderr.write(f"vmcell: {sentence}\n")
-    sys.stderr.flush()
+    log.info("%s", sentence)
 
 
 def main() -> int:
     """The command; answers its exit status."""
+    logs.set_up("vmcell", "text")
     try:
-        run(load_config())
+        config = load_config()
+        logs.set_up("vmcell", config.log_format)
+        run(config)
     except VmcellError as error:
-        _say(str(error))
+        log.error("%s", error)
         return 1
     return 0
 
