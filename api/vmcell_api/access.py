@@ -102,6 +102,10 @@ def timeout_limit_s(team: Team, config: ApiConfig) -> int:
     return min(config.max_timeout_s, team.max_timeout_s or config.max_timeout_s)
 
 
+def _is_open(req: falcon.Request) -> bool:
+    return req.method == "OPTIONS" or req.path in OPEN_PATHS or req.path.startswith(OPEN_PREFIX)
+
+
 def _bearer(header: str) -> str:
     scheme, _, token = header.partition(" ")
     return token.strip() if scheme.lower() == "bearer" else ""

@@ -12,6 +12,7 @@ Nothing here may start a thread or a gRPC channel, because a fork may come at an
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -20,11 +21,14 @@ import time
 from types import FrameType
 
 import vmcell_api.node.__main__ as noded
+from vmcell_api import logs
 from vmcell_api.child_processes import execute, fork
 from vmcell_api.config import ApiConfig, load_config
 from vmcell_api.nginx_files import write_configuration
 from vmcell_api.supervision import Part, Supervised
 from vmcell_protos.errors import HostError, VmcellError
+
+log = logging.getLogger("vmcell.serve")
 
 READY_TIMEOUT_S = 120
 POLL_S = 0.05
@@ -202,19 +206,21 @@ def _tell_systemd(word: str) -> None:
 
 
 def _say(sentence: str) -> None:
-    sys.stderr.write(f"vmcell: {sentence}\n")
-    sys.stderr.flush()
+    log.info("%s", sentence)
 
 
 def main(arguments: list[str]) -> int:
     """The command; answers its exit status."""
+    logs.set_up("vmcell", "text")
     if arguments not in ([], ["--no-nginx"]):
         _say("usage: python -m vmcell_api.serve [--no-nginx]")
         return 2
     try:
-        run(load_config(), with_nginx=not arguments)
+        config = load_config()
+        logs.set_up("vmcell", config.log_format)
+        run(config, with_nginx=not arguments)
     except VmcellError as error:
-        _say(str(error))
+        log.error("%s", error)
         return 1
     return 0
 

@@ -74,6 +74,8 @@ def test_a_sandbox_from_the_key_to_its_end(service: WholeService) -> None:
     service.process.send_signal(signal.SIGTERM)
     assert service.process.wait(PATIENCE_S) == 0, service.log.read_text()
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    processes = {json.loads(line)["process"] for line in service.log.read_text().splitlines()}
+    assert processes == {"vmcell", "noded", "api", "router"}
     assert key not in service.log.read_text()
     assert made["envdAccessToken"] not in service.log.read_text()
 
