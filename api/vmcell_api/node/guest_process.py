@@ -100,6 +100,8 @@ class GuestProcesses:
             if response.status != 200:
                 text = response.read(4096)
                 raise HostError(_refusal("giving its layer", response.status, text))
+            if not response.chunked and response.length is None:
+                raise GuestError("envd gives a layer whose end cannot be told")
             yield self._whole(response, deadline)
 
     def _whole(self, response: http.client.HTTPResponse, deadline: float) -> Iterator[bytes]:
@@ -112,6 +114,9 @@ class GuestProcesses:
                     f"the layer broke off: {self._why_broken(deadline) or error}", code="aborted"
                 ) from error
             if not piece:
+                # Of a body with a length http.client takes any end for the end.
+                if response.length:
+                    raise HostError("the layer broke off", code="aborted")
                 return
             yield piece
 
