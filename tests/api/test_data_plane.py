@@ -7,7 +7,9 @@ import hashlib
 import http.client
 import json
 import socket
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -29,6 +31,7 @@ from vmcell_api import signature_search
 
 PRIVATE_ID = "i" + "p9" * 9 + "z"
 TRAFFIC_TOKEN = "ab" * 32
+CONNECTIONS = 100
 
 
 @pytest.fixture(scope="module")
@@ -334,3 +337,24 @@ def test_a_name_with_an_underscore_is_no_routing_header(plane: DataPlane) -> Non
     lines = ("E2b_Sandbox_Port: 1", "E2b_Sandbox_Id: i0000000000000000000")
     answer = raw(plane.port, _head(plane.upstream_port, *lines, method="GET"))
     assert answer.startswith(b"HTTP/1.1 200"), answer
+
+
+def test_many_connections_at_once(plane: DataPlane) -> None:
+    """All are begun before one is finished; none is reset."""
+    GuestHandler.release.clear()
+    begun = threading.Barrier(CONNECTIONS, timeout=PATIENCE_S)
+
+    def one(_: int) -> bytes:
+        connection = http.client.HTTPConnection("127.0.0.1", plane.port, timeout=PATIENCE_S)
+        named = {name.replace("_", "-"): value for name, value in plane.ids().items()}
+        connection.request("GET", "/stream", headers=named)
+        answer = connection.getresponse()
+        first = answer.read(5)
+        begun.wait()
+        GuestHandler.release.set()
+        whole = first + answer.read()
+        connection.close()
+        return whole
+
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        assert list(pool.map(one, range(CONNECTIONS))) == [b"firstsecond"] * CONNECTIONS

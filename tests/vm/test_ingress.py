@@ -84,7 +84,7 @@ def test_twenty_commands_outlive_the_service(service: DevVm) -> None:
             ends[number] = error
 
     threads = [threading.Thread(target=follow, args=(number,)) for number in range(COMMANDS)]
-    # Not all at once: QEMU's forwarded port holds one connection that waits, and resets others.
+    # Not all at once: some of 20 connections that came together were reset by the forwarded port.
     for number, thread in enumerate(threads, 1):
         thread.start()
         if number % AT_ONCE == 0:
