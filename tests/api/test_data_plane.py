@@ -275,6 +275,7 @@ def test_many_and_large_headers_reach_the_guest(plane: DataPlane) -> None:
     assert (status, body["code"]) == (400, 400)
 
 
+CLOSE = "Connection: close"
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -323,7 +324,7 @@ def test_a_body_stays_a_body(plane: DataPlane) -> None:
 def test_an_absolute_target_names_no_other_address(plane: DataPlane) -> None:
     closed = free_port()
     for target in (f"http://127.0.0.1:{closed}/x", f"http://{closed}-{SANDBOX_ID}.x/x", "//x/y"):
-        head = _head(plane.upstream_port, method="GET").replace(b"/outer", target.encode())
+        head = _head(plane.upstream_port, CLOSE, method="GET").replace(b"/outer", target.encode())
         answer = raw(plane.port, head)
         assert answer.startswith(b"HTTP/1.1 200"), answer
         told = json.loads(answer.partition(b"\r\n\r\n")[2])
@@ -335,7 +336,7 @@ def test_an_absolute_target_names_no_other_address(plane: DataPlane) -> None:
 def test_a_name_with_an_underscore_is_no_routing_header(plane: DataPlane) -> None:
     """Else it could override the one that nginx checks, on its way through WSGI."""
     lines = ("E2b_Sandbox_Port: 1", "E2b_Sandbox_Id: i0000000000000000000")
-    answer = raw(plane.port, _head(plane.upstream_port, *lines, method="GET"))
+    answer = raw(plane.port, _head(plane.upstream_port, CLOSE, *lines, method="GET"))
     assert answer.startswith(b"HTTP/1.1 200"), answer
 
 
