@@ -35,6 +35,7 @@ class NginxPlan:
     """`folder` holds the pid file and temporary files; `user` "": nginx does not change it.
 
     `domain` is a host name without a port; "": the API has no host name and is not served here.
+    `volumes` is the address of the server of volume files; "": the API has none.
     `version` is that of the nginx which will read the text.
     """
 
@@ -44,6 +45,7 @@ class NginxPlan:
     user: str = ""
     domain: str = ""
     api: str = "127.0.0.1:3000"
+    volumes: str = ""
     tls: Tls | None = None
     version: tuple[int, ...] = (1, 22, 1)
 
@@ -167,6 +169,9 @@ _TLS = Template(
 """
 )
 
+# SDKs look for the files of volumes at the API's own name.
+_VOLUMES = Template("    location /volumecontent/ { proxy_pass http://$address; }")
+
 _API_SERVER = Template(
     """\
   upstream vmcell_api {
@@ -178,14 +183,13 @@ _API_SERVER = Template(
 $tls_listen
     server_name api.$domain;
 
-    location / {
-      error_page 502 504 = @api_down;
-      proxy_pass http://vmcell_api;
-      proxy_read_timeout 600s;
-      proxy_send_timeout 600s;
-      proxy_set_header Host $$http_host;
-      proxy_set_header Connection "";
-    }
+    error_page 502 504 = @api_down;
+    proxy_read_timeout 600s;
+    proxy_send_timeout 600s;
+    proxy_set_header Host $$http_host;
+    proxy_set_header Connection "";
+    location / { proxy_pass http://vmcell_api; }
+$volumes
     location @api_down {
       default_type application/json;
       add_header Should-Retry $$api_retry always;
@@ -227,6 +231,7 @@ def render(plan: NginxPlan) -> str:
             listen=plan.listen,
             tls_listen=_tls_listen(plan, ""),
             domain=plan.domain,
+            volumes=_VOLUMES.substitute(address=plan.volumes) if plan.volumes else "",
         )
     return _MAIN.substitute(
         user_line=f"user {plan.user};" if plan.user else "",

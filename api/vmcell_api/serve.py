@@ -156,6 +156,7 @@ def run(config: ApiConfig, *, with_nginx: bool = True) -> None:
     if os.geteuid() != 0:
         raise HostError("the service needs root for noded (containerd, TAPs); run it as root")
     os.umask(0o022)  # nginx's user and the API's pass through the folders made here
+    systemd = os.environ.pop("NOTIFY_SOCKET", "")  # gunicorn would speak for the whole
     service = Service(config, with_nginx=with_nginx)
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -176,7 +177,7 @@ def run(config: ApiConfig, *, with_nginx: bool = True) -> None:
             )
             if config.tls_certificate:
                 _say(f"both on https://{config.tls_bind} for E2B_DOMAIN={config.domain}")
-            _tell_systemd("READY=1")
+            _tell_systemd(systemd, "READY=1")
         service.watch()
     finally:
         service.stop()
@@ -196,9 +197,8 @@ def _tcp_listens(bind: str) -> bool:
         return probe.connect_ex((host, int(port))) == 0
 
 
-def _tell_systemd(word: str) -> None:
+def _tell_systemd(path: str, word: str) -> None:
     """sd_notify(3); nothing where nobody asked for it."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
     if path:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
             notify.connect("\0" + path[1:] if path.startswith("@") else path)

@@ -7,7 +7,9 @@ import hashlib
 import http.client
 import json
 import socket
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -29,6 +31,7 @@ from vmcell_api import signature_search
 
 PRIVATE_ID = "i" + "p9" * 9 + "z"
 TRAFFIC_TOKEN = "ab" * 32
+CONNECTIONS = 100
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +275,7 @@ def test_many_and_large_headers_reach_the_guest(plane: DataPlane) -> None:
     assert (status, body["code"]) == (400, 400)
 
 
+CLOSE = "Connection: close"
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -320,7 +324,7 @@ def test_a_body_stays_a_body(plane: DataPlane) -> None:
 def test_an_absolute_target_names_no_other_address(plane: DataPlane) -> None:
     closed = free_port()
     for target in (f"http://127.0.0.1:{closed}/x", f"http://{closed}-{SANDBOX_ID}.x/x", "//x/y"):
-        head = _head(plane.upstream_port, method="GET").replace(b"/outer", target.encode())
+        head = _head(plane.upstream_port, CLOSE, method="GET").replace(b"/outer", target.encode())
         answer = raw(plane.port, head)
         assert answer.startswith(b"HTTP/1.1 200"), answer
         told = json.loads(answer.partition(b"\r\n\r\n")[2])
@@ -332,5 +336,26 @@ def test_an_absolute_target_names_no_other_address(plane: DataPlane) -> None:
 def test_a_name_with_an_underscore_is_no_routing_header(plane: DataPlane) -> None:
     """Else it could override the one that nginx checks, on its way through WSGI."""
     lines = ("E2b_Sandbox_Port: 1", "E2b_Sandbox_Id: i0000000000000000000")
-    answer = raw(plane.port, _head(plane.upstream_port, *lines, method="GET"))
+    answer = raw(plane.port, _head(plane.upstream_port, CLOSE, *lines, method="GET"))
     assert answer.startswith(b"HTTP/1.1 200"), answer
+
+
+def test_many_connections_at_once(plane: DataPlane) -> None:
+    """All are begun before one is finished; none is reset."""
+    GuestHandler.release.clear()
+    begun = threading.Barrier(CONNECTIONS, timeout=PATIENCE_S)
+
+    def one(_: int) -> bytes:
+        connection = http.client.HTTPConnection("127.0.0.1", plane.port, timeout=PATIENCE_S)
+        named = {name.replace("_", "-"): value for name, value in plane.ids().items()}
+        connection.request("GET", "/stream", headers=named)
+        answer = connection.getresponse()
+        first = answer.read(5)
+        begun.wait()
+        GuestHandler.release.set()
+        whole = first + answer.read()
+        connection.close()
+        return whole
+
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        assert list(pool.map(one, range(CONNECTIONS))) == [b"firstsecond"] * CONNECTIONS

@@ -357,9 +357,10 @@ def test_what_was_meant_for_the_last_sandbox_does_not_reach_the_next(pool: SlotP
         guest.receive(b"of the last")
         waiting = threading.Thread(target=_wait_for_the_end, args=(proxy, ended := []))
         waiting.start()
-        pool.release(slot.number)
+        pool.cut(slot.number)
         waiting.join(PATIENCE_S)
         assert ended, "a connection to an ended sandbox ends"
+        pool.release(slot.number)
         _claim_again(pool, slot)
         with contextlib.suppress(OSError):
             proxy.send(b"secret")

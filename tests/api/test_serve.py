@@ -42,6 +42,8 @@ def _user(pid: int) -> int:
 
 
 def test_a_sandbox_from_the_key_to_its_end(service: WholeService) -> None:
+    assert service.systemd.recv(100) == b"READY=1"
+    service.systemd.setblocking(False)
     key = service.new_key()
     auth = {"X_API_Key": key}
     status, made = ask(3000, "POST", "/v2/sandboxes", {"templateID": GOOD}, **auth)
@@ -68,6 +70,9 @@ def test_a_sandbox_from_the_key_to_its_end(service: WholeService) -> None:
     status, body = ask(3080, "GET", "/health", **ids)
     assert (status, body["message"]) == (502, "The sandbox was not found")
     assert not any(service.containerd.traces().values())
+
+    with pytest.raises(BlockingIOError):
+        service.systemd.recv(100)  # nobody else spoke for the service
 
     children = children_of(service.process.pid)
     assert {_user(pid) for pid in children} >= {0, 99001, 99002}, "workers gave up root"

@@ -37,7 +37,10 @@ def plane(tls_files: TlsFiles, tmp_path_factory: pytest.TempPathFactory) -> Iter
     with (
         api_service(folder, domain=f"{NAME}:8443") as service,
         fake_guest() as guest,
-        data_plane(service, guest, folder / "nginx", tls=tls_files) as running,
+        fake_guest() as files,
+        data_plane(
+            service, guest, folder / "nginx", tls=tls_files, volumes=f"127.0.0.1:{files}"
+        ) as running,
     ):
         add_sandbox(service)
         yield running
@@ -84,6 +87,14 @@ def test_the_api_has_a_name_of_its_own(plane: DataPlane) -> None:
     assert [entry["sandboxID"] for entry in listed] == [SANDBOX_ID]
     status, body, _ = plane.ask("GET", "/health", Host=f"api.{NAME}")
     assert (status, body) == (200, {"status": "ok"}), "for a TLS proxy of the operator's"
+
+
+def test_files_of_volumes_are_at_the_apis_name(plane: DataPlane) -> None:
+    path = "/volumecontent/v1/file?path=%2Fa%20b"
+    answer = _get(plane, f"api.{NAME}", path, Authorization="Bearer e2b_volume")
+    assert answer.json()["path"] == path
+    assert answer.json()["headers"]["authorization"] == "Bearer e2b_volume"
+    assert _get(plane, f"api.{NAME}", "/volumecontents").status_code == 401, "that is the API's"
 
 
 def test_routing_headers_do_not_turn_the_apis_name_into_a_sandbox(plane: DataPlane) -> None:

@@ -81,6 +81,7 @@ def data_plane(
     tls: TlsFiles | None = None,
     tls_port: int = 0,
     api: str = "",
+    volumes: str = "",
 ) -> Iterator[DataPlane]:
     """nginx on free ports; with `tls` on another with TLS, for the service's domain.
 
@@ -98,6 +99,7 @@ def data_plane(
             user="root" if os.geteuid() == 0 else "",
             domain=service.config.domain.partition(":")[0],
             api=api or own_api,
+            volumes=volumes,
             tls=tls
             and Tls(
                 listen=f"127.0.0.1:{tls_port}",

@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ class WholeService:
     environment: dict[str, str]
     log: Path
     folder: Path
+    systemd: socket.socket
 
     def new_key(self, *options: str, team: str = "one") -> str:
         """A fresh API key; `options` as `vmcell key create` takes them."""
@@ -53,6 +55,7 @@ def whole_service(*, slot_count: int = 1, workers: int = 1) -> Iterator[WholeSer
         tempfile.TemporaryDirectory(prefix="vms") as name,
         own_netns(),
         real_containerd(Path(name, "c")) as containerd,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd,
     ):
         folder = Path(name)
         # Its mode stays 0700, as `vmcell setup` makes /run/vmcell: noded opens the way.
@@ -79,13 +82,24 @@ def whole_service(*, slot_count: int = 1, workers: int = 1) -> Iterator[WholeSer
         }
         config = folder / "api.toml"
         config.write_text("".join(f"{key} = {json.dumps(v)}\n" for key, v in settings.items()))
-        environment = {**os.environ, "VMCELL_API_CONFIG": str(config)}
+        systemd.bind(f"{folder}/notify")
+        systemd.settimeout(PATIENCE_S)
+        environment = {
+            **os.environ,
+            "VMCELL_API_CONFIG": str(config),
+            "NOTIFY_SOCKET": f"{folder}/notify",
+        }
         log = folder / "serve.log"
         with log.open("wb") as output:
             command = [sys.executable, "-m", "vmcell_api.serve"]
             process = subprocess.Popen(command, env=environment, stderr=output, stdout=output)
         running = WholeService(
-            process=process, containerd=containerd, environment=environment, log=log, folder=folder
+            process=process,
+            containerd=containerd,
+            environment=environment,
+            log=log,
+            folder=folder,
+            systemd=systemd,
         )
         try:
             deadline = time.monotonic() + PATIENCE_S

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vmcell_api.config import parse_config
+from vmcell_api.nginx import NginxPlan, Tls, render
 from vmcell_api.nginx_files import nginx_program
 from vmcell_protos.errors import CallerError, HostError
 from vmcell_tools.ingress_setup import install, set_up_tls, trust_advice, uninstall
@@ -109,3 +110,13 @@ def test_uninstall_takes_away_what_setup_wrote(tmp_path: Path) -> None:
     assert not any((tmp_path / name).exists() for name in (NGINX, *UNITS))
     assert (tmp_path / "etc/vmcell/tls/ca.pem").exists()
     assert uninstall(tmp_path / "nothing") == []
+
+
+def test_a_newer_nginx_is_told_of_http2_in_its_own_words() -> None:
+    """By nginx's list of changes: from 1.25.1 on a directive, and the word of `listen` warns."""
+    tls = Tls(listen="127.0.0.1:443", certificate="/c", key="/k")
+    values = {"listen": "127.0.0.1:80", "route_socket": "/r", "folder": "/f", "tls": tls}
+    older = render(NginxPlan(**values, version=(1, 25, 0)))  # type: ignore[arg-type]  # test values
+    newer = render(NginxPlan(**values, version=(1, 26, 3)))  # type: ignore[arg-type]  # test values
+    assert ("ssl http2" in older, "http2 on;" in older) == (True, False)
+    assert ("ssl http2" in newer, "http2 on;" in newer) == (False, True)

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.vm
 
 PATIENCE_S = 300
 COMMANDS = 20
+AT_ONCE = 2
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +84,11 @@ def test_twenty_commands_outlive_the_service(service: DevVm) -> None:
             ends[number] = error
 
     threads = [threading.Thread(target=follow, args=(number,)) for number in range(COMMANDS)]
-    for thread in threads:
+    # Not all at once: some of 20 connections that came together were reset by the forwarded port.
+    for number, thread in enumerate(threads, 1):
         thread.start()
-    _until(lambda: all(outputs), "the commands did not start")
+        if number % AT_ONCE == 0:
+            _until(lambda: all(outputs[:number]), "the commands did not start")  # noqa: B023
     for part in ("the API", "the router", "noded"):
         _kill(service, part)
     _until(lambda: _lists(sandbox.sandbox_id), "the sandbox is not listed")
