@@ -23,7 +23,7 @@ from typing import Protocol
 from vmcell_protos.errors import CallerError
 
 from .loop import READABLE, Loop, Timer
-from .process_event import ProcessEvent
+from .process_event import OutputEvent, ProcessEvent
 from .spawn import Spawned, TerminalSize, set_terminal_size
 from .stdin import Done, StdinWriter
 from .wire.gotext import exit_text
@@ -153,7 +153,7 @@ class Process:
         if not data:
             self._close_output(descriptor)
             return False
-        self._publish(ProcessEvent({"data": {self._outputs[descriptor]: data}}))
+        self._publish(OutputEvent(self._outputs[descriptor], data))
         return True
 
     def _close_output(self, descriptor: int) -> None:
