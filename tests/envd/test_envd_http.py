@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import socket
 import struct
 import time
@@ -389,6 +390,68 @@ class TestUpload:
         )
         assert cut.status == 400
         assert not envd.path("/tmp/half").exists()
+
+    @pytest.mark.parametrize(
+        ("body", "status"),
+        [
+            (b"5\r\nabcde\r\n0\r\n\r\n", 200),
+            (b"5;ext=1 \r\nabcde\r\n0\r\nTrailer: x\r\n\r\n", 200),
+            (b"5\r\nabcdeX0\r\n\r\n", 400),
+            (b"5\nabcde\n0\n\n" + b"x" * 5000, 400),
+            (b"-5\r\nabcde\r\n0\r\n\r\n", 400),
+            (b"5\r\nabcde\r\n0\r\nno trailer\r\n\r\n", 400),
+            (b"x" * 10_000, 400),
+        ],
+    )
+    @pytest.mark.parametrize("step", [1, 7, 1 << 20])
+    def test_bodies_in_chunks(self, envd: Envd, body: bytes, status: int, step: int) -> None:
+        path = f"/tmp/chunks-{os.urandom(4).hex()}"
+        head = (
+            f"POST /files?path={path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+            "Content-Type: application/octet-stream\r\n\r\n"
+        ).encode()
+        ahead = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" if status == 200 else b""
+        data = head + body + ahead
+        before = envd.open_descriptors()
+        with envd.connect() as sock:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            try:
+                for start in range(0, len(data), step):
+                    sock.sendall(data[start : start + step])
+            except OSError:
+                assert status == 400, "hung up on"
+            if ahead:
+                answer = b""
+                while b"204" not in answer:
+                    piece = sock.recv(65536)
+                    assert piece, answer
+                    answer += piece
+            else:
+                answer = sock.recv(65536)
+        assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+        if status == 200:
+            assert envd.path(path).read_bytes() == b"abcde"
+        else:
+            assert not envd.path(path).exists()
+        wait_until(lambda: envd.open_descriptors() <= before, "closed descriptors")
+
+    def test_large_bodies_with_a_request_sent_ahead(self, envd: Envd) -> None:
+        content = os.urandom(700_000)
+        chunked = b"".join(
+            b"%x\r\n%b\r\n" % (len(piece), piece)
+            for piece in (content[n : n + 65_537] for n in range(0, len(content), 65_537))
+        )
+        ahead = b"GET /files?path=/tmp/ahead HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        for framing, body in (
+            (b"Content-Length: %d" % len(content), content),
+            (b"Transfer-Encoding: chunked", chunked + b"0\r\n\r\n"),
+        ):
+            write(envd, "/tmp/ahead", b"old")
+            head = b"POST /files?path=/tmp/ahead HTTP/1.1\r\nHost: x\r\n" + framing
+            head += b"\r\nContent-Type: application/octet-stream\r\n\r\n"
+            answers = raw(envd, head + body + ahead + ahead)
+            assert answers.count(b"HTTP/1.1 200") == 2
+            assert answers.endswith(content)
 
     def test_a_client_that_leaves_leaves_no_new_file(self, envd: Envd) -> None:
         with envd.connect() as sock:

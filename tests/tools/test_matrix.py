@@ -46,7 +46,11 @@ def column(*results: tuple[str, str, str], number: int = 0, skipped: str = "") -
 
 
 COLUMNS = [
-    column(("a", "ok", ""), ("b", "refused", "no <b> | here\nmore"), ("d", "absent", "")),
+    column(
+        ("a", "ok", ""),
+        ("b", "refused", "no <b> | ia1b2c3d4e5f6g7h8i9j here\nmore"),
+        ("d", "absent", ""),
+    ),
     column(("a", "failed", "oops"), ("c", "ok", ""), ("d", "ok", ""), number=1),
     column(number=2, skipped="node is not installed"),
 ]
@@ -67,7 +71,7 @@ def test_a_page_gets_tables_and_sentences_between_its_marks(tmp_path: Path) -> N
     assert text.endswith(f"{end}\nafter\n")
     assert "| a | ok | FAILED [1] | not run |" in text
     assert "| b | refused [2] | – | not run |" in text
-    assert "2. no &lt;b> \\| here\n" in text
+    assert "2. no &lt;b> \\| &lt;id> here\n" in text
     assert "old" not in text
     page.write_text("no marks")
     with pytest.raises(HostError, match="has no line"):

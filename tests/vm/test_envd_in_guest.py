@@ -48,9 +48,12 @@ def ask(
 ) -> tuple[bytes, float]:
     """The answer's body, and the seconds from the connection to its last byte."""
     address = urlsplit(os.environ["E2B_SANDBOX_URL"])
-    headers = {"E2b-Sandbox-Id": sandbox.sandbox_id, "E2b-Sandbox-Port": str(port)}
-    headers |= {"Content-Type": "application/octet-stream"}
-    headers |= dict(sandbox.connection_config.sandbox_headers)
+    headers = {
+        **sandbox.connection_config.sandbox_headers,
+        "E2b-Sandbox-Id": sandbox.sandbox_id,
+        "E2b-Sandbox-Port": str(port),
+        "Content-Type": "application/octet-stream",
+    }
     began = time.monotonic()
     connection = http.client.HTTPConnection(address.netloc, timeout=PATIENCE_S)
     try:

@@ -35,6 +35,7 @@ COLOURS = {"ok": "green", "refused": "yellow", "FAILED": "red"}
     multiple=True,
     help="A page with marks, for example docs/clients.md; repeatable.",
 )
+@click.option("--where", help="What a page says of the service that --api-url names.")
 @json_option
 def matrix(
     api_url: str | None,
@@ -42,6 +43,7 @@ def matrix(
     key: str | None,
     words: tuple[str, ...],
     pages: tuple[Path, ...],
+    where: str | None,
     as_json: bool,
 ) -> None:
     """Run every client's calls and print a table: rows are calls, columns are versions.
@@ -71,11 +73,11 @@ def matrix(
                     client_within_s=DEV_VM_CLIENT_WITHIN_S,
                 )
                 columns = run_matrix(clients, service, BuildCache.default(), progress)
-            where = "the dev VM (emulated CPU)"
+            where = where or "the dev VM (emulated CPU)"
         elif sandbox_url and key:
             service = Service(api_url=api_url, sandbox_url=sandbox_url, key=key)
             columns = run_matrix(clients, service, BuildCache.default(), progress)
-            where = "a service of its own"
+            where = where or "a service of its own"
         else:
             raise CallerError("--api-url goes with --sandbox-url and --key")
     for page in pages:
@@ -93,7 +95,7 @@ def _print(columns: list[Column]) -> None:
     from vmcell_tools.matrix import table
 
     for group, members in table.groups_of(columns).items():
-        titles = [group, *(column.client.version for column in members)]
+        titles = [group, *(table.short_name(column) for column in members)]
         rows = [
             [call, *(_coloured(table.cell(column, call)) for column in members)]
             for call in table.calls_of(members)

@@ -4,9 +4,8 @@ Requests are framed by h11 alone (RFC 9112), and a request that states its lengt
 refused, so that a proxy in front and this server are always of one mind where it ends. Requests
 sent ahead wait in the socket until the response before them has ended.
 
-Large bodies of a stated length are read past h11, which copies each byte several times: their end
-is known from the head. What h11 has not seen the end of cannot be used again, so the next request
-on the connection gets a fresh one.
+Large bodies are read past h11, which copies each byte several times. What h11 has not seen the end
+of cannot be used again, so the next request on the connection gets a fresh one.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import h11
@@ -22,6 +21,7 @@ import h11
 from .exchange import BodyReader, Exchange, FilePart, HttpError, Request
 from .file_sending import send_file_piece
 from .loop import HUNG_UP, READABLE, WRITABLE, Loop
+from .wire.body import Body, BodyError, ChunkedBody, StatedBody
 from .wire.headers import http_date
 from .wire.target import split_target
 
@@ -36,7 +36,7 @@ STALLED_SECONDS = 300.0
 # How long the rest of a refused body is read and dropped, so that the answer is not lost to a
 # reset (RFC 9112 section 9.6).
 LINGER_SECONDS = 5.0
-# From here on a body of a stated length is read past h11.
+# From here on a body of a stated length is read past h11; chunked ones where much is expected.
 DIRECT_BODY_BYTES = 64 * 1024
 # How many full buffers one connection may take before the others have their turn.
 _DIRECT_READS = 4
@@ -62,9 +62,8 @@ class Connection:
         self._application = application
         self._closed = closed
         self._http = _new_http()
-        # Bytes still to come of a body that is read past h11, None for all other bodies; and what
-        # of it h11 had been given with the head.
-        self._body_left: int | None = None
+        # A body that is read past h11, and how much of it h11 had been given with the head.
+        self._body: Body | None = None
         self._body_in_http = 0
         self._output: deque[memoryview | FilePart] = deque()
         self._unsent_bytes = 0
@@ -149,7 +148,10 @@ class Connection:
         if self._exchange is None:
             begun = bool(self._sent_ahead())
             return quiet_s > (STALLED_SECONDS if begun else IDLE_SECONDS)
-        body_missing = self._http.their_state is h11.SEND_BODY and self._body_left != 0
+        if self._body is not None:
+            body_missing = not self._body.done
+        else:
+            body_missing = self._http.their_state is h11.SEND_BODY
         body_missing = body_missing and not self._held
         return quiet_s > STALLED_SECONDS and body_missing
 
@@ -179,15 +181,18 @@ class Connection:
             self.close()
 
     def _request_is_complete(self) -> bool:
-        return self._body_left == 0 or self._http.their_state is h11.DONE
+        if self._body is not None:
+            return self._body.done
+        return self._http.their_state is h11.DONE
 
     def _sent_ahead(self) -> bytes:
         """What has been received and belongs to no request yet."""
-        return self._http.trailing_data[0][self._body_in_http :]
+        rest = b"" if self._body is None else self._body.rest
+        return rest + self._http.trailing_data[0][self._body_in_http :]
 
     def _receive(self) -> None:
-        if self._body_left and not self._lingering:
-            self._receive_direct()
+        if self._body is not None and not self._body.done and not self._lingering:
+            self._receive_direct(self._body)
             return
         try:
             data = self._socket.recv(RECEIVE_BYTES)
@@ -208,22 +213,35 @@ class Connection:
         self._http.receive_data(data)
         self._pump()
 
-    def _begin_direct(self, length_bytes: int) -> None:
-        """Take over the body if most of it is still to come."""
+    def _begin_direct(self, headers: Mapping[str, str], *, expects_much: bool) -> None:
+        """Take over a large body that has not come with its head."""
         arrived = self._http.trailing_data[0]
-        if length_bytes < DIRECT_BODY_BYTES or len(arrived) >= length_bytes:
+        length_bytes = int(headers.get("content-length", "0"))
+        if length_bytes >= DIRECT_BODY_BYTES and len(arrived) < length_bytes:
+            self._body = StatedBody(length_bytes)
+        elif expects_much and headers.get("transfer-encoding", "").lower() == "chunked":
+            self._body = ChunkedBody()
+        else:
             return
-        self._body_left = length_bytes - len(arrived)
         self._body_in_http = len(arrived)
-        if arrived:
-            self._feed(arrived)
+        self._take_body(self._body, memoryview(arrived))
 
-    def _receive_direct(self) -> None:
+    def _take_body(self, body: Body, data: memoryview) -> None:
+        try:
+            for piece in body.take(data):
+                self._feed(piece)
+                if self._is_closed:
+                    return
+        except BodyError as error:
+            self._refuse(400, str(error))
+            return
+        if body.done:
+            self._finish_body()
+
+    def _receive_direct(self, body: Body) -> None:
         for _ in range(_DIRECT_READS):
-            assert self._body_left
-            wanted = min(RECEIVE_BYTES, self._body_left)
             try:
-                count = self._socket.recv_into(_buffer, wanted)
+                count = self._socket.recv_into(_buffer, body.wanted(RECEIVE_BYTES))
             except (BlockingIOError, InterruptedError):
                 break
             except OSError:
@@ -233,11 +251,8 @@ class Connection:
                 self._on_end_of_input()
                 return
             self._active_at = time.monotonic()
-            self._body_left -= count
-            self._feed(_buffer[:count])
-            if not self._body_left:
-                self._finish_body()
-            if self._is_closed or self._held or not self._body_left:
+            self._take_body(body, _buffer[:count])
+            if self._is_closed or self._held or self._lingering or body.done:
                 break
         self._pump()
 
@@ -270,8 +285,8 @@ class Connection:
     def _step(self) -> bool:
         if self._exchange is not None and self._exchange.ended and not self._next_cycle():
             return False
-        if self._body_left is not None:
-            if self._body_left:
+        if self._body is not None:
+            if not self._body.done:
                 self._invite_body()
             return False
         try:
@@ -299,9 +314,9 @@ class Connection:
         """After a response: True when the next request may be read (or a body be drained)."""
         if self._http.our_state is h11.DONE and self._request_is_complete():
             self._exchange = self._reader = None
-            if self._body_left == 0:
-                self._http, ahead = _new_http(), self._sent_ahead()
-                self._body_left, self._body_in_http = None, 0
+            if self._body is not None:
+                ahead = self._sent_ahead()
+                self._http, self._body, self._body_in_http = _new_http(), None, 0
                 if ahead:
                     self._http.receive_data(ahead)
             else:
@@ -310,7 +325,7 @@ class Connection:
             return True
         if self._http.our_state in (h11.MUST_CLOSE, h11.CLOSED, h11.ERROR):
             return False
-        return self._http.their_state is h11.SEND_BODY and self._body_left is None
+        return self._http.their_state is h11.SEND_BODY and self._body is None
 
     def _open_exchange(self, event: h11.Request) -> bool:
         headers: dict[str, str] = {}
@@ -337,8 +352,8 @@ class Connection:
             exchange.fail(failure)
         else:
             exchange.attempt(lambda: self._start(exchange))
-        if "content-length" in headers and not self._is_closed:
-            self._begin_direct(int(headers["content-length"]))
+        if not self._is_closed:
+            self._begin_direct(headers, expects_much=exchange.expects_much)
         return True
 
     def _start(self, exchange: Exchange) -> None:
@@ -368,6 +383,9 @@ class Connection:
             if exchange.begun:
                 self.close()
                 return
+            if exchange.on_gone is not None:
+                # What the endpoint holds for a body that will not come.
+                exchange.attempt(exchange.on_gone)
             exchange.begun = exchange.ended = True
         body = f'{{"code":{status},"message":"{message}"}}'.encode("ascii")
         head = h11.Response(
@@ -479,7 +497,7 @@ class Connection:
             # _flush comes back here once all is sent.
             self._update_events()
             return
-        nothing_comes = self._end_of_input or self._body_left == 0
+        nothing_comes = self._end_of_input or self._request_is_complete()
         if nothing_comes or self._http.their_state not in (h11.SEND_BODY, h11.ERROR):
             self.close()
             return

@@ -102,6 +102,8 @@ class Exchange:
         self.on_drained: Callable[[], None] | None = None
         self.pull: Callable[[], bytes | None] | None = None
         self.sends_file = False
+        # Set by an endpoint whose body may be large and of unstated length.
+        self.expects_much = False
         self.fail_with: Callable[[HttpError | CallerError], None] = self._fail_plainly
         self.extra_headers: list[tuple[str, str]] = []
 

@@ -24,7 +24,7 @@ from vmcell_protos.errors import CallerError
 
 from .journal import Journal
 from .loop import READABLE, Loop, Timer
-from .process_event import ProcessEvent
+from .process_event import OutputEvent, ProcessEvent
 from .spawn import Spawned, TerminalSize, set_terminal_size
 from .stdin import Done, StdinWriter
 from .wire.gotext import exit_text
@@ -157,7 +157,7 @@ class Process:
             self._close_output(descriptor)
             return False
         self._journal.output(self.pid, self._outputs[descriptor], data)
-        self._publish(ProcessEvent({"data": {self._outputs[descriptor]: data}}))
+        self._publish(OutputEvent(self._outputs[descriptor], data))
         return True
 
     def _close_output(self, descriptor: int) -> None:

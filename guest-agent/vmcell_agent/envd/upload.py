@@ -145,6 +145,7 @@ class Upload:
         self._written: list[dict[str, object]] = []
         self._take, self._end = self._body_format(request.headers.get("content-type", ""))
         exchange.on_gone = self._discard
+        exchange.expects_much = True
         encoding = request.headers.get("content-encoding", "identity").strip().lower()
         if encoding == "gzip":
             self._unpack: Gunzip | None = Gunzip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from vmcell_protos.errors import HostError
 from vmcell_tools.matrix.running import Column, Result
 
 MARKS = ("<!-- {}: begin -->", "<!-- {}: end -->")
+_SANDBOX_ID = re.compile(r"\bi[a-z0-9]{19,20}\b")
 WORDS = {"ok": "ok", "refused": "refused", "failed": "FAILED", "absent": "–"}
 
 
@@ -50,7 +52,9 @@ def cell(column: Column, call: str, *, marked: dict[str, int] | None = None) -> 
 
 
 def _sentence(result: Result) -> str:
+    """The first line, without what differs from run to run."""
     first = result.detail.splitlines()[0] if result.detail else "no sentence"
+    first = _SANDBOX_ID.sub("<id>", first)
     return first.replace("|", "\\|").replace("<", "&lt;")
 
 
@@ -59,7 +63,7 @@ def markdown(columns: Sequence[Column], where: str) -> str:
     parts = [f"Last run: {where}."]
     marked: dict[str, int] = {}
     for group, members in groups_of(columns).items():
-        titles = [group, *(_short(column) for column in members)]
+        titles = [group, *(short_name(column) for column in members)]
         lines = [
             "| " + " | ".join(titles) + " |",
             "|" + "---|" * len(titles),
@@ -73,7 +77,8 @@ def markdown(columns: Sequence[Column], where: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _short(column: Column) -> str:
+def short_name(column: Column) -> str:
+    """A column's title: language and version."""
     return f"{column.client.language} {column.client.version}"
 
 

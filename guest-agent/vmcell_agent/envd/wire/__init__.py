@@ -2,6 +2,7 @@
 
 Reading order:
 target     a request target's path and query
+body       where a request's body ends
 fields     proto3 JSON messages, field by field
 gotext     Go's texts: FileMode, RFC 3339 times, `signal: killed`
 codec      messages as JSON and as protobuf

@@ -93,9 +93,20 @@ def message_values(message: Message) -> Values:
     return values
 
 
+_known_names: dict[type[Message], dict[str, Field]] = {}
+
+
+def _fields_by_name(shape: type[Message]) -> dict[str, Field]:
+    names = _known_names.get(shape)
+    if names is None:
+        names = {_json_name(field.name): field for field in shape.FIELDS}
+        _known_names[shape] = names
+    return names
+
+
 def build_message(shape: type[Message], values: Values) -> Message:
     """The inverse, for answers of our own; names that `shape` does not have are a bug: KeyError."""
-    by_name = {_json_name(field.name): field for field in shape.FIELDS}
+    by_name = _fields_by_name(shape)
     return shape(
         **{by_name[name].name: _field_value(by_name[name], value) for name, value in values.items()}
     )

@@ -98,6 +98,8 @@ class Calls:
             failure = error
         else:
             raise AssertionError("a killed sandbox ran a command")
+        if isinstance(failure, RuntimeError) and "streaming response" in str(failure):
+            raise Absent("this version cannot read the error of a stream")
         wanted = {"TimeoutException", "SandboxNotRunningException", "NotFoundException"}
         if not wanted & {kind.__name__ for kind in type(failure).__mro__}:
             raise AssertionError(f"it raised {failure!r}")
