@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 from own_netns import own_netns
 from real_containerd import RealContainerd, real_containerd
-from stand_in_images import BROKEN, GOOD, REFUSES, SILENT, import_stand_ins
+from stand_in_images import BROKEN, GOOD, REFUSES, SILENT, STARTS, import_stand_ins
 
 from vmcell_api.config import ApiConfig
 from vmcell_api.identifiers import new_sandbox_id
@@ -430,3 +430,11 @@ def test_the_door(node: Node, config: ApiConfig) -> None:
         server.stop(0).wait()
     with pytest.raises(NodeUnreachable):
         NodeClient(config.node_socket, create_timeout_s=1).list()
+
+
+def test_a_start_command_that_fails_leaves_nothing(
+    node: Node, containerd: RealContainerd, config: ApiConfig
+) -> None:
+    with pytest.raises(CallerError, match=r"the template's \w+ command ended with .* answered 204"):
+        node.create(_request(image=STARTS))
+    _nothing_left(node, containerd, config)

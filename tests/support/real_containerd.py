@@ -108,7 +108,12 @@ def _unmount_below(folder: Path) -> None:
         subprocess.run(["umount", "-l", target], check=False, timeout=20)
 
 
-def write_image(path: Path, name: str, files: dict[str, tuple[bytes, int]]) -> None:
+def write_image(
+    path: Path,
+    name: str,
+    files: dict[str, tuple[bytes, int]],
+    labels: dict[str, str] | None = None,
+) -> None:
     """Writes an OCI image archive with one layer; `files` maps paths to (content, mode)."""
     layer = _tar({name: entry for name, entry in files.items()})
     layer_digest = _digest(layer)
@@ -116,7 +121,11 @@ def write_image(path: Path, name: str, files: dict[str, tuple[bytes, int]]) -> N
         {
             "architecture": "amd64",
             "os": "linux",
-            "config": {"Env": ["PATH=/bin", "FROM_IMAGE=yes"], "WorkingDir": "/"},
+            "config": {
+                "Env": ["PATH=/bin", "FROM_IMAGE=yes"],
+                "WorkingDir": "/",
+                "Labels": labels or {},
+            },
             "rootfs": {"type": "layers", "diff_ids": [layer_digest]},
         }
     ).encode()
