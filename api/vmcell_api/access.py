@@ -88,10 +88,6 @@ class KeyCheck:
             log.warning("the last use of key %s was not noted: %s", key.key_id, error)
 
 
-def _is_open(req: falcon.Request) -> bool:
-    return req.method == "OPTIONS" or req.path in OPEN_PATHS or req.path.startswith(OPEN_PREFIX)
-
-
 def presented_key(req: falcon.Request) -> str:
     """The key that the request came with, unchecked; "" for none."""
     return req.get_header("X-API-KEY") or _bearer(req.get_header("Authorization") or "")

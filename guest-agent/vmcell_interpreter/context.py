@@ -44,9 +44,9 @@ class Context:
         self._make_kernel = make_kernel
         self._read_environment = read_environment
         self._lock = asyncio.Lock()
-        self._kernel: Kernel | None = None
         self._launch: asyncio.Task[Kernel] | None = None
-        self._adopted = False
+        # The kernel that has the sandbox's environment.
+        self._adopted: Kernel | None = None
         self._removed = False
 
     def described(self) -> dict[str, str]:
@@ -58,7 +58,7 @@ class Context:
 
         A caller that gives up waiting does not end the start.
         """
-        if self._launch is None or (self._kernel is not None and self._kernel.ended):
+        if self._launch is None or _useless(self._launch):
             self._launch = asyncio.create_task(self._start_kernel())
         return await asyncio.shield(self._launch)
 
@@ -86,13 +86,8 @@ class Context:
     async def _start_kernel(self) -> Kernel:
         if self._removed:
             raise KernelFailed("Context was removed")
-        kernel = self._kernel = self._make_kernel()
-        self._adopted = False
-        try:
-            await kernel.start()
-        except KernelFailed:
-            self._launch = None
-            raise
+        kernel = self._make_kernel()
+        await kernel.start()
         return kernel
 
     async def _stop_kernel(self, why: str) -> None:
@@ -107,7 +102,7 @@ class Context:
 
     async def _run_now(self, request: ExecuteRequest, client: Client, token: str | None) -> None:
         kernel = await client.wait(self.ready())
-        if not self._adopted:
+        if self._adopted is not kernel:
             await client.wait(self._adopt(kernel, token))
         told: asyncio.Queue[lines.Line | None] = asyncio.Queue()
         run = asyncio.create_task(_tell(kernel, request, told))
@@ -126,7 +121,7 @@ class Context:
         environment = await self._read_environment(token)
         if environment:
             await kernel.adopt(environment)
-        self._adopted = True
+        self._adopted = kernel
 
     async def _interrupt(self, kernel: Kernel, run: asyncio.Task[None]) -> None:
         for _ in range(INTERRUPTS):
@@ -137,6 +132,13 @@ class Context:
         log.warning("context %s did not stop when interrupted; its kernel is killed", self.id)
         await kernel.stop("The kernel did not stop when it was interrupted, and was killed")
         await run
+
+
+def _useless(launch: asyncio.Task[Kernel]) -> bool:
+    """Whether a start has failed, or its kernel is no more."""
+    if not launch.done():
+        return False
+    return launch.cancelled() or launch.exception() is not None or bool(launch.result().ended)
 
 
 async def _tell(

@@ -70,7 +70,7 @@ class JupyterKernel:
         self._program = program
         self._cwd = cwd
         self._environment = dict(environment)
-        self._folder = tempfile.TemporaryDirectory(prefix="vmcell-kernel-")
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._manager: SpecifiedManager | None = None
         self._client: AsyncKernelClient | None = None
         self._readers: list[asyncio.Task[None]] = []
@@ -96,6 +96,9 @@ class JupyterKernel:
         except TimeoutError:
             await self.stop(f"The {self._program.language} kernel did not answer in {START_S} s")
             raise KernelFailed(self._ended) from None
+        except KernelFailed as error:
+            await self.stop(str(error))
+            raise
         except (OSError, RuntimeError) as error:
             await self.stop(f"The {self._program.language} kernel did not start: {error}")
             raise KernelFailed(self._ended) from error
@@ -132,6 +135,7 @@ class JupyterKernel:
 
     async def _launch(self) -> None:
         program = self._program
+        self._folder = tempfile.TemporaryDirectory(prefix="vmcell-kernel-")
         context = zmq.asyncio.Context.instance()
         # the server's memory is the place for what is not read yet, not the socket's end
         context.setsockopt(zmq.RCVHWM, 0)
@@ -162,7 +166,9 @@ class JupyterKernel:
             return
         log.warning("the %s kernel has died", self._program.language)
         self._ended = f"The {self._program.language} kernel has died; its variables are lost"
-        self._manager = None
+        if self._manager is not None:
+            self._manager.provisioner.process.poll()  # or it would stay a zombie
+            self._manager = None
         self._close()
 
     def _close(self) -> None:
@@ -175,8 +181,9 @@ class JupyterKernel:
         if self._client is not None:
             self._client.stop_channels()
         self._heard.put_nowait(None)
-        with suppress(OSError):
-            self._folder.cleanup()
+        if self._folder is not None:
+            with suppress(OSError):
+                self._folder.cleanup()
 
     async def _read(self, channel: str, read: Any) -> None:
         while True:

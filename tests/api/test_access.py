@@ -16,6 +16,8 @@ from vmcell_api.store.database import open_engine
 from vmcell_api.store.records import Store
 from vmcell_api.store.teams import Teams
 from vmcell_api.tenancy import create_key
+from vmcell_api.volumes.folders import VolumeFolders
+from vmcell_api.volumes.token import load_tokens
 
 
 def _ask(
@@ -51,7 +53,9 @@ def test_scopes_hold_for_every_call(service: ApiService) -> None:
 def test_a_revoked_key_is_refused_by_every_worker_at_once(service: ApiService) -> None:
     key, record = create_key(service.store, service.store.ensure_team("team-one"), scopes=["*"])
     other = Store(open_engine(service.config.database_url))
-    apps = [service.app, create_app(other, service.node, service.config)]
+    tokens = load_tokens(VolumeFolders(service.config.volumes_dir).key_path)
+    another = create_app(other, service.node, service.config, volume_tokens=tokens)
+    apps = [service.app, another]
     clients = [testing.TestClient(app, headers={"X-API-KEY": key}) for app in apps]
     for _ in range(3):
         assert [client.simulate_get("/v2/sandboxes").status_code for client in clients] == [200] * 2

@@ -168,7 +168,7 @@ WRONG = (0, -1, 1.5, 1 << 70, "5", "", "x" * 70_000, True, [], [1], {}, {"a": []
 FIELDS = {
     "/v2/sandboxes": {
         "templateID": (0, -1, 1.5, True, [], {}, "", "x" * 600),
-        "timeout": tuple(value for value in WRONG if value is not True),
+        "timeout": tuple(value for value in WRONG if value is not True and value != -1),
         "metadata": (0, "x", True, [1], {"a": 1}, {"a": None}, {"a": {}}, {"a": ["b"]}),
         "envVars": (0, "x", True, [1], {"a": 1}, {"": "x"}, {"A=B": "x"}, {"a": None}),
         "allow_internet_access": (0, 1, "true", [], {}),

@@ -114,7 +114,6 @@ def test_an_imported_image_is_a_template_too(service: ApiService, client: Client
         ({"templateID": "base", "autoResume": {"enabled": True}}, "autoResume"),
         ({"templateID": "base", "mcp": {"x": {}}}, "mcp"),
         ({"templateID": "base", "volumeMounts": [{"name": "v"}]}, "volumeMounts"),
-        ({"templateID": "base", "volumeMounts": [{"name": "v", "path": "/v"}]}, "volumeMounts"),
         ({"templateID": "base", "iam": {"tokens": {}}}, "iam"),
         ({"templateID": "base", "lifecycle": {"onTimeout": "pause"}}, "lifecycle.onTimeout"),
         ({"templateID": "base", "lifecycle": {"autoResume": True}}, "lifecycle.autoResume"),

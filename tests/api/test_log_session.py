@@ -36,13 +36,23 @@ from vmcell_api.config import ApiConfig
 from vmcell_api.request_rate import RequestRates
 from vmcell_api.store.database import open_engine
 from vmcell_api.store.records import Store
+from vmcell_api.volumes.folders import VolumeFolders
+from vmcell_api.volumes.token import load_tokens
 from vmcell_api.web_server import WebServer, serve
 
 bind, url, folder, log_format = sys.argv[1:]
-config = ApiConfig(database_url=url, requests_per_s=100_000)
+config = ApiConfig(
+    database_url=url,
+    requests_per_s=100_000,
+    volumes_dir=f"{folder}/volumes",
+    upload_dir=f"{folder}/uploads",
+)
 logs.set_up("api", log_format)
 metrics.prepare(folder, os.getuid())
 rates = RequestRates()
+folders = VolumeFolders(config.volumes_dir)
+folders.prepare()
+tokens = load_tokens(folders.key_path)
 
 def make_app():
     node = FakeNode()
@@ -50,7 +60,10 @@ def make_app():
         if "boom" in order.environment:
             raise ValueError(f"cannot take {order.environment} {order.access_token}")
     node.on_create = fail
-    return create_app(Store(open_engine(url)), node, config, rates=rates, metrics_dir=folder)
+    store = Store(open_engine(url))
+    return create_app(
+        store, node, config, volume_tokens=tokens, rates=rates, metrics_dir=folder
+    )
 
 serve(WebServer(name="t", bind=bind, workers=3, threads=4), make_app)
 """

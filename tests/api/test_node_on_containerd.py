@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 from own_netns import own_netns
 from real_containerd import RealContainerd, real_containerd
-from stand_in_images import BROKEN, GOOD, REFUSES, SILENT, import_stand_ins
+from stand_in_images import BROKEN, GOOD, REFUSES, SILENT, STARTS, import_stand_ins
 
 from vmcell_api.config import ApiConfig
 from vmcell_api.egress import CLOSED, OPEN, Egress
@@ -585,3 +585,11 @@ def test_a_new_noded_knows_whose_volumes_are_in_use(
     finally:
         second.close()
         second.slots.close_all()
+
+
+def test_a_start_command_that_fails_leaves_nothing(
+    node: Node, containerd: RealContainerd, config: ApiConfig
+) -> None:
+    with pytest.raises(HostError, match="the template did not start"):
+        node.create(_request(image=STARTS))
+    _nothing_left(node, containerd, config)

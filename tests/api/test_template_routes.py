@@ -92,7 +92,11 @@ def test_every_field_that_clients_want_is_listed(client: Client) -> None:
     assert row["templateID"] == template
     assert row["buildID"] == build
     assert (row["buildStatus"], row["buildCount"], row["spawnCount"]) == ("ready", 1, 0)
-    assert [entry["aliases"] for entry in installed] == [["base"], ["small"]]
+    assert [entry["aliases"] for entry in installed] == [
+        ["base"],
+        ["code-interpreter-v1"],
+        ["small"],
+    ]
     for entry in (row, *installed):
         Template.from_dict(dict(entry))
     details = TemplateWithBuilds.from_dict(client.ask("GET", f"/templates/{template}").json)
@@ -120,7 +124,7 @@ def test_pages_hold_every_template_once(client: Client) -> None:
         token = page.headers.get("x-next-token", "")
         if not token:
             break
-    assert sorted(found) == ["base", "small", "t0", "t1", "t2", "t3", "t4"]
+    assert sorted(found) == ["base", "code-interpreter-v1", "small", "t0", "t1", "t2", "t3", "t4"]
     assert client.ask("GET", "/v2/templates?nextToken=nonsense").status_code == 400
 
 

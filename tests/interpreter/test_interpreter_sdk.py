@@ -345,7 +345,7 @@ def test_a_restart_ends_the_run(sandbox: Sandbox) -> None:
     ],
 )
 def test_a_kernel_that_dies_is_started_again(
-    sandbox: Sandbox, language: str, deadly: str, harmless: str
+    sandbox: Sandbox, interpreter: Interpreter, language: str, deadly: str, harmless: str
 ) -> None:
     context = sandbox.create_code_context(language=language)
     error = sandbox.run_code(deadly, context=context).error
@@ -353,6 +353,7 @@ def test_a_kernel_that_dies_is_started_again(
     assert error.name == "ContextRestarting"
     assert "died" in error.value
     good(sandbox.run_code(harmless, context=context))
+    assert not interpreter.zombies()
     sandbox.remove_code_context(context)
 
 

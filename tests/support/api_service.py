@@ -56,6 +56,7 @@ def api_service(
     only pretends by default."""
     settings.setdefault("database_url", f"sqlite:///{folder}/store/api.sqlite")
     settings.setdefault("upload_dir", f"{folder}/uploads")
+    settings.setdefault("requests_per_s", 100_000)
     settings.setdefault("volumes_dir", f"{folder}/volumes")
     config = ApiConfig(**settings)  # type: ignore[arg-type]  # test settings
     migrate(config.database_url)

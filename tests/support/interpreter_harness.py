@@ -66,6 +66,10 @@ class Interpreter:
         task = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return [int(pid) for pid in task.read_text().split()] if task.exists() else []
 
+    def zombies(self) -> list[int]:
+        """Children that have ended and that the server has not noticed."""
+        return [pid for pid in self.kernels() if not _alive(pid)]
+
 
 @contextmanager
 def running_interpreter(folder: Path) -> Iterator[Interpreter]:

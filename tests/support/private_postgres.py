@@ -6,10 +6,10 @@ import contextlib
 import itertools
 import os
 import pwd
+import shlex
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,28 +68,25 @@ def private_postgres() -> Iterator[PrivatePostgres]:
         subprocess.run(
             initdb, check=True, capture_output=True, timeout=PATIENCE_S, cwd=folder, **user
         )
-        command = [_program("postgres"), "-D", str(data), "-k", str(folder)]
+        options = ["-k", str(folder)]
         for setting, value in SETTINGS.items():
-            command += ["-c", f"{setting}={value}"]
-        log = (folder / "log").open("wb")
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, **user)
+            options += ["-c", f"{setting}={value}"]
+        # By pg_ctl, so that the server is nobody's child: other tests look for children of theirs.
+        control = [_program("pg_ctl"), "-D", str(data), "-w", "-t", str(PATIENCE_S)]
+        log = folder / "log"
+        start = [*control, "-l", str(log), "-o", shlex.join(options), "start"]
         try:
-            server = PrivatePostgres(folder)
-            _wait(server, process, folder / "log")
-            yield server
+            subprocess.run(
+                start,
+                check=True,
+                stdout=subprocess.DEVNULL,
+                timeout=2 * PATIENCE_S,
+                cwd=folder,
+                **user,
+            )
+            yield PrivatePostgres(folder)
         finally:
-            process.terminate()
-            process.wait(PATIENCE_S)
-            log.close()
-
-
-def _wait(server: PrivatePostgres, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            server.connect("postgres").close()
-            return
-        except psycopg.OperationalError:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
+            stop = [*control, "-m", "immediate", "stop"]
+            subprocess.run(
+                stop, check=True, stdout=subprocess.DEVNULL, timeout=PATIENCE_S, cwd=folder, **user
+            )

@@ -109,7 +109,12 @@ def _unmount_below(folder: Path) -> None:
 
 
 def write_image(
-    path: Path, name: str, files: dict[str, tuple[bytes, int]], *, layer: bytes = b""
+    path: Path,
+    name: str,
+    files: dict[str, tuple[bytes, int]],
+    *,
+    layer: bytes = b"",
+    labels: dict[str, str] | None = None,
 ) -> None:
     """Writes an OCI image archive with one layer: the tar `layer`, or one of `files`, which maps
     paths to (content, mode)."""
@@ -119,7 +124,11 @@ def write_image(
         {
             "architecture": "amd64",
             "os": "linux",
-            "config": {"Env": ["PATH=/bin", "FROM_IMAGE=yes"], "WorkingDir": "/"},
+            "config": {
+                "Env": ["PATH=/bin", "FROM_IMAGE=yes"],
+                "WorkingDir": "/",
+                "Labels": labels or {},
+            },
             "rootfs": {"type": "layers", "diff_ids": [layer_digest]},
         }
     ).encode()

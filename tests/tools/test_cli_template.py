@@ -55,7 +55,9 @@ def test_build_list_watch_remove(service: ApiService, folder: Path) -> None:
         *("COPY", "ENV", "RUN"),
     ]
     rows = json.loads(_run("list", "--json").stdout)
-    assert [row["names"][0] for row in rows] == ["team-one/shop", "base", "small"]
+    assert [row["names"][0] for row in rows] == [
+        *("team-one/shop", "base", "code-interpreter-v1", "small"),
+    ]
     assert {row["buildStatus"] for row in rows} == {"ready"}
     table = _run("list").stdout
     assert "team-one/shop" in table
