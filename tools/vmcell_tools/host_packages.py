@@ -35,9 +35,9 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         *("qemu-system-x86", "qemu-system-common", "busybox-static", "kmod"),
         *("dropbear-bin", "openssh-client"),
     ),
-    # CNI plugins give pods their network in the dev VM; systemd for systemd-analyze alone, which
-    # reads the unit that setup writes.
-    "test": ("bsdutils", "containernetworking-plugins", "systemd"),
+    # CNI plugins give pods their network in the dev VM, and ports by iptables; systemd for
+    # systemd-analyze alone, which reads the unit that setup writes.
+    "test": ("bsdutils", "containernetworking-plugins", "iptables", "systemd"),
 }
 POLICY = Path("/usr/sbin/policy-rc.d")
 POLICY_TEXT = "#!/bin/sh\n# Written while vmcell installs packages, then removed.\nexit 101\n"
