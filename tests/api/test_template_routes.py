@@ -229,7 +229,7 @@ def test_a_wrong_request_leaves_nothing(client: Client, body: dict[str, object])
     answer = client.ask("POST", "/v3/templates", body)
     assert answer.status_code == 400
     assert answer.json["code"] == 400
-    assert len(client.ask("GET", "/templates").json) == 2
+    assert len(client.ask("GET", "/templates").json) == 3
 
 
 @pytest.mark.parametrize(

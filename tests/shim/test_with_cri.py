@@ -26,11 +26,18 @@ SLEEP = ("sleep", "600")
 SANDBOXES = [(DEBIAN, "vmcell"), (NEWER, "vmcell"), (NEWER, "vmcell-shim")]
 
 
-@pytest.fixture(scope="module", params=[DEBIAN, NEWER])
+@pytest.fixture(scope="module", params=SANDBOXES, ids="-".join)
+def sandboxes(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """(release, handler)"""
+    release, handler = request.param
+    return release, handler
+
+
+@pytest.fixture(scope="module")
 def daemon(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    sandboxes: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[PrivateContainerd]:
-    release = find_release(request.param)
+    release = find_release(sandboxes[0])
     containerd = PrivateContainerd(
         tmp_path_factory.mktemp("cri"), fake_guest=True, cri=True, release=release
     )
@@ -42,11 +49,9 @@ def daemon(
         containerd.kill()
 
 
-@pytest.fixture(params=["vmcell", "vmcell-shim"])
-def cri(request: pytest.FixtureRequest, daemon: PrivateContainerd) -> Iterator[CriClient]:
-    if (daemon.release.name, request.param) not in SANDBOXES:
-        pytest.skip("containerd 1.6 has no sandboxer")
-    with CriClient(f"unix://{daemon.socket}", handler=request.param) as client:
+@pytest.fixture
+def cri(sandboxes: tuple[str, str], daemon: PrivateContainerd) -> Iterator[CriClient]:
+    with CriClient(f"unix://{daemon.socket}", handler=sandboxes[1]) as client:
         client.wait_ready()
         yield client
     wait_until(lambda: daemon.leftovers() == [], f"an end of {daemon.leftovers()}")

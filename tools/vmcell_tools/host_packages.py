@@ -35,10 +35,11 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         *("qemu-system-x86", "qemu-system-common", "busybox-static", "kmod"),
         *("dropbear-bin", "openssh-client"),
     ),
-    # CNI plugins give pods their network in the dev VM; systemd for systemd-analyze alone, which
-    # reads the unit that setup writes; tests of the store start a PostgreSQL of their own.
+    # CNI plugins give pods their network in the dev VM, and ports by iptables; systemd for
+    # systemd-analyze alone, which reads the unit that setup writes; tests of the store start a
+    # PostgreSQL of their own.
     "test": (
-        *("bsdutils", "containernetworking-plugins", "systemd", "postgresql"),
+        *("bsdutils", "containernetworking-plugins", "iptables", "systemd", "postgresql"),
         *("nodejs", "node-acorn", "node-typescript"),
     ),
 }
