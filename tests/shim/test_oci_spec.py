@@ -53,6 +53,11 @@ def limits(**resources: Any) -> dict[str, Any]:
     return {"namespaces": [{"type": "network"}], "resources": resources}
 
 
+@pytest.mark.parametrize("init", ["envd", "envd-builder"])
+def test_the_guests_own_inits_reach_the_agent(init: str) -> None:
+    assert plan(annotations={"io.vmcell.init": init}).init == init
+
+
 def test_plain_spec() -> None:
     made = plan()
     assert (made.size.vcpus, made.size.memory_mib) == (1, 512)
