@@ -6,10 +6,16 @@ import contextlib
 import http.client
 import os
 import signal
+import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from e2b import Sandbox
+from e2b.exceptions import SandboxException, TimeoutException
+from envd_harness import running_envd
 from fake_guest import GuestHandler, fake_guest
 from stand_in_images import GOOD
 from whole_service import (
@@ -187,3 +193,77 @@ def test_a_killed_sandboxs_streams_end_at_once(service: WholeService) -> None:
         status, body = ask(DATA_PORT, "GET", "/", **named)
         assert (status, body["message"]) == (502, "The sandbox was not found")
         streams.close()
+
+
+@pytest.fixture
+def sdk(
+    service: WholeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], None]]:
+    """The SDK's settings; the call turns what goes to sandboxes' envd over to a real one."""
+    monkeypatch.setenv("E2B_API_URL", f"http://127.0.0.1:{API_PORT}")
+    monkeypatch.setenv("E2B_SANDBOX_URL", f"http://127.0.0.1:{DATA_PORT}")
+    monkeypatch.setenv("E2B_API_KEY", service.new_key())
+    with running_envd(tmp_path / "envd") as envd:
+        rule = f"ip daddr 10.88.0.0/24 tcp dport 49983 redirect to :{envd.port}"
+        hook = "type nat hook output priority -100"
+        table = f"table ip turned {{\nchain out {{\n{hook}\n{rule}\n}}\n}}\n"
+
+        def turn() -> None:
+            subprocess.run(["nft", "-f", "-"], input=table, text=True, check=True, timeout=30)
+
+        yield turn
+        subprocess.run(["nft", "delete", "table", "ip", "turned"], check=False, timeout=30)
+
+
+class Commands:
+    """Commands that say "up" and wait until a FIFO is opened; each has a thread that follows it."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+        self.outputs: list[list[str]] = [[] for _ in range(STREAMS)]
+        self.ends: list[object] = [None] * STREAMS
+        self._threads = [
+            threading.Thread(target=self._follow, args=(number,)) for number in range(STREAMS)
+        ]
+        for thread in self._threads:
+            thread.start()
+        _until(lambda: all(self.outputs), "the commands did not start")
+
+    def _follow(self, number: int) -> None:
+        try:
+            done = self._sandbox.commands.run(
+                f"echo up; cat < /tmp/go; echo after {number}",
+                on_stdout=self.outputs[number].append,
+                timeout=0,
+            )
+            self.ends[number] = done.exit_code
+        except (SandboxException, TimeoutException) as error:
+            self.ends[number] = error
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive()
+
+
+def test_twenty_commands_of_the_sdk(service: WholeService, sdk: Callable[[], None]) -> None:
+    sandbox = Sandbox.create(template=GOOD, timeout=600)
+    sdk()
+    sandbox.commands.run("mkfifo /tmp/go")
+    commands = Commands(sandbox)
+    for part in ("the API", "the router", "noded"):
+        _kill_all_of(service, part)
+    ids = {"E2b-Sandbox-Id": sandbox.sandbox_id, "E2b-Sandbox-Port": "49983"}
+    _until(lambda: _data_status(ids) == 404, "no new request passes")
+    assert commands.ends == [None] * STREAMS
+    sandbox.commands.run(": > /tmp/go")
+    commands.join()
+    assert commands.ends == [0] * STREAMS
+    texts = ["".join(parts) for parts in commands.outputs]
+    assert texts == [f"up\nafter {number}\n" for number in range(STREAMS)]
+
+    commands = Commands(sandbox)
+    sandbox.set_timeout(1)
+    commands.join()
+    assert all(isinstance(end, TimeoutException) for end in commands.ends), commands.ends
+    assert not sandbox.is_running()
