@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import signal
 import subprocess
-import threading
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from e2b import Sandbox
-from e2b.exceptions import SandboxException, TimeoutException
+import sdk_commands
 from envd_harness import running_envd
 from fake_guest import GuestHandler, fake_guest
 from stand_in_images import GOOD
@@ -215,55 +216,34 @@ def sdk(
         subprocess.run(["nft", "delete", "table", "ip", "turned"], check=False, timeout=30)
 
 
-class Commands:
-    """Commands that say "up" and wait until a FIFO is opened; each has a thread that follows it."""
-
-    def __init__(self, sandbox: Sandbox) -> None:
-        self._sandbox = sandbox
-        self.outputs: list[list[str]] = [[] for _ in range(STREAMS)]
-        self.ends: list[object] = [None] * STREAMS
-        self._threads = [
-            threading.Thread(target=self._follow, args=(number,)) for number in range(STREAMS)
-        ]
-        for thread in self._threads:
-            thread.start()
-        _until(lambda: all(self.outputs), "the commands did not start")
-
-    def _follow(self, number: int) -> None:
-        try:
-            done = self._sandbox.commands.run(
-                f"echo up; cat < /tmp/go; echo after {number}",
-                on_stdout=self.outputs[number].append,
-                timeout=0,
-            )
-            self.ends[number] = done.exit_code
-        except (SandboxException, TimeoutException) as error:
-            self.ends[number] = error
-
-    def join(self) -> None:
-        for thread in self._threads:
-            thread.join(PATIENCE_S)
-            assert not thread.is_alive()
-
-
 def test_twenty_commands_of_the_sdk(service: WholeService, sdk: Callable[[], None]) -> None:
-    sandbox = Sandbox.create(template=GOOD, timeout=600)
-    sdk()
-    sandbox.commands.run("mkfifo /tmp/go")
-    commands = Commands(sandbox)
-    for part in ("the API", "the router", "noded"):
-        _kill_all_of(service, part)
-    ids = {"E2b-Sandbox-Id": sandbox.sandbox_id, "E2b-Sandbox-Port": "49983"}
-    _until(lambda: _data_status(ids) == 404, "no new request passes")
-    assert commands.ends == [None] * STREAMS
-    sandbox.commands.run(": > /tmp/go")
-    commands.join()
-    assert commands.ends == [0] * STREAMS
-    texts = ["".join(parts) for parts in commands.outputs]
-    assert texts == [f"up\nafter {number}\n" for number in range(STREAMS)]
+    command = [sys.executable, sdk_commands.__file__, GOOD]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as program:
 
-    commands = Commands(sandbox)
-    sandbox.set_timeout(1)
-    commands.join()
-    assert all(isinstance(end, TimeoutException) for end in commands.ends), commands.ends
-    assert not sandbox.is_running()
+        def told() -> Any:
+            assert program.stdout is not None
+            return json.loads(program.stdout.readline())
+
+        def go_on() -> None:
+            assert program.stdin is not None
+            program.stdin.write("\n")
+            program.stdin.flush()
+
+        sandbox_id = told()
+        sdk()
+        go_on()
+        assert told() == [None] * STREAMS
+        for part in ("the API", "the router", "noded"):
+            _kill_all_of(service, part)
+        ids = {"E2b-Sandbox-Id": sandbox_id, "E2b-Sandbox-Port": "49983"}
+        _until(lambda: _data_status(ids) == 404, "no new request passes")
+        go_on()
+        assert told() == [None] * STREAMS
+        go_on()
+        assert told() == [[0] * STREAMS, [f"up\nafter {number}\n" for number in range(STREAMS)]]
+        go_on()
+        assert told() == [["timed out"] * STREAMS, False]
+        go_on()
+        assert program.wait(PATIENCE_S) == 0
