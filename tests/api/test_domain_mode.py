@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +14,9 @@ import envd_harness
 import httpx
 import js_clients
 import pytest
+import sdk_domain_mode
 from api_service import api_service
 from data_plane import PATIENCE_S, DataPlane, data_plane
-from e2b import Sandbox
-from e2b.exceptions import SandboxException, TimeoutException
 from envd_harness import running_envd
 from own_netns import own_netns
 
@@ -34,7 +37,7 @@ def javascript() -> str:
 
 @pytest.fixture(scope="module")
 def network(javascript: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DataPlane]:
-    """One for all tests: the SDK's transport has threads, which stay where it was used first."""
+    """nginx, API and router in a network of their own, where envd's port is free."""
     folder = tmp_path_factory.mktemp("domain")
     files, _ = ensure_certificate(folder / "tls", DOMAIN.partition(":")[0])
     with (
@@ -80,28 +83,28 @@ class _Initialiser:
 
 
 @pytest.mark.parametrize("http_version", ["2", "1.1"])
-def test_python_needs_the_domain_alone(
-    plane: DataPlane, monkeypatch: pytest.MonkeyPatch, http_version: str
-) -> None:
-    monkeypatch.setenv("E2B_HTTP_VERSION", http_version)
-    sandbox = Sandbox.create(template="base", timeout=120, envs={"WHO": "python"})
-    done = sandbox.commands.run("echo from $WHO; id -un", timeout=PATIENCE_S)
-    assert done.stdout == "from python\nuser\n"
-    sandbox.files.write("/tmp/a b", "content é")
-    assert sandbox.files.read("/tmp/a b") == "content é"
-    host = sandbox.get_host(8080)
-    assert host == f"8080-{sandbox.sandbox_id}.{DOMAIN}"
-    assert _fetch(plane, sandbox.download_url("/tmp/a b")) == (200, "content é")
-    status, text = _fetch(plane, f"https://{host}/")
-    assert (status, "port is not open" in text) == (502, True)
-    lines: list[str] = []
-    sandbox.commands.run("seq 300", on_stdout=lines.append, timeout=PATIENCE_S)
-    assert "".join(lines).split() == [str(number) for number in range(1, 301)]
-    assert sandbox.is_running()
-    assert sandbox.kill()
-    assert not sandbox.is_running()
-    with pytest.raises((SandboxException, TimeoutException), match="not found"):
-        sandbox.commands.run("true")
+def test_python_needs_the_domain_alone(plane: DataPlane, http_version: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, sdk_domain_mode.__file__],
+        env={**os.environ, "E2B_HTTP_VERSION": http_version},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as program:
+        assert program.stdout is not None
+        told = json.loads(program.stdout.readline())
+        assert told["host"] == f"8080-{told['id']}.{DOMAIN}"
+        assert told["stdout"] == "from python\nuser\n"
+        assert told["read"] == "content é"
+        assert told["streamed"].split() == [str(number) for number in range(1, 301)]
+        assert told["id"] in told["listed"]
+        assert told["was_running"] is True
+        assert _fetch(plane, told["download"]) == (200, "content é")
+        status, text = _fetch(plane, f"https://{told['host']}/")
+        assert (status, "port is not open" in text) == (502, True)
+        told = json.loads(program.communicate("\n", timeout=PATIENCE_S)[0])
+    assert (told["killed"], told["running"]) == (True, False)
+    assert "not found" in told["error"]
 
 
 def _fetch(plane: DataPlane, url: str) -> tuple[int, str]:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import sdk_commands
+from envd_harness import running_envd
 from fake_guest import GuestHandler, fake_guest
 from stand_in_images import GOOD
 from whole_service import (
@@ -187,3 +194,56 @@ def test_a_killed_sandboxs_streams_end_at_once(service: WholeService) -> None:
         status, body = ask(DATA_PORT, "GET", "/", **named)
         assert (status, body["message"]) == (502, "The sandbox was not found")
         streams.close()
+
+
+@pytest.fixture
+def sdk(
+    service: WholeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], None]]:
+    """The SDK's settings; the call turns what goes to sandboxes' envd over to a real one."""
+    monkeypatch.setenv("E2B_API_URL", f"http://127.0.0.1:{API_PORT}")
+    monkeypatch.setenv("E2B_SANDBOX_URL", f"http://127.0.0.1:{DATA_PORT}")
+    monkeypatch.setenv("E2B_API_KEY", service.new_key())
+    with running_envd(tmp_path / "envd") as envd:
+        rule = f"ip daddr 10.88.0.0/24 tcp dport 49983 redirect to :{envd.port}"
+        hook = "type nat hook output priority -100"
+        table = f"table ip turned {{\nchain out {{\n{hook}\n{rule}\n}}\n}}\n"
+
+        def turn() -> None:
+            subprocess.run(["nft", "-f", "-"], input=table, text=True, check=True, timeout=30)
+
+        yield turn
+        subprocess.run(["nft", "delete", "table", "ip", "turned"], check=False, timeout=30)
+
+
+def test_twenty_commands_of_the_sdk(service: WholeService, sdk: Callable[[], None]) -> None:
+    command = [sys.executable, sdk_commands.__file__, GOOD]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as program:
+
+        def told() -> Any:
+            assert program.stdout is not None
+            return json.loads(program.stdout.readline())
+
+        def go_on() -> None:
+            assert program.stdin is not None
+            program.stdin.write("\n")
+            program.stdin.flush()
+
+        sandbox_id = told()
+        sdk()
+        go_on()
+        assert told() == [None] * STREAMS
+        for part in ("the API", "the router", "noded"):
+            _kill_all_of(service, part)
+        ids = {"E2b-Sandbox-Id": sandbox_id, "E2b-Sandbox-Port": "49983"}
+        _until(lambda: _data_status(ids) == 404, "no new request passes")
+        go_on()
+        assert told() == [None] * STREAMS
+        go_on()
+        assert told() == [[0] * STREAMS, [f"up\nafter {number}\n" for number in range(STREAMS)]]
+        go_on()
+        assert told() == [["timed out"] * STREAMS, False]
+        go_on()
+        assert program.wait(PATIENCE_S) == 0
