@@ -44,8 +44,10 @@ class KeyCheck:
         key = self._key(presented_key(req))
         req.context.team, req.context.key_id, req.context.scopes = key.team, key.key_id, key.scopes
         logs.add_to_request(team_id=key.team.team_id, key_id=key.key_id)
-        self._rates.take(key.team.team_id, key.team.requests_per_s or self._config.requests_per_s)
         state = key.state(now_ms())
+        # What has ended may use up its own share of the audit, not its team's rate.
+        payer = key.team.team_id if state == "active" else key.key_id
+        self._rates.take(payer, key.team.requests_per_s or self._config.requests_per_s)
         if state != "active":
             raise CallerError(
                 f"the API key {key.key_id} is {state}; ask the operator for another one",

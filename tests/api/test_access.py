@@ -136,6 +136,14 @@ def test_the_rate(slow: ApiService) -> None:
     assert not _audit(slow, result="resource_exhausted")
 
 
+def test_a_revoked_key_does_not_use_up_its_teams_rate(slow: ApiService) -> None:
+    key, record = create_key(slow.store, slow.store.ensure_team("team-one"), scopes=["*"])
+    ApiKeys(slow.store.engine).revoke(record.key_id)
+    statuses = {_ask(slow, "GET", "/v2/sandboxes", key).status_code for _ in range(12)}
+    assert statuses == {401, 429}
+    assert _ask(slow, "GET", "/v2/sandboxes", slow.key).status_code == 200
+
+
 def test_what_is_audited(service: ApiService) -> None:
     made = _ask(service, "POST", "/v2/sandboxes", service.key, {"templateID": "base"})
     sandbox_id = made.json["sandboxID"]
