@@ -166,6 +166,10 @@ class MemoryStat(Message):
         self.max_usage: int = max_usage
 
 
+class IOStat(Message):
+    __slots__ = ()
+
+
 class MemoryEvents(Message):
     __slots__ = ("high", "low", "max", "oom", "oom_kill")
     FIELDS = (
@@ -193,11 +197,12 @@ class MemoryEvents(Message):
 
 
 class Metrics(Message):
-    __slots__ = ("cpu", "memory", "memory_events", "pids")
+    __slots__ = ("cpu", "io", "memory", "memory_events", "pids")
     FIELDS = (
         Field(1, "pids", "message", "one", PidsStat),
         Field(2, "cpu", "message", "one", CPUStat),
         Field(4, "memory", "message", "one", MemoryStat),
+        Field(6, "io", "message", "one", IOStat),
         Field(8, "memory_events", "message", "one", MemoryEvents),
     )
 
@@ -207,9 +212,11 @@ class Metrics(Message):
         pids: PidsStat | None = None,
         cpu: CPUStat | None = None,
         memory: MemoryStat | None = None,
+        io: IOStat | None = None,
         memory_events: MemoryEvents | None = None,
     ) -> None:
         self.pids: PidsStat | None = pids
         self.cpu: CPUStat | None = cpu
         self.memory: MemoryStat | None = memory
+        self.io: IOStat | None = io
         self.memory_events: MemoryEvents | None = memory_events

@@ -108,10 +108,31 @@ class LinuxPodSandboxConfig(Message):
         self.resources: LinuxContainerResources | None = resources
 
 
+class DNSConfig(Message):
+    __slots__ = ("options", "searches", "servers")
+    FIELDS = (
+        Field(1, "servers", "string", "repeated"),
+        Field(2, "searches", "string", "repeated"),
+        Field(3, "options", "string", "repeated"),
+    )
+
+    def __init__(
+        self,
+        *,
+        servers: list[str] | None = None,
+        searches: list[str] | None = None,
+        options: list[str] | None = None,
+    ) -> None:
+        self.servers: list[str] = servers or []
+        self.searches: list[str] = searches or []
+        self.options: list[str] = options or []
+
+
 class PodSandboxConfig(Message):
-    __slots__ = ("annotations", "hostname", "linux")
+    __slots__ = ("annotations", "dns_config", "hostname", "linux")
     FIELDS = (
         Field(2, "hostname", "string"),
+        Field(4, "dns_config", "message", "one", DNSConfig),
         Field(7, "annotations", "string", "map", None, key="string"),
         Field(8, "linux", "message", "one", LinuxPodSandboxConfig),
     )
@@ -120,10 +141,12 @@ class PodSandboxConfig(Message):
         self,
         *,
         hostname: str = "",
+        dns_config: DNSConfig | None = None,
         annotations: dict[str, str] | None = None,
         linux: LinuxPodSandboxConfig | None = None,
     ) -> None:
         self.hostname: str = hostname
+        self.dns_config: DNSConfig | None = dns_config
         self.annotations: dict[str, str] = annotations or {}
         self.linux: LinuxPodSandboxConfig | None = linux
 

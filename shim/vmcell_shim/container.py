@@ -43,7 +43,7 @@ from vmcell_shim.client import ConnectionLost
 from vmcell_shim.events import timestamp
 from vmcell_shim.footprint import Footprint
 from vmcell_shim.lifecycle import CREATED, CREATING, PAUSED, RUNNING, STOPPED
-from vmcell_shim.oci_json import parse_object, read_object
+from vmcell_shim.oci_json import parse_object, read_object, take, take_rows
 from vmcell_shim.process import KILLED_STATUS, SIGKILL, Process
 from vmcell_shim.rootfs import parse_mounts
 from vmcell_shim.sizing import memory_of_update
@@ -52,6 +52,7 @@ from vmcell_shim.stdio import Stdio, StreamOwner
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from vmcell_protos.agent import FileCopy
     from vmcell_protos.task import CreateTaskRequest, ExecProcessRequest
     from vmcell_shim.config import ShimConfig
     from vmcell_shim.events import EventPublisher
@@ -184,11 +185,15 @@ class Container:
             rootfs=self._footprint.attach(images, plan).rootfs,
             spec_json=json.dumps(plan.guest_spec, separators=(",", ":")).encode(),
             streams=self.init.stdio.declare(self.guest.next_stream_id),
-            files=list(plan.files),
+            files=[*plan.files, *self._files_of_pod(spec)],
             init=plan.init,
             shared_namespaces=list(plan.shared_namespaces),
         )
         self.guest.call("CreateContainer", request, Empty, deadline - time.monotonic())
+
+    def _files_of_pod(self, spec: Json) -> list[FileCopy]:
+        mounted = {take(row, "destination", str, "") for row in take_rows(spec, "mounts")}
+        return [file for file in self.sandbox.member_files if file.destination not in mounted]
 
     def _plan(self, spec: Json) -> GuestPlan:
         return plan_guest(

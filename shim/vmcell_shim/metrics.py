@@ -7,7 +7,7 @@ no field for is left out. A number that is no u64 cannot arrive: the codec keeps
 from __future__ import annotations
 
 from vmcell_protos.agent import ContainerStatsResponse
-from vmcell_protos.metrics import CPUStat, MemoryEvents, MemoryStat, Metrics, PidsStat
+from vmcell_protos.metrics import CPUStat, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat
 from vmcell_protos.wellknown import Any
 
 TYPE_CHECKING = False
@@ -31,6 +31,7 @@ def metrics_of(stats: ContainerStatsResponse) -> Any:
         pids=PidsStat(current=stats.pids_current, limit=stats.pids_limit),
         cpu=_fill(CPUStat(), stats.cpu),
         memory=memory,
+        io=IOStat(),
         memory_events=_fill(MemoryEvents(), stats.memory_events),
     )
     return Any(type_url=TYPE_URL, value=metrics.encode())

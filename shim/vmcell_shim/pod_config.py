@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 
-from vmcell_protos.errors import CallerError
+from vmcell_protos.agent import FileCopy
+from vmcell_protos.errors import CallerError, HostError
 from vmcell_protos.sandbox import (
+    DNSConfig,
     LinuxContainerResources,
     LinuxPodSandboxConfig,
     NamespaceMode_NODE,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 _TYPE = "runtime.v1.PodSandboxConfig"
 _SLICE = ".slice"
+_FILE_LIMIT_BYTES = 256 << 10
 # Where CRI of 2.x lets everybody listen on low ports and ping, unless the pod says otherwise.
 _SYSCTLS = {"net.ipv4.ip_unprivileged_port_start": "0", "net.ipv4.ping_group_range": "0 2147483647"}
 
@@ -59,6 +62,39 @@ def pod_spec(request: CreateSandboxRequest) -> Json:
             "resources": {},
         },
     }
+
+
+def pod_files(request: CreateSandboxRequest) -> tuple[FileCopy, ...]:
+    """The files under /etc that containerd makes for a sandbox container and leaves to the shim
+    without one; a member's own mounts come before them. Raises CallerError, HostError."""
+    config = _config_of(request)
+    dns = config.dns_config or DNSConfig()
+    lines = [
+        *(f"nameserver {server}" for server in dns.servers),
+        *([f"search {' '.join(dns.searches)}"] if dns.searches else []),
+        *([f"options {' '.join(dns.options)}"] if dns.options else []),
+    ]
+    resolv_conf = "".join(f"{line}\n" for line in lines).encode()
+    files = {
+        "/etc/resolv.conf": resolv_conf or _of_the_host("/etc/resolv.conf"),
+        "/etc/hosts": _of_the_host("/etc/hosts"),
+        "/etc/hostname": f"{config.hostname}\n".encode() if config.hostname else b"",
+    }
+    return tuple(
+        FileCopy(destination=path, mode=0o644, content=content)
+        for path, content in files.items()
+        if content
+    )
+
+
+def _of_the_host(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(_FILE_LIMIT_BYTES)
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise HostError(f"cannot read {path} for a pod: {error.strerror}") from error
 
 
 def _config_of(request: CreateSandboxRequest) -> PodSandboxConfig:

@@ -31,6 +31,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmcell_protos.agent import FileCopy
     from vmcell_shim.cgroup import HostCgroup
     from vmcell_shim.config import ShimConfig
     from vmcell_shim.journal import Journal
@@ -80,6 +81,8 @@ class Sandbox:
         self._boot_error: VmcellError | None = None
         self.guest = Guest(journal, on_end)
         self.network = SandboxNetwork(files, journal)
+        # Of every member that has nothing mounted there.
+        self.member_files: tuple[FileCopy, ...] = ()
         self._share: Share | None = None
         self._cgroup: HostCgroup | None = None
 

@@ -15,7 +15,7 @@ from vmcell_protos.wellknown import Empty
 from vmcell_shim.config import load_config
 from vmcell_shim.events import timestamp
 from vmcell_shim.metrics import metrics_of, sum_of
-from vmcell_shim.pod_config import pod_spec
+from vmcell_shim.pod_config import pod_files, pod_spec
 from vmcell_shim.process import KILLED_STATUS
 from vmcell_shim.sandbox import UP
 from vmcell_shim.spec import plan_pod
@@ -97,6 +97,7 @@ class SandboxService:
         pod = self._found(messages.StartSandboxRequest.decode(payload).sandbox_id)
         config = load_config()
         spec = pod_spec(pod.request)
+        pod.sandbox.member_files = pod_files(pod.request)
         plan = plan_pod(
             spec,
             default_vcpus=config.default_vcpus,

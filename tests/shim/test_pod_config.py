@@ -5,6 +5,7 @@ The bytes are made by Google's protobuf from cri.proto, so the field numbers are
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from vmcell_protos.sandbox import CreateSandboxRequest
 from vmcell_protos.wellknown import Any as AnyMessage
 from vmcell_shim.annotations import NAMES, PREFIX
 from vmcell_shim.cgroup_limits import parse_cgroups_path
-from vmcell_shim.pod_config import pod_spec
+from vmcell_shim.pod_config import pod_files, pod_spec
 from vmcell_shim.spec import plan_pod
 
 NETNS = "/proc/self/ns/net"
@@ -90,6 +91,26 @@ def test_a_pod_may_size_its_vm_and_name_nothing_of_the_host() -> None:
     request.annotations = dict(given_ones)
     kept = pod_spec(request)["annotations"]
     assert kept == {f"{PREFIX}vcpus": "2", f"{PREFIX}memory-mib": "2"}
+
+
+def test_files_that_containerd_leaves_to_the_shim() -> None:
+    messages, _ = compiled()
+    dns = messages.DNSConfig(
+        servers=["192.0.2.53", "::1"], searches=["a", "b"], options=["ndots:5"]
+    )
+    pod = config(hostname="web", dns_config=dns)
+    files = {row.destination: row.content for row in pod_files(request_of(pod.SerializeToString()))}
+    assert files["/etc/hostname"] == b"web\n"
+    assert files["/etc/resolv.conf"].splitlines() == [
+        b"nameserver 192.0.2.53",
+        b"nameserver ::1",
+        b"search a b",
+        b"options ndots:5",
+    ]
+    assert files["/etc/hosts"] == Path("/etc/hosts").read_bytes()
+    plain = {row.destination: row.content for row in pod_files(request_of())}
+    assert plain["/etc/resolv.conf"] == Path("/etc/resolv.conf").read_bytes()
+    assert "/etc/hostname" not in plain
 
 
 def test_no_configuration_is_a_pod_without_wishes() -> None:

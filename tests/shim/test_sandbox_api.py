@@ -81,6 +81,19 @@ def test_life_of_a_sandbox(shim: Shim) -> None:
     assert shim.left_behind() == []
 
 
+def test_members_have_the_pods_files_where_nothing_is_mounted(shim: Shim) -> None:
+    create(shim)
+    start(shim)
+    own = shim.directory / "hosts"
+    own.write_text("127.0.0.1 own\n")
+    mount = {"destination": "/etc/hosts", "type": "bind", "source": str(own), "options": ["bind"]}
+    shim.create("/bin/true", annotations=MEMBER, mounts=[mount])
+    files = shim.record()["files"]
+    assert sorted(files) == ["/etc/hosts", "/etc/resolv.conf"]
+    shim.delete()
+    shut_down(shim)
+
+
 def test_a_dead_vm_is_not_ready(shim: Shim) -> None:
     create(shim)
     os.kill(start(shim), signal.SIGKILL)

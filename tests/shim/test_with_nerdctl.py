@@ -110,6 +110,9 @@ def test_pause_update_and_stats(nerdctl: Nerdctl) -> None:
     refused = nerdctl.call("update", "--memory", "8g", "c1")
     assert refused.returncode != 0
     assert "gets no more" in refused.stderr
+    row = json.loads(nerdctl.check("stats", "--no-stream", "--format", "json", "c1"))
+    assert row["Name"] == "c1"
+    assert row["MemUsage"].startswith("56KiB / ")  # without what its files take
     assert "c1" in nerdctl.check("ps", "--format", "{{.Names}}")
 
 

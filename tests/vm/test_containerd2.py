@@ -69,7 +69,9 @@ def test_pod(second_cri: CriClient, dev_vm: DevVm, handler: str) -> None:
     cri.handler = handler
     name = f"two-{handler}"
     (dev_vm.out / "pods" / name).mkdir(parents=True, exist_ok=True)
-    pod = cri.run_pod(cri.pod_config(name, log_directory=f"/mnt/out/pods/{name}"))
+    config = cri.pod_config(name, log_directory=f"/mnt/out/pods/{name}")
+    config.dns_config.servers.append("192.0.2.53")
+    pod = cri.run_pod(config)
     try:
         serve = "echo served >/tmp/index.html; exec httpd -f -p 8080 -h /tmp"
         server = cri.run(pod, "server", SMALL, "sh", "-c", serve)
@@ -77,11 +79,11 @@ def test_pod(second_cri: CriClient, dev_vm: DevVm, handler: str) -> None:
         ip = cri.pod_status(pod).network.ip
         script = (
             "until wget -q -O - http://127.0.0.1:8080/; do sleep 0.2; done; hostname; "
-            "cat /etc/hostname; cat /proc/sys/net/ipv4/ip_unprivileged_port_start; "
+            "cat /etc/hostname /etc/resolv.conf /proc/sys/net/ipv4/ip_unprivileged_port_start; "
             f"ip -4 addr show eth0 | grep -o 'inet {ip}/'"
         )
         shown = cri.shell(client, script).splitlines()
-        assert shown == ["served", name, name, "0", f"inet {ip}/"]
+        assert shown == ["served", name, name, "nameserver 192.0.2.53", "0", f"inet {ip}/"]
         assert cri.stats(client).memory.working_set_bytes.value > 0
         answer = cri.port_forward(pod, 8080, b"GET / HTTP/1.0\r\n\r\n")
         assert answer.endswith(b"\r\n\r\nserved\n")

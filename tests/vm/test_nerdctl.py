@@ -89,7 +89,8 @@ def test_stats_and_inspect(nerdctl: Nerdctl, web: str) -> None:
 
 def test_pause_and_update(nerdctl: Nerdctl, web: str) -> None:
     nerdctl.check("pause", web)
-    assert "Paused" in nerdctl.check("ps", "--format", "{{.Status}}")
+    (shown,) = json.loads(nerdctl.check("inspect", web))
+    assert shown["State"]["Status"] == "paused"
     nerdctl.check("unpause", web)
     nerdctl.check("update", "--memory", "64m", web)
     assert nerdctl.check("exec", web, "cat", "/sys/fs/cgroup/memory.max") == f"{64 << 20}\n"
