@@ -23,30 +23,11 @@ from vmcell_tools import openapi_file
 ANY_PARAMETER = re.compile(r"\{[^/]*?\}")
 # What the SDK calls and this server does not have yet; a route that comes takes its row away.
 NOT_SERVED = {
-    ("POST", "/sandboxes/{}/fork"),
-    ("POST", "/sandboxes/{}/pause"),
-    ("POST", "/sandboxes/{}/snapshots"),
-    ("PUT", "/sandboxes/{}/network"),
-    ("GET", "/sandboxes/{}/metrics"),
-    ("GET", "/snapshots"),
     ("GET", "/secrets"),
     ("POST", "/secrets"),
     ("GET", "/secrets/{}"),
     ("POST", "/secrets/{}"),
     ("DELETE", "/secrets/{}"),
-    ("POST", "/v3/templates"),
-    ("POST", "/v2/templates/{}/builds/{}"),
-    ("GET", "/templates/{}/builds/{}/status"),
-    ("GET", "/templates/{}/files/{}"),
-    ("GET", "/templates/aliases/{}"),
-    ("DELETE", "/templates/{}"),
-    ("GET", "/templates/{}/tags"),
-    ("POST", "/templates/tags"),
-    ("DELETE", "/templates/tags"),
-    ("GET", "/volumes"),
-    ("POST", "/volumes"),
-    ("GET", "/volumes/{}"),
-    ("DELETE", "/volumes/{}"),
 }
 
 
@@ -149,7 +130,9 @@ def test_every_call_of_the_sdk_is_documented_or_named_as_missing() -> None:
 @pytest.mark.parametrize("resource", RESOURCES, ids=lambda module: module.TAG)
 def test_what_an_operation_says_is_consistent(resource: ModuleType) -> None:
     for row in resource.OPERATIONS:
-        assert row.answers, row.path
+        is_refused = row.summary.startswith("Refused with ")
+        assert bool(row.answers) is not is_refused, row.path
+        assert is_refused or 501 not in row.errors, row.path
         assert all(200 <= status < 300 for status in row.answers), row.path
         assert all(400 <= status < 600 for status in row.errors), row.path
         assert row.summary.endswith("."), row.path
