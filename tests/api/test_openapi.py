@@ -18,6 +18,7 @@ from falcon import inspect as falcon_inspect
 from falcon import testing
 
 from vmcell_api.openapi.document import RESOURCES, build_document, operations
+from vmcell_api.openapi.operation import Operation
 from vmcell_tools import openapi_file
 
 ANY_PARAMETER = re.compile(r"\{[^/]*?\}")
@@ -79,6 +80,15 @@ def test_the_document_says_which_scope_a_call_needs() -> None:
     paths = build_document()["paths"]
     assert paths["/v2/sandboxes"]["post"]["x-vmcell-scope"] == "sandboxes:write"
     assert "security" not in paths["/health"]["get"]
+
+
+@pytest.mark.parametrize("row", [row for _, row in operations()], ids=lambda row: row.path)
+def test_a_call_needs_a_key_unless_the_document_says_it_is_open(
+    service: ApiService, row: Operation
+) -> None:
+    path = ANY_PARAMETER.sub("x", row.path)
+    answer = testing.TestClient(service.app).simulate_request(row.method, path)
+    assert (answer.status_code != 401) is row.is_open
 
 
 class _Body:
