@@ -42,6 +42,17 @@ _LOG_QUERY = {
 }
 _OFFSET = {**between(0, MAX_LOG_OFFSET), "description": "The first entry wanted, from 0."}
 _BUILD = "/templates/{template_id}/builds/{build_id}"
+_NEW = record(
+    {},
+    {
+        "name": NAME,
+        "alias": {**NAME, "description": "The older name of `name`."},
+        "tags": TAGS,
+        "cpuCount": between(VCPUS[0], VCPUS[-1]),
+        "memoryMB": between(MEMORY_MIB[0], MEMORY_MIB[-1]),
+        "teamID": {**TEXT, "description": "Ignored: a key has one team."},
+    },
+)
 _START = {
     "fromImageRegistry": nullable(ref("RegistryLogin")),
     "force": FLAG,
@@ -51,16 +62,10 @@ _START = {
 }
 
 SCHEMAS = {
-    "NewTemplate": record(
-        {"name": NAME},
-        {
-            "tags": TAGS,
-            "cpuCount": between(VCPUS[0], VCPUS[-1]),
-            "memoryMB": between(MEMORY_MIB[0], MEMORY_MIB[-1]),
-            "alias": {**TEXT, "description": "The older name of `name`."},
-            "teamID": TEXT,
-        },
-    ),
+    "NewTemplate": {
+        **_NEW,
+        "anyOf": [record({"name": NAME}), record({"alias": NAME})],
+    },
     "RequestedTemplate": record(
         {
             "templateID": TEXT,

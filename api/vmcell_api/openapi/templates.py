@@ -93,6 +93,7 @@ OPERATIONS = (
         method="GET",
         path="/templates",
         summary="The team's templates, then the installation's.",
+        query={"teamID": {**TEXT, "description": "Ignored: a key has one team."}},
         answers={200: array(ref("Template"))},
         errors=(504,),
     ),
