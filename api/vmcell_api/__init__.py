@@ -18,6 +18,7 @@ request_rate     how many requests a team may make
 build_client     the API's side of noded's builds
 json_body        bodies with bounds, field by field
 request_bounds   what no request may hold
+query_numbers    whole numbers in queries
 network_rules    E2B's network objects
 sandbox_bodies   E2B's create bodies and list queries
 sandbox_answers  E2B's sandbox objects

@@ -26,7 +26,7 @@ from vmcell_protos.errors import CallerError, HostError, VmcellError
 
 log = logging.getLogger("vmcell.api")
 
-_KEY = re.compile(r"[a-z0-9-]{1,255}")
+KEY_FORM = re.compile(r"[a-z0-9-]{1,255}")
 MOST_TRIES = 3
 
 
@@ -44,7 +44,7 @@ def parse_idempotency(
     """The header `Idempotency-Key` with its body; None without one. Raises CallerError."""
     if header is None:
         return None
-    if not _KEY.fullmatch(header):
+    if not KEY_FORM.fullmatch(header):
         raise CallerError(
             f"Idempotency-Key is {header[:40]!r}; it takes 1 to 255 of a-z, 0-9 and '-'"
         )

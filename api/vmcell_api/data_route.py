@@ -22,6 +22,7 @@ ENVD_PORT = 49983
 INTERNAL_PATHS = frozenset(
     {"init", "layer", "freeze", "unfreeze", "fsfreeze", "fsthaw", "collapse", "upgrade"}
 )
+_MAX_PORT_DIGITS = 5
 # Dots and slashes a server may see in a path once it has decoded it.
 _SEPARATORS = re.compile(r"[/\\]+")
 _HOST = re.compile(r"(?P<port>[0-9]{1,5})-(?P<id>[a-z0-9]+)(-[a-z0-9]+)?\.(?P<domain>.+)")
@@ -143,10 +144,15 @@ def _host_name(host: str) -> str:
     return (name if colon and port.isdigit() else host.lower()).removesuffix(".")
 
 
+def _is_port(text: str) -> bool:
+    is_number = text.isascii() and text.isdigit() and len(text) <= _MAX_PORT_DIGITS
+    return is_number and 0 < int(text) < 65536
+
+
 def _target(sandbox_id: str, port_text: str, uri: str) -> Target | Refusal:
     if not SANDBOX_ID.fullmatch(sandbox_id):
         return Refusal(status=400, message="the sandbox id is not valid")
-    if not port_text.isascii() or not port_text.isdigit() or not 0 < int(port_text[:9]) < 65536:
+    if not _is_port(port_text):
         return Refusal(status=400, message="the port is not valid", sandbox_id=sandbox_id)
     port = int(port_text)
     if port == ENVD_PORT and _is_internal(uri):

@@ -16,6 +16,7 @@ from vmcell_api.json_body import int_field, request_json, text_field
 from vmcell_api.metrics import CONTENT_TYPE, Metrics
 from vmcell_api.node_client import NodeVerbs
 from vmcell_api.openapi.document import build_document
+from vmcell_api.query_numbers import query_number
 from vmcell_api.sandbox_answers import rfc3339
 from vmcell_api.store.api_keys import MAX_NAME_LENGTH, ApiKey, ApiKeys
 from vmcell_api.store.audit import Audit, AuditEntry, AuditQuery
@@ -256,8 +257,4 @@ def _limits(body: Json) -> dict[str, int | None]:
 
 def _whole(query: dict[str, str], name: str, *, default: int, bounds: range) -> int:
     text = query.get(name, "")
-    if not text:
-        return default
-    if not text.isascii() or not text.isdigit() or len(text) > 15 or int(text) not in bounds:
-        raise CallerError(f"{name} is {text[:20]!r}; it takes {bounds[0]} to {bounds[-1]}")
-    return int(text)
+    return query_number(name, text, bounds) if text else default

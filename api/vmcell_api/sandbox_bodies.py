@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl, unquote
 
 from vmcell_api.json_body import bool_field, int_field, text_field, text_map_field
 from vmcell_api.network_rules import ANY_NETWORK, NetworkWish, parse_network
+from vmcell_api.query_numbers import query_number
 from vmcell_api.volumes.names import MAX_MOUNT_PATH, check_mount_paths, check_volume_name
 from vmcell_protos.errors import CallerError
 
@@ -211,11 +212,7 @@ def _cursor(token: str) -> tuple[int, str] | None:
 
 def parse_page_size(text: str) -> int:
     """The query parameter `limit`, 100 when empty; raises CallerError."""
-    if not text:
-        return MAX_PAGE
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= MAX_PAGE:
-        raise CallerError(f"limit is {text[:20]!r}; it takes 1 to {MAX_PAGE}")
-    return int(text)
+    return query_number("limit", text, range(1, MAX_PAGE + 1)) if text else MAX_PAGE
 
 
 def _unix_ms(text: str) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl
 
+from vmcell_api.query_numbers import query_number
 from vmcell_api.sandbox_answers import rfc3339
 from vmcell_protos.errors import CallerError, GuestError
 
@@ -18,7 +19,7 @@ LEVELS = ("debug", "info", "warn", "error")
 MOST_ENTRIES = 1000
 MAX_SEARCH_LENGTH = 256
 LOGGER = "envd"
-_LATEST_MS = 1 << 53
+LATEST_MS = 1 << 53
 # The end of the year 9999, beyond which a moment has no RFC 3339 form.
 _LAST_TIMESTAMP_MS = 253402300799999
 
@@ -78,7 +79,7 @@ def parse_log_query(query_string: str, *, version: int) -> LogQuery:
     query = dict(parse_qsl(query_string, keep_blank_values=True))
     limit = _number(query, "limit", MOST_ENTRIES, range(1, MOST_ENTRIES + 1))
     if version == 1:
-        start_ms = _number(query, "start", 0, range(_LATEST_MS))
+        start_ms = _number(query, "start", 0, range(LATEST_MS))
         return LogQuery(cursor_ms=start_ms, limit=limit)
     direction = query.get("direction") or "forward"
     if direction not in ("forward", "backward"):
@@ -90,17 +91,13 @@ def parse_log_query(query_string: str, *, version: int) -> LogQuery:
     if len(search) > MAX_SEARCH_LENGTH:
         raise CallerError(f"search has {len(search)} characters; at most {MAX_SEARCH_LENGTH}")
     backward = direction == "backward"
-    cursor_ms = _number(query, "cursor", _LATEST_MS if backward else 0, range(_LATEST_MS + 1))
+    cursor_ms = _number(query, "cursor", LATEST_MS if backward else 0, range(LATEST_MS + 1))
     return LogQuery(cursor_ms=cursor_ms, limit=limit, backward=backward, level=level, search=search)
 
 
 def _number(query: dict[str, str], name: str, default: int, bounds: range) -> int:
     text = query.get(name, "")
-    if not text:
-        return default
-    if not text.isascii() or not text.isdigit() or int(text[:17]) not in bounds:
-        raise CallerError(f"{name} is {text[:20]!r}; it takes {bounds[0]} to {bounds[-1]}")
-    return int(text)
+    return query_number(name, text, bounds) if text else default
 
 
 def select(entries: Iterable[LogEntry], query: LogQuery) -> list[LogEntry]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from urllib.parse import parse_qsl
 
 from vmcell_api.json_body import bool_field, int_field, text_field
+from vmcell_api.query_numbers import query_number
 from vmcell_api.template_names import DEFAULT_TAG, TemplateName, parse_name, parse_tags
 from vmcell_protos.errors import CallerError
 
@@ -14,8 +15,10 @@ DEFAULT_VCPUS, DEFAULT_MEMORY_MIB = 1, 512
 VCPUS, MEMORY_MIB = range(1, 9), range(128, 65537)
 MAX_COMMAND_CHARACTERS = 65536
 MAX_LOG_PAGE = 100
+MAX_LOG_OFFSET = 10**9
+MAX_NAME_TEXT = 400  # with namespace and tag
 LEVELS = ("debug", "info", "warn", "error")
-_STEP_TYPES = ("COPY", "RUN", "ENV", "WORKDIR", "USER")
+STEP_TYPES = ("COPY", "RUN", "ENV", "WORKDIR", "USER")
 MAX_STEPS = 200
 
 
@@ -65,7 +68,7 @@ class LogQuery:
 def parse_template_request(body: dict[str, object]) -> TemplateRequest:
     """The body of `POST /v3/templates`; `alias` is its older name. Raises CallerError."""
     field_name = "name" if body.get("name") or not body.get("alias") else "alias"
-    name = parse_name(text_field(body, field_name, max_length=400))
+    name = parse_name(text_field(body, field_name, max_length=MAX_NAME_TEXT))
     if body.get("minFreeDiskMb"):
         raise CallerError(
             "this server does not have minFreeDiskMb: a sandbox's disk grows with what is written, "
@@ -117,15 +120,15 @@ def _step(number: int, step: object) -> StepBody:
     if not isinstance(step, dict):
         raise CallerError(f"{where} takes an object")
     kind, args = step.get("type"), [] if step.get("args") is None else step["args"]
-    if kind not in _STEP_TYPES:
-        raise CallerError(f"{where}.type is {str(kind)[:40]!r}; it takes {', '.join(_STEP_TYPES)}")
+    if kind not in STEP_TYPES:
+        raise CallerError(f"{where}.type is {str(kind)[:40]!r}; it takes {', '.join(STEP_TYPES)}")
     if not isinstance(args, list) or not all(isinstance(arg, str) for arg in args):
         raise CallerError(f"{where}.args takes a list of strings")
     return StepBody(
         type=str(kind),
         args=args,
         files_hash=_optional(step, "filesHash"),
-        force=bool_field(step, "force", default=False),
+        force=bool_field(step, "force", default=False, prefix=f"{where}."),
     )
 
 
@@ -135,18 +138,18 @@ def _registry(login: object) -> tuple[str, str]:
         return "", ""
     if not isinstance(login, dict):
         raise CallerError("fromImageRegistry takes an object")
-    kind = login.get("type")
+    kind, prefix = login.get("type"), "fromImageRegistry."
     if kind == "registry":
         return (
-            text_field(login, "username", max_length=256),
-            text_field(login, "password", max_length=4000),
+            text_field(login, "username", max_length=256, prefix=prefix),
+            text_field(login, "password", max_length=4000, prefix=prefix),
         )
     if kind == "gcp":
-        account = text_field(login, "serviceAccountJson", max_length=16384)
+        account = text_field(login, "serviceAccountJson", max_length=16384, prefix=prefix)
         try:
             # The registry's own convention: this user, the key file as the password, on one line.
             return "_json_key", json.dumps(json.loads(account), separators=(",", ":"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CallerError("fromImageRegistry.serviceAccountJson is not JSON") from error
     raise CallerError(
         f"fromImageRegistry.type is {str(kind)[:40]!r}; this server has registry and gcp. For aws, "
@@ -161,30 +164,26 @@ def parse_log_query(query_string: str, *, offset_name: str = "logsOffset") -> Lo
     if level not in LEVELS:
         raise CallerError(f"level is {level[:20]!r}; it takes {', '.join(LEVELS)}")
     return LogQuery(
-        offset=_number(query, offset_name, 0, 10**9),
-        limit=min(_number(query, "limit", MAX_LOG_PAGE, 10**9), MAX_LOG_PAGE),
+        offset=_number(query, offset_name, 0),
+        limit=min(_number(query, "limit", MAX_LOG_PAGE), MAX_LOG_PAGE),
         level=level,
     )
 
 
-def _number(query: dict[str, str], name: str, default: int, highest: int) -> int:
+def _number(query: dict[str, str], name: str, default: int) -> int:
     text = query.get(name, "")
-    if not text:
-        return default
-    if not text.isascii() or not text.isdigit() or int(text[:12]) > highest:
-        raise CallerError(f"{name} is {text[:20]!r}; it takes a whole number")
-    return int(text)
+    return query_number(name, text, range(MAX_LOG_OFFSET + 1)) if text else default
 
 
 def parse_tag_target(body: dict[str, object]) -> tuple[TemplateName, list[str]]:
     """`POST /templates/tags`: which build, by name and tag, and its new tags."""
-    target = parse_name(text_field(body, "target", max_length=400))
+    target = parse_name(text_field(body, "target", max_length=MAX_NAME_TEXT))
     return target, _some_tags(body)
 
 
 def parse_tag_removal(body: dict[str, object]) -> tuple[TemplateName, list[str]]:
     """`DELETE /templates/tags`: which template loses which tags."""
-    name = parse_name(text_field(body, "name", max_length=400))
+    name = parse_name(text_field(body, "name", max_length=MAX_NAME_TEXT))
     return name, _some_tags(body)
 
 

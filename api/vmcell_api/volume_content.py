@@ -16,6 +16,7 @@ import re
 import falcon
 
 from vmcell_api.json_body import int_field, request_json
+from vmcell_api.query_numbers import query_number
 from vmcell_api.volumes.file_errors import VolumeFull
 from vmcell_api.volumes.files import MAX_PATH_BYTES, Ownership, Volumes, parse_path
 from vmcell_api.volumes.listing import MAX_DEPTH
@@ -248,13 +249,7 @@ def _ownership(req: falcon.Request) -> Ownership:
 
 def _number(req: falcon.Request, name: str, bounds: range) -> int | None:
     text = req.get_param(name)
-    if text is None:
-        return None
-    if not text.isascii() or not text.isdigit() or int(text[:12]) not in bounds:
-        raise CallerError(
-            f"{name} is {text[:20]!r}; it takes a decimal number from {bounds[0]} to {bounds[-1]}"
-        )
-    return int(text[:12])
+    return None if text is None else query_number(name, text, bounds)
 
 
 def _optional(body: dict[str, object], name: str, bounds: range) -> int | None:

@@ -19,16 +19,29 @@ from vmcell_api.store.tables import Base
 # The audit keeps what was refused, and a key its last use; both are meant to.
 KEPT = ("audit",)
 SANDBOX = "i" + "0" * 19
-POSTS = [
-    "/sandboxes",
-    "/v2/sandboxes",
-    f"/sandboxes/{SANDBOX}/timeout",
-    f"/sandboxes/{SANDBOX}/connect",
-    f"/v2/sandboxes/{SANDBOX}/connect",
-    f"/sandboxes/{SANDBOX}/refreshes",
-    "/vmcell/teams",
-    "/vmcell/teams/team-one/keys",
-    "/vmcell/keys/k0/rotate",
+BUILD = "/templates/x/builds/00000000-0000-0000-0000-000000000000"
+BODIED = [
+    ("POST", "/sandboxes"),
+    ("POST", "/v2/sandboxes"),
+    ("POST", f"/sandboxes/{SANDBOX}/timeout"),
+    ("POST", f"/sandboxes/{SANDBOX}/connect"),
+    ("POST", f"/v2/sandboxes/{SANDBOX}/connect"),
+    ("POST", f"/sandboxes/{SANDBOX}/refreshes"),
+    ("PUT", f"/sandboxes/{SANDBOX}/network"),
+    *(
+        ("POST", f"/sandboxes/{SANDBOX}/{name}")
+        for name in ("pause", "resume", "snapshots", "fork", "rollback")
+    ),
+    ("POST", "/v3/templates"),
+    ("POST", f"/v2{BUILD}"),
+    ("PATCH", "/templates/x"),
+    ("PATCH", "/v2/templates/x"),
+    ("POST", "/templates/tags"),
+    ("DELETE", "/templates/tags"),
+    ("POST", "/volumes"),
+    ("POST", "/vmcell/teams"),
+    ("POST", "/vmcell/teams/team-one/keys"),
+    ("POST", "/vmcell/keys/k0/rotate"),
 ]
 
 
@@ -134,15 +147,15 @@ BODIES = {
 
 @pytest.mark.parametrize("name", BODIES)
 def test_bodies_that_are_none(sender: Sender, name: str) -> None:
-    for path in POSTS:
-        sender.refused(sender.send("POST", path, BODIES[name]), 400)
+    for method, path in BODIED:
+        sender.refused(sender.send(method, path, BODIES[name]), 400)
 
 
 def test_bodies_that_are_too_large(sender: Sender) -> None:
     huge = b'{"x": "' + b"y" * MAX_BODY_BYTES + b'"}'
-    for path in POSTS:
-        sender.refused(sender.send("POST", path, huge), 413)
-        lying = sender.send("POST", path, b"{}", CONTENT_LENGTH=str(1 << 50))
+    for method, path in BODIED:
+        sender.refused(sender.send(method, path, huge), 413)
+        lying = sender.send(method, path, b"{}", CONTENT_LENGTH=str(1 << 50))
         sender.refused(lying, 413)
 
 
@@ -157,55 +170,110 @@ def _chunked(data: bytes) -> dict[str, object]:
 
 
 def test_chunked_bodies_have_the_same_bounds(sender: Sender) -> None:
-    for path in POSTS:
+    for method, path in BODIED:
         for data in (b"{", b"[1]", b'{"a": 1, "a": 2}'):
-            sender.refused(sender.send("POST", path, **_chunked(data)), 400)
+            sender.refused(sender.send(method, path, **_chunked(data)), 400)
         endless = b'{"x": "' + b"y" * (2 * MAX_BODY_BYTES)
-        sender.refused(sender.send("POST", path, **_chunked(endless)), 413)
+        sender.refused(sender.send(method, path, **_chunked(endless)), 413)
 
 
 WRONG = (0, -1, 1.5, 1 << 70, "5", "", "x" * 70_000, True, [], [1], {}, {"a": []}, "\u202e", "../x")
+NO_NAMES = (-1, 1.5, True, [1], {"a": 1}, "", "x" * 600, "a b", "../x", "\u202e", "\r\n")
+NO_TEXTS = (1, 1.5, True, [1], {"a": 1}, "x" * 70_000)
+NO_FLAGS = (0, 1, "true", [], {})
+NO_LISTS = (0, "x", True, {}, [1])
+NO_STEPS = ([{"type": "X"}], [{"type": ["RUN"]}], [{"type": "RUN", "args": "x"}])
+NO_LOGINS = (
+    *({"type": "aws"}, {"type": []}, {"type": "registry"}, {"type": "registry", "username": 1}),
+    *({"type": "gcp", "serviceAccountJson": text} for text in ("", "{", "[" * 16_000)),
+)
 FIELDS = {
-    "/v2/sandboxes": {
+    f"PUT /sandboxes/{SANDBOX}/network": {
+        "allowOut": (*NO_LISTS, ["10.0.0.1"], ["::1"], ["example.com"], ["1.2.3.4/33"], [""]),
+        "denyOut": (*NO_LISTS, ["example.com"], ["1.2.3.4"] * 200, ["fe80::1%x"]),
+        "allow_internet_access": NO_FLAGS,
+        "rules": ([1], {"a": 1}, "x"),
+        "allowPublicTraffic": NO_FLAGS,
+    },
+    f"POST /sandboxes/{SANDBOX}/pause": {"memory": NO_FLAGS, "requireHealthyGuest": NO_FLAGS},
+    f"POST /sandboxes/{SANDBOX}/fork": {"count": (21, *WRONG)},
+    "POST /v3/templates": {
+        "name": (*NO_NAMES, "a/b/c", "a:b:c", "a:", "/a"),
+        "tags": (0, "x", True, {}, ["x"] * 33),
+        "cpuCount": WRONG,
+        "memoryMB": WRONG,
+        "minFreeDiskMb": (1, "x", True, [1]),
+    },
+    f"POST /v2{BUILD}": {
+        "fromImage": NO_TEXTS,
+        "fromTemplate": NO_TEXTS,
+        "fromImageRegistry": (0, "x", True, [], {}, *NO_LOGINS),
+        "steps": (*NO_LISTS, *NO_STEPS, [{"type": "RUN", "force": 1}], [{"type": "RUN"}] * 201),
+        "startCmd": NO_TEXTS,
+        "readyCmd": NO_TEXTS,
+        "force": NO_FLAGS,
+    },
+    "PATCH /v2/templates/x": {"public": (None, *NO_FLAGS)},
+    "POST /templates/tags": {"target": NO_NAMES, "tags": (None, 0, "x", True, {}, [], ["x"] * 33)},
+    "DELETE /templates/tags": {"name": NO_NAMES, "tags": (None, 0, "x", True, {}, [])},
+    "POST /volumes": {"name": (*NO_NAMES, "a/b", "a.b", "é"), "driver": (0, "nfs", True, [1], {})},
+    "POST /v2/sandboxes": {
+        "volumeMounts": (0, "x", True, {}, [1], [{"name": "a b", "path": "/x"}], [{"name": "a"}]),
         "templateID": (0, -1, 1.5, True, [], {}, "", "x" * 600),
-        "timeout": tuple(value for value in WRONG if value is not True and value != -1),
+        "timeout": (-2, *(value for value in WRONG if value != -1)),  # -1: no end
         "metadata": (0, "x", True, [1], {"a": 1}, {"a": None}, {"a": {}}, {"a": ["b"]}),
         "envVars": (0, "x", True, [1], {"a": 1}, {"": "x"}, {"A=B": "x"}, {"a": None}),
         "allow_internet_access": (0, 1, "true", [], {}),
         "network": (1, "x", True, [1]),
     },
-    f"/sandboxes/{SANDBOX}/timeout": {"timeout": WRONG[1:]},
-    f"/sandboxes/{SANDBOX}/connect": {"timeout": WRONG[1:]},
-    f"/sandboxes/{SANDBOX}/refreshes": {"duration": WRONG[1:]},
-    "/vmcell/teams": {
+    f"POST /sandboxes/{SANDBOX}/timeout": {"timeout": WRONG[1:]},
+    f"POST /sandboxes/{SANDBOX}/connect": {"timeout": WRONG[1:]},
+    f"POST /sandboxes/{SANDBOX}/refreshes": {"duration": WRONG[1:]},
+    "POST /vmcell/teams": {
         "name": (*WRONG[:4], *WRONG[5:]),
         "sandboxLimit": WRONG[1:],
         "maxTimeout": WRONG,
         "requestsPerSecond": WRONG,
     },
-    "/vmcell/teams/team-one/keys": {
+    "POST /vmcell/teams/team-one/keys": {
         "name": (1, 1.5, True, [1], {"a": 1}, "x" * 70, "a\nb", "a\tb"),
         "scopes": (0, "x", True, [], [1], {}, ["x"], ["*", 5], [[]]),
         "expiresIn": WRONG[1:],
     },
-    "/vmcell/keys/k0/rotate": {"grace": WRONG[1:]},
+    "POST /vmcell/keys/k0/rotate": {"grace": WRONG[1:]},
 }
-FIELD_CASES = [
-    (path, field, value)
-    for path, fields in FIELDS.items()
-    for field, values in fields.items()
-    for value in values
-]
+# What else a body needs, so that it is refused for the field alone.
+GOOD = {
+    "POST /v2/sandboxes": {"templateID": "base"},
+    "POST /vmcell/teams": {"name": "fresh"},
+    "POST /v3/templates": {"name": "fresh"},
+    f"POST /v2{BUILD}": {"fromImage": "base"},
+    "POST /templates/tags": {"target": "fresh", "tags": ["x"]},
+    "DELETE /templates/tags": {"name": "fresh", "tags": ["x"]},
+    "POST /volumes": {"name": "fresh"},
+}
 
 
-@pytest.mark.parametrize(("path", "field"), sorted({case[:2] for case in FIELD_CASES}))
-def test_values_of_the_wrong_kind(sender: Sender, path: str, field: str) -> None:
-    good = {"/v2/sandboxes": {"templateID": "base"}, "/vmcell/teams": {"name": "fresh"}}
-    for value in [row[2] for row in FIELD_CASES if row[:2] == (path, field)]:
-        body = {**good.get(path, {}), field: value}
-        answer = sender.send("POST", path, json.dumps(body).encode())
+@pytest.mark.parametrize(
+    ("call", "field"), [(call, field) for call, fields in FIELDS.items() for field in fields]
+)
+def test_values_of_the_wrong_kind(sender: Sender, call: str, field: str) -> None:
+    method, path = call.split(" ")
+    for value in FIELDS[call][field]:
+        body = {**GOOD.get(call, {}), field: value}
+        answer = sender.send(method, path, json.dumps(body).encode())
         sender.refused(answer, 400)
-        assert field in answer.json["message"] or "team name" in answer.json["message"]
+        message = answer.json["message"]
+        assert any(words in message for words in (field, "team name", "template name")), value
+
+
+@pytest.mark.parametrize("tag", [1, None, True, [], {}, "", "a b", "a/b", "x" * 129, "\u202e"])
+def test_tags_that_are_none(sender: Sender, tag: object) -> None:
+    for call in ("POST /v3/templates", "POST /templates/tags", "DELETE /templates/tags"):
+        body = json.dumps({**GOOD[call], "tags": ["fine", tag]}).encode()
+        answer = sender.send(*call.split(" "), body)
+        sender.refused(answer, 400)
+        assert "is no tag" in answer.json["message"]
 
 
 PATHS = (
@@ -217,6 +285,11 @@ PLACES = (
     *(("GET", "/sandboxes/{}"), ("DELETE", "/sandboxes/{}"), ("POST", "/sandboxes/{}/timeout")),
     *(("GET", "/vmcell/teams/{}/keys"), ("DELETE", "/vmcell/teams/{}")),
     *(("DELETE", "/vmcell/keys/{}"), ("GET", "/{}"), ("POST", "/v2/{}/connect")),
+    *(("GET", "/sandboxes/{}/metrics"), ("GET", "/v2/sandboxes/{}/logs"), ("GET", "/v2/{}/logs")),
+    *(("GET", "/templates/{}"), ("DELETE", "/templates/{}"), ("GET", "/templates/{}/tags")),
+    *(("GET", "/templates/aliases/{}"), ("GET", "/templates/{}/builds/x/status")),
+    *(("GET", "/templates/x/builds/{}/logs"), ("GET", "/templates/x/files/{}")),
+    *(("GET", "/volumes/{}"), ("DELETE", "/volumes/{}")),
 )
 
 
@@ -225,9 +298,12 @@ def test_paths_that_name_nothing(sender: Sender, text: str) -> None:
     for method, place in PLACES:
         body = b'{"timeout": 5}' if method == "POST" else b""
         sender.refused(sender.send(method, place.format(text), body), 400, 404)
+    sender.refused(sender.send("PUT", f"/vmcell/uploads/{text}", b"x"), 400, 403, 404)
 
 
+LONG = "0" * 5000 + "1"  # more digits than Python reads
 QUERIES = (
+    *("limit=0000000000999", f"limit={LONG}", "limit=0", "limit=+5", "limit= 5", "limit=5_0"),
     *("limit=%00", "limit=1%002", "nextToken=%ff", "state=%00", "limit=٣", "limit=1e3", "limit=-1"),
     *("order=asc%00", "startedAfter=%00", "startedAfter=99999-01-01", "nextToken=" + "A" * 4000),
     *("metadata=%ff", "&".join(f"a{n}=1" for n in range(300)), "limit=5&limit=500"),
@@ -237,6 +313,30 @@ QUERIES = (
 @pytest.mark.parametrize("query", QUERIES, ids=lambda text: text[:20])
 def test_bad_questions(sender: Sender, query: str) -> None:
     sender.refused(sender.send("GET", f"/v2/sandboxes?{query}"), 400)
+
+
+QUESTIONS = {
+    "/sandboxes/metrics": ("", "sandbox_ids=", "sandbox_ids=x", f"sandbox_ids={'x,' * 101}"),
+    f"/sandboxes/{SANDBOX}/metrics": ("start=x", "end=-1", "start=5&end=4", f"start={LONG}"),
+    f"/sandboxes/{SANDBOX}/logs": ("limit=0", "limit=1001", "start=1e3", f"start={LONG}"),
+    f"/v2/sandboxes/{SANDBOX}/logs": ("direction=up", "level=loud", f"search={'x' * 300}"),
+    "/snapshots": ("limit=0", "limit=x", "nextToken=x"),
+    "/v2/templates": ("limit=0", "nextToken=x", f"limit={LONG}"),
+    f"{BUILD}/status": (
+        "logsOffset=x",
+        "limit=-1",
+        "level=loud",
+        f"logsOffset={'0' * 12}{'9' * 19}",
+    ),
+    f"{BUILD}/logs": ("cursor=x", "direction=backward", f"limit={LONG}"),
+    "/vmcell/audit": ("limit=0", f"limit={LONG}", "since=x"),
+}
+
+
+@pytest.mark.parametrize("path", QUESTIONS)
+def test_bad_questions_elsewhere(sender: Sender, path: str) -> None:
+    for query in QUESTIONS[path]:
+        sender.refused(sender.send("GET", f"{path}?{query}"), 400)
 
 
 @pytest.mark.parametrize("query", ["action=%25", "action=%5C", "target='--", "teamID=%e2%80%ae"])

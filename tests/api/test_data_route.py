@@ -62,6 +62,8 @@ TEXT = st.one_of(st.lists(PIECES, max_size=8).map("".join), st.text(max_size=40)
 )
 @example("GET", f"80-{ID}.sbx.example", "/", OTHER, "81", "sbx.example")
 @example("GET", f"80-{ID}.evil", "/", OTHER, "81", "sbx.example")
+@example("GET", "", "/", ID, "000000001999999", "")
+@example("GET", "", "/", ID, "0" * 5000 + "80", "")
 def test_a_target_was_named_by_the_client_and_is_one(
     method: str, host: str, uri: str, id_header: str, port_header: str, domain: str
 ) -> None:

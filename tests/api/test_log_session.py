@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -29,6 +30,7 @@ PATIENCE_S = 30
 SECRET = "hunter2"
 SERVER = """
 import os, sys
+from fake_builder import FakeBuilder
 from fake_node import FakeNode
 from vmcell_api import logs, metrics
 from vmcell_api.app import create_app
@@ -44,25 +46,30 @@ bind, url, folder, log_format = sys.argv[1:]
 config = ApiConfig(
     database_url=url,
     requests_per_s=100_000,
-    volumes_dir=f"{folder}/volumes",
-    upload_dir=f"{folder}/uploads",
+    upload_dir=f"{folder}-uploads",
+    volumes_dir=f"{folder}-volumes",
 )
-logs.set_up("api", log_format)
-metrics.prepare(folder, os.getuid())
-rates = RequestRates()
 folders = VolumeFolders(config.volumes_dir)
 folders.prepare()
 tokens = load_tokens(folders.key_path)
+logs.set_up("api", log_format)
+metrics.prepare(folder, os.getuid())
+rates = RequestRates()
 
 def make_app():
-    node = FakeNode()
+    node = FakeNode(volumes_dir=config.volumes_dir)
     def fail(order):
         if "boom" in order.environment:
             raise ValueError(f"cannot take {order.environment} {order.access_token}")
     node.on_create = fail
-    store = Store(open_engine(url))
     return create_app(
-        store, node, config, volume_tokens=tokens, rates=rates, metrics_dir=folder
+        Store(open_engine(url)),
+        node,
+        config,
+        volume_tokens=tokens,
+        builds=FakeBuilder(),
+        rates=rates,
+        metrics_dir=folder,
     )
 
 serve(WebServer(name="t", bind=bind, workers=3, threads=4), make_app)
@@ -160,7 +167,11 @@ def _session(running: Running, tokens: list[str]) -> None:
         ("POST", "/connect", {"timeout": 5, SECRET: SECRET}),
         ("DELETE", "", None),
     ):
+        if method == "DELETE":
+            _below_sandboxes(running, path)
         running.ask(method, path + tail, data, X_Request_Id=SECRET, User_Agent=SECRET)
+    _templates(running, tokens)
+    _volumes(running, tokens)
     failing = {"templateID": "base", "envVars": {"boom": SECRET}}
     assert running.ask("POST", "/v2/sandboxes", failing)[0] == 500
     running.ask("POST", "/v2/sandboxes", {"templateID": SECRET})
@@ -185,6 +196,62 @@ def _session(running: Running, tokens: list[str]) -> None:
         running.send((head + rest).encode())
     running.send(f"{SECRET} {running.key}\r\n\r\n".encode())
     running.send(f"GET /{SECRET} HTTP/9.{SECRET}\r\n\r\n".encode())
+
+
+def _below_sandboxes(running: Running, path: str) -> None:
+    for tail in ("/pause", "/resume", "/snapshots", "/fork", "/rollback"):
+        running.ask("POST", path + tail, {"memory": SECRET, "name": SECRET, "count": SECRET})
+    running.ask("PUT", f"{path}/network", {"allowOut": [SECRET], "rules": SECRET})
+    running.ask("PUT", f"{path}/network", {"allowOut": [SECRET]})
+    for question in ("metrics?start=", "logs?start=", "logs?search="):
+        running.ask("GET", f"{path}/{question}{SECRET}")
+    running.ask("GET", f"/v2{path}/logs?level={SECRET}&search={SECRET}")
+    running.ask("GET", f"/sandboxes/metrics?sandbox_ids={SECRET}")
+    running.ask("GET", f"/snapshots?name={SECRET}&nextToken={SECRET}")
+
+
+def _templates(running: Running, tokens: list[str]) -> None:
+    """A build with a registry's password in it, and an upload whose link is a secret."""
+    status, answer = running.ask("POST", "/v3/templates", {"name": "x", SECRET: SECRET})
+    assert status == 202, answer
+    made = json.loads(answer)
+    template = f"/templates/{made['templateID']}"
+    build = f"{template}/builds/{made['buildID']}"
+    status, answer = running.ask("GET", f"{template}/files/{'ab' * 32}")
+    assert status == 201, answer
+    link = urlsplit(json.loads(answer)["url"]).path
+    tokens.append(link.rpartition("/")[2])
+    assert running.ask("PUT", link, {SECRET: SECRET})[0] == 200
+    running.ask("PUT", link)
+    running.ask("PUT", f"{link}{SECRET}", {SECRET: SECRET})
+    login = {"type": "registry", "username": SECRET, "password": SECRET}
+    start = {
+        "fromImage": f"registry.example/{SECRET}",
+        "fromImageRegistry": login,
+        "steps": [{"type": "ENV", "args": [SECRET, SECRET]}],
+        "startCmd": SECRET,
+        "readyCmd": SECRET,
+    }
+    running.ask("POST", f"/v2{build}", {**start, "steps": [{"type": SECRET}]})
+    for text in (SECRET, f'{{"{SECRET}'):
+        account = {"type": "gcp", "serviceAccountJson": text}
+        running.ask("POST", f"/v2{build}", {**start, "fromImageRegistry": account})
+    assert running.ask("POST", f"/v2{build}", start)[0] == 202
+    running.ask("POST", f"/v2{build}", start)
+    running.ask("GET", f"{build}/status?level={SECRET}")
+    running.ask("GET", f"{build}/logs?cursor={SECRET}")
+    running.ask("POST", "/templates/tags", {"target": SECRET, "tags": [SECRET]})
+    running.ask("GET", f"/templates/aliases/{SECRET}")
+    running.ask("DELETE", f"/templates/{SECRET}")
+
+
+def _volumes(running: Running, tokens: list[str]) -> None:
+    status, answer = running.ask("POST", "/volumes", {"name": "x", SECRET: SECRET})
+    assert status == 201, answer
+    tokens.append(json.loads(answer)["token"])
+    running.ask("POST", "/volumes", {"name": "x", "driver": SECRET})
+    running.ask("POST", "/volumes", {"name": f"/{SECRET}"})
+    running.ask("DELETE", f"/volumes/{SECRET}")
 
 
 @pytest.mark.parametrize("running", ["json", "text"], indirect=True)

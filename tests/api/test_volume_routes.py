@@ -249,6 +249,8 @@ def test_ranges(service: ApiService) -> None:
         ("POST", "dir", {"path": "d", "mode": "0o755"}, 400),
         ("POST", "dir", {"path": "d", "mode": str(0o4755)}, 400),
         ("POST", "dir", {"path": "d", "uid": "4294967295"}, 400),
+        ("POST", "dir", {"path": "d", "uid": "0000000000004294967295"}, 400),
+        ("POST", "dir", {"path": "d", "uid": "0" * 5000}, 400),
         ("POST", "dir", {"path": "d", "force": "perhaps"}, 400),
         ("POST", "dir", {"path": "no/d"}, 404),
         ("POST", "dir", {"path": "/"}, 409),

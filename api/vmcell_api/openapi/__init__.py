@@ -5,16 +5,15 @@ A new route gets an `Operation` in its resource's module; a new resource gets a 
 anew by `python -m vmcell_tools.openapi_file`. Tests compare the table with the application's
 routes, both ways, and with every call of the E2B SDK's own client.
 
-`activity`, `templates` and `volumes` describe routes that this application does not have yet; they
-join `document.RESOURCES` with them.
-
 Reading order:
 operation  one operation, and words for JSON schemas
 service    health, this document, metrics, the CLI's teams
 sandboxes  E2B's sandbox routes
-activity   metrics, logs, network and snapshots of sandboxes
-templates  E2B's template routes
-volumes    E2B's volume routes
+snapshots  what needs snapshots: refused
+activity   metrics and logs of a sandbox
+templates  templates, names and tags
+builds     builds of templates, and uploads for them
+volumes    E2B's volumes
 operators  teams, keys and audit, for the scope admin
 document   all of it as one OpenAPI document
 """

@@ -1,14 +1,14 @@
-"""What a sandbox does and may reach: metrics, logs, network; and what needs snapshots."""
+"""What a sandbox does: its metrics and its logs."""
 
 from __future__ import annotations
 
+from vmcell_api.activity_routes import LAST_S, MOST_IDS
 from vmcell_api.openapi.operation import (
-    FLAG,
     MOMENT,
+    NUMBER,
     TEXT,
     TEXT_MAP,
     WHOLE,
-    Json,
     Operation,
     array,
     between,
@@ -16,150 +16,85 @@ from vmcell_api.openapi.operation import (
     record,
     ref,
 )
+from vmcell_api.sandbox_logs import LATEST_MS, LEVELS, MAX_SEARCH_LENGTH, MOST_ENTRIES
 
 TAG = "activity"
 
-_NUMBER: Json = {"type": "number"}
-_MS, _S = between(0, 253402300799999), between(0, 253402300799)
-_LEVEL = one_of("debug", "info", "warn", "error")
+_BYTES = {**WHOLE, "description": "Bytes."}
+_UNIX_S = {**between(0, LAST_S), "description": "Unix seconds."}
+_UNIX_MS = {**between(0, LATEST_MS - 1), "description": "Unix milliseconds."}
+_LIMIT = between(1, MOST_ENTRIES)
 
 SCHEMAS = {
     "SandboxMetric": record(
         {
             "timestamp": MOMENT,
-            "timestampUnix": WHOLE,
+            "timestampUnix": {**WHOLE, "description": "Seconds."},
             "cpuCount": WHOLE,
-            "cpuUsedPct": _NUMBER,
-            "memUsed": WHOLE,
-            "memTotal": WHOLE,
-            "memCache": WHOLE,
-            "diskUsed": WHOLE,
-            "diskTotal": WHOLE,
+            "cpuUsedPct": NUMBER,
+            "memUsed": _BYTES,
+            "memTotal": _BYTES,
+            "memCache": _BYTES,
+            "diskUsed": _BYTES,
+            "diskTotal": _BYTES,
         }
     ),
-    "SandboxLogEntry": record(
-        {"timestamp": MOMENT, "message": TEXT, "level": _LEVEL, "fields": TEXT_MAP}
-    ),
-    "SandboxNetworkUpdate": record(
-        {},
+    "SandboxMetricsById": record(
         {
-            "allowOut": array(TEXT),
-            "denyOut": array(TEXT),
-            "allow_internet_access": FLAG,
-        },
+            "sandboxes": {
+                "type": "object",
+                "additionalProperties": {"$ref": "#/components/schemas/SandboxMetric"},
+            }
+        }
     ),
-    "SnapshotInfo": record({"snapshotID": TEXT, "names": array(TEXT)}),
+    "SandboxLogLine": record({"timestamp": MOMENT, "line": {**TEXT, "description": "JSON."}}),
+    "SandboxLogEntry": record(
+        {"timestamp": MOMENT, "message": TEXT, "level": one_of(*LEVELS), "fields": TEXT_MAP}
+    ),
+    "SandboxLogs": record(
+        {"logs": array(ref("SandboxLogLine")), "logEntries": array(ref("SandboxLogEntry"))}
+    ),
+    "SandboxLogsV2": record({"logs": array(ref("SandboxLogEntry"))}),
 }
-
-
-def _needs_snapshots(
-    verb: str, summary: str, body: Json, answers: dict[int, Json | None]
-) -> Operation:
-    return Operation(
-        method="POST",
-        path=f"/sandboxes/{{sandbox_id}}/{verb}",
-        summary=f"{summary} 501 where the server has no snapshots.",
-        body=body,
-        answers=answers,
-        errors=(404, 409, 413, 501),
-    )
-
 
 OPERATIONS = (
     Operation(
-        method="PUT",
-        path="/sandboxes/{sandbox_id}/network",
-        summary="Replaces what the sandbox may reach; what is left out is cleared.",
-        body=ref("SandboxNetworkUpdate"),
-        answers={204: None},
-        errors=(404, 409, 413, 504),
+        method="GET",
+        path="/sandboxes/{sandbox_id}/metrics",
+        summary="What a sandbox used from `start` to `end`, oldest first.",
+        query={"start": _UNIX_S, "end": _UNIX_S},
+        answers={200: array(ref("SandboxMetric"))},
+        errors=(404, 504),
     ),
     Operation(
         method="GET",
         path="/sandboxes/metrics",
-        summary="The newest sample of each sandbox.",
-        query={"sandbox_ids": {**TEXT, "description": "1 to 100 ids with commas between."}},
-        answers={200: record({"sandboxes": {"type": "object"}})},
-        errors=(404,),
-    ),
-    Operation(
-        method="GET",
-        path="/sandboxes/{sandbox_id}/metrics",
-        summary="The samples of a time, oldest first.",
-        query={"start": _S, "end": _S},
-        answers={200: array(ref("SandboxMetric"))},
-        errors=(404, 409, 504),
+        summary="The newest sample of each sandbox; those without one are left out.",
+        query={"sandbox_ids": {**TEXT, "description": f"1 to {MOST_IDS} ids, joined by commas."}},
+        required_query=("sandbox_ids",),
+        answers={200: ref("SandboxMetricsById")},
+        errors=(504,),
     ),
     Operation(
         method="GET",
         path="/sandboxes/{sandbox_id}/logs",
-        summary="The log from a moment on, as the CLI asks.",
-        query={"start": _MS, "limit": between(1, 1000)},
-        answers={
-            200: record(
-                {
-                    "logs": array(record({"timestamp": MOMENT, "line": TEXT})),
-                    "logEntries": array(ref("SandboxLogEntry")),
-                }
-            )
-        },
-        errors=(404, 409, 504),
+        summary="What the sandbox's envd logged from `start` on, as the CLI asks.",
+        query={"start": _UNIX_MS, "limit": _LIMIT},
+        answers={200: ref("SandboxLogs")},
+        errors=(404, 502, 504),
     ),
     Operation(
         method="GET",
         path="/v2/sandboxes/{sandbox_id}/logs",
-        summary="The log by cursor, direction, level and words.",
+        summary="The same by cursor, direction, lowest level and words.",
         query={
-            "cursor": _MS,
-            "limit": between(1, 1000),
+            "cursor": _UNIX_MS,
+            "limit": _LIMIT,
             "direction": one_of("forward", "backward"),
-            "level": _LEVEL,
-            "search": TEXT,
+            "level": one_of(*LEVELS),
+            "search": {"type": "string", "maxLength": MAX_SEARCH_LENGTH},
         },
-        answers={200: record({"logs": array(ref("SandboxLogEntry"))})},
-        errors=(404, 409, 504),
-    ),
-    Operation(
-        method="GET",
-        path="/snapshots",
-        summary="The team's snapshots.",
-        query={
-            "sandboxID": TEXT,
-            "name": TEXT,
-            "limit": between(1, 100),
-            "nextToken": TEXT,
-        },
-        answers={200: array(ref("SnapshotInfo"))},
-        answer_headers=("X-Next-Token",),
-    ),
-    _needs_snapshots(
-        "pause",
-        "Pauses a sandbox.",
-        record({}, {"memory": FLAG, "requireHealthyGuest": FLAG}),
-        {204: None},
-    ),
-    _needs_snapshots(
-        "resume",
-        "Resumes a paused sandbox; 409 for one that runs.",
-        record({}, {"timeout": between(0, 34_560_000), "autoPause": FLAG, "memory": FLAG}),
-        {201: ref("Sandbox")},
-    ),
-    _needs_snapshots(
-        "snapshots",
-        "Takes a snapshot of a sandbox that goes on.",
-        record({}, {"name": TEXT, "memory": FLAG}),
-        {201: ref("SnapshotInfo")},
-    ),
-    _needs_snapshots(
-        "rollback",
-        "Takes a sandbox back to a snapshot (cubesandbox).",
-        record({}, {"snapshotID": TEXT}),
-        {204: None},
-    ),
-    _needs_snapshots(
-        "fork",
-        "Makes running copies.",
-        record({}, {"timeout": between(0, 34_560_000), "count": between(1, 20)}),
-        {201: array({"type": "object"})},
+        answers={200: ref("SandboxLogsV2")},
+        errors=(404, 502, 504),
     ),
 )

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from vmcell_api.openapi import operators, sandboxes, service
+from vmcell_api.openapi import (
+    activity,
+    builds,
+    operators,
+    sandboxes,
+    service,
+    snapshots,
+    templates,
+    volumes,
+)
 from vmcell_api.openapi.operation import COMMON_ERRORS, TEXT, Json, Operation, ref
 from vmcell_api.scopes import needed_scope
 
-RESOURCES = (service, sandboxes, operators)
+RESOURCES = (service, sandboxes, snapshots, activity, templates, builds, volumes, operators)
 VERSION = "0.1.0"
 
 
@@ -64,25 +73,34 @@ def _operation(tag: str, row: Operation) -> Json:
         "summary": row.summary,
         "responses": _responses(row),
     }
-    parameters = [
-        {"name": name, "in": "path", "required": True, "schema": TEXT}
-        for name in row.path_parameters
-    ]
-    parameters += [
-        {"name": name, "in": "query", "required": False, "schema": schema}
-        for name, schema in row.query.items()
-    ]
-    if parameters:
+    if parameters := _parameters(row):
         operation["parameters"] = parameters
     if row.body is not None:
         operation["requestBody"] = {
             "required": row.body_required,
-            "content": {"application/json": {"schema": row.body}},
+            "content": {row.body_media_type: {"schema": row.body}},
         }
     if not row.is_open:
         operation["security"] = [{"ApiKey": []}, {"Bearer": []}]
         operation["x-vmcell-scope"] = needed_scope(row.method, row.path)
     return operation
+
+
+def _parameters(row: Operation) -> list[Json]:
+    return [
+        *(
+            {"name": name, "in": "path", "required": True, "schema": TEXT}
+            for name in row.path_parameters
+        ),
+        *(
+            {"name": name, "in": "query", "required": name in row.required_query, "schema": schema}
+            for name, schema in row.query.items()
+        ),
+        *(
+            {"name": name, "in": "header", "required": False, "schema": schema}
+            for name, schema in row.headers.items()
+        ),
+    ]
 
 
 def _responses(row: Operation) -> Json:

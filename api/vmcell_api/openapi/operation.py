@@ -15,8 +15,10 @@ COMMON_ERRORS = (400, 401, 403, 429, 500, 503)
 
 TEXT: Json = {"type": "string"}
 WHOLE: Json = {"type": "integer"}
+NUMBER: Json = {"type": "number"}
 FLAG: Json = {"type": "boolean"}
 MOMENT: Json = {"type": "string", "format": "date-time"}
+BINARY: Json = {"type": "string", "format": "binary"}
 TEXT_MAP: Json = {"type": "object", "additionalProperties": TEXT}
 
 
@@ -24,9 +26,10 @@ TEXT_MAP: Json = {"type": "object", "additionalProperties": TEXT}
 class Operation:
     """A method on a path, as Falcon writes it: `/sandboxes/{sandbox_id}`.
 
-    `answers`: status → schema of its JSON body, None for no body. `errors`: statuses beside
-    `COMMON_ERRORS`, with E2B's error body. `query`: name → schema. `is_open`: needs no key.
-    `media_type`: of the good answers, when it is not JSON.
+    `answers`: status → schema of its JSON body, None for no body; empty where every request is
+    refused. `errors`: statuses beside `COMMON_ERRORS`, with E2B's error body. `query`, `headers`:
+    name → schema; those in `required_query` may not be left out. `is_open`: needs no key.
+    `media_type`, `body_media_type`: of the good answers and the body, when they are not JSON.
     """
 
     method: str
@@ -36,7 +39,10 @@ class Operation:
     errors: tuple[int, ...] = ()
     body: Json | None = None
     body_required: bool = False
+    body_media_type: str = "application/json"
     query: Mapping[str, Json] = field(default_factory=dict)
+    required_query: tuple[str, ...] = ()
+    headers: Mapping[str, Json] = field(default_factory=dict)
     answer_headers: tuple[str, ...] = ()
     media_type: str = "application/json"
     is_open: bool = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from vmcell_api.create_once import KEY_FORM
+from vmcell_api.egress import MAX_RULES
 from vmcell_api.openapi.operation import (
     FLAG,
     MOMENT,
@@ -16,10 +18,14 @@ from vmcell_api.openapi.operation import (
     record,
     ref,
 )
+from vmcell_api.sandbox_bodies import MAX_REFRESH_S, NO_END, NO_END_S
 
 TAG = "sandboxes"
 
-_TIMEOUT = {**between(1, 34_560_000), "description": "Seconds from now; a team may have less."}
+_TIMEOUT = {
+    "anyOf": [between(1, NO_END_S), {"const": NO_END}],
+    "description": f"Seconds from now; a team may have less. {NO_END}: the most, where allowed.",
+}
 _NEW = {
     "timeout": _TIMEOUT,
     "metadata": TEXT_MAP,
@@ -28,11 +34,13 @@ _NEW = {
     "autoPause": FLAG,
     "autoResume": record({}, {"enabled": FLAG}),
     "lifecycle": record({}, {"onTimeout": one_of("kill", "pause"), "autoResume": FLAG}),
-    "network": {"type": "object"},
+    "network": ref("SandboxNetwork"),
     "mcp": {"type": "object"},
     "iam": {"type": "object"},
     "volumeMounts": array(record({"name": TEXT, "path": TEXT})),
 }
+_RULES = {**array(TEXT, maxItems=MAX_RULES), "description": "IPv4 addresses and CIDR blocks."}
+_EGRESS = {"allowOut": nullable(_RULES), "denyOut": nullable(_RULES)}
 _TEMPLATE_ID = {"type": "string", "minLength": 1, "maxLength": 512, "examples": ["base"]}
 _LISTED = {
     "sandboxID": TEXT,
@@ -73,9 +81,13 @@ SCHEMAS = {
             "envdAccessToken": TEXT,
             "allowInternetAccess": nullable(FLAG),
             "lifecycle": record({"autoResume": FLAG, "onTimeout": one_of("kill", "pause")}),
-            "network": {"type": "object"},
+            "network": record(
+                {"allowOut": array(TEXT), "denyOut": array(TEXT), "allowPublicTraffic": FLAG}
+            ),
         },
     ),
+    "SandboxNetwork": record({}, {**_EGRESS, "allowPublicTraffic": nullable(FLAG)}),
+    "SandboxNetworkUpdate": record({}, {**_EGRESS, "allow_internet_access": nullable(FLAG)}),
 }
 
 _PAGE_QUERY = {
@@ -87,7 +99,7 @@ _PAGE_QUERY = {
     "limit": between(1, 100),
     "nextToken": TEXT,
 }
-_CREATE_ERRORS = (404, 409, 413, 504)
+_CREATE_ERRORS = (404, 409, 413, 422, 504)
 
 
 def _create(path: str, body: str) -> Operation:
@@ -97,6 +109,7 @@ def _create(path: str, body: str) -> Operation:
         summary="Makes a sandbox; the answer comes when it can be used.",
         body=ref(body),
         body_required=True,
+        headers={"Idempotency-Key": {"type": "string", "pattern": f"^{KEY_FORM.pattern}$"}},
         answers={201: ref("Sandbox")},
         errors=_CREATE_ERRORS,
     )
@@ -107,7 +120,7 @@ def _connect(path: str) -> Operation:
         method="POST",
         path=path,
         summary="Answers the sandbox and extends its time, never shortens it.",
-        body=record({}, {"timeout": between(0, 34_560_000)}),
+        body=record({}, {"timeout": between(0, NO_END_S)}),
         answers={200: ref("Sandbox"), 201: ref("Sandbox")},
         errors=(404, 409, 413, 504),
     )
@@ -123,6 +136,7 @@ OPERATIONS = (
         query={"metadata": TEXT},
         answers={200: array(ref("ListedSandbox"))},
         answer_headers=("X-Total-Running",),
+        errors=(504,),
     ),
     Operation(
         method="GET",
@@ -131,13 +145,14 @@ OPERATIONS = (
         query=_PAGE_QUERY,
         answers={200: array(ref("ListedSandbox"), maxItems=100)},
         answer_headers=("X-Next-Token", "X-Total-Running"),
+        errors=(504,),
     ),
     Operation(
         method="GET",
         path="/sandboxes/{sandbox_id}",
         summary="One sandbox.",
         answers={200: ref("SandboxDetail")},
-        errors=(404,),
+        errors=(404, 504),
     ),
     Operation(
         method="DELETE",
@@ -150,18 +165,26 @@ OPERATIONS = (
         method="POST",
         path="/sandboxes/{sandbox_id}/timeout",
         summary="Sets the time that is left; 0 ends the sandbox.",
-        body=record({"timeout": between(0, 34_560_000)}),
+        body=record({"timeout": between(0, NO_END_S)}),
         body_required=True,
         answers={204: None},
-        errors=(404, 413),
+        errors=(404, 413, 504),
     ),
     Operation(
         method="POST",
         path="/sandboxes/{sandbox_id}/refreshes",
         summary="Extends the time, as SDKs 1.x do.",
-        body=record({}, {"duration": between(0, 3600)}),
+        body=record({}, {"duration": between(0, MAX_REFRESH_S)}),
         answers={204: None},
-        errors=(404, 413),
+        errors=(404, 413, 504),
+    ),
+    Operation(
+        method="PUT",
+        path="/sandboxes/{sandbox_id}/network",
+        summary="Replaces what the sandbox may reach; what is left out is open again.",
+        body=ref("SandboxNetworkUpdate"),
+        answers={204: None},
+        errors=(404, 413, 504),
     ),
     _connect("/sandboxes/{sandbox_id}/connect"),
     _connect("/v2/sandboxes/{sandbox_id}/connect"),

@@ -1,4 +1,4 @@
-"""E2B's template routes: making, building, tags, listing."""
+"""Templates, their names and their tags. `{template_id}` may be a name, percent-encoded."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from vmcell_api.openapi.operation import (
     FLAG,
     MOMENT,
     TEXT,
-    TEXT_MAP,
     WHOLE,
+    Json,
     Operation,
     array,
     between,
@@ -16,13 +16,22 @@ from vmcell_api.openapi.operation import (
     record,
     ref,
 )
+from vmcell_api.sandbox_bodies import MAX_PAGE
+from vmcell_api.template_bodies import MAX_NAME_TEXT
+from vmcell_api.template_names import MAX_TAGS
 
 TAG = "templates"
 
-_STATUS = one_of("waiting", "building", "ready", "error")
-_LEVEL = one_of("debug", "info", "warn", "error")
-_BUILD = "/templates/{template_id}/builds/{build_id}"
-_PUBLIC = record({"public": FLAG})
+BUILD_STATES = one_of("waiting", "building", "ready", "error")
+NAME: Json = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": MAX_NAME_TEXT,
+    "description": "name, name:tag or team/name:tag.",
+    "examples": ["my-template"],
+}
+TAGS: Json = array({"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,128}$"}, maxItems=MAX_TAGS)
+
 _TEMPLATE = {
     "templateID": TEXT,
     "buildID": TEXT,
@@ -39,208 +48,110 @@ _TEMPLATE = {
     "spawnCount": WHOLE,
     "buildCount": WHOLE,
     "envdVersion": TEXT,
-    "buildStatus": _STATUS,
+    "buildStatus": BUILD_STATES,
 }
 
 SCHEMAS = {
-    "NewTemplate": record(
-        {},
-        {
-            "name": TEXT,
-            "alias": TEXT,
-            "tags": array(TEXT),
-            "cpuCount": between(1, 8),
-            "memoryMB": between(128, 65536),
-            "teamID": TEXT,
-        },
-    ),
-    "RequestedTemplate": record(
-        {
-            "templateID": TEXT,
-            "buildID": TEXT,
-            "public": FLAG,
-            "names": array(TEXT),
-            "tags": array(TEXT),
-            "aliases": array(TEXT),
-        }
-    ),
     "Template": record(_TEMPLATE),
-    "TemplateWithBuilds": record({**_TEMPLATE, "builds": array({"type": "object"})}),
-    "TemplateStep": record(
-        {"type": one_of("COPY", "RUN", "ENV", "WORKDIR", "USER"), "args": array(TEXT)},
-        {"filesHash": TEXT, "force": FLAG},
-    ),
-    "BuildStart": record(
-        {},
+    "TemplateBuild": record(
         {
-            "fromImage": TEXT,
-            "fromTemplate": TEXT,
-            "fromImageRegistry": {"type": "object"},
-            "force": FLAG,
-            "steps": array(ref("TemplateStep"), maxItems=200),
-            "startCmd": TEXT,
-            "readyCmd": TEXT,
-        },
-    ),
-    "BuildLogEntry": record(
-        {"timestamp": MOMENT, "message": TEXT, "level": _LEVEL}, {"step": TEXT}
-    ),
-    "BuildStatus": record(
-        {
-            "templateID": TEXT,
             "buildID": TEXT,
-            "status": _STATUS,
-            "logs": array(TEXT),
-            "logEntries": array(ref("BuildLogEntry")),
+            "status": BUILD_STATES,
+            "createdAt": MOMENT,
+            "updatedAt": MOMENT,
+            "cpuCount": WHOLE,
+            "memoryMB": WHOLE,
+            "envdVersion": TEXT,
         },
-        {
-            "reason": record(
-                {"message": TEXT}, {"step": TEXT, "logEntries": array(ref("BuildLogEntry"))}
-            )
-        },
+        {"finishedAt": MOMENT},
     ),
+    "TemplateWithBuilds": record({**_TEMPLATE, "builds": array(ref("TemplateBuild"))}),
+    "TemplateVisibility": record({"public": FLAG}),
+    "TemplateNames": record({"names": array(TEXT)}),
+    "TemplateAlias": record({"templateID": TEXT, "public": FLAG}),
     "TemplateTag": record({"tag": TEXT, "buildID": TEXT, "createdAt": MOMENT}),
+    "AssignTags": record({"target": NAME, "tags": {**TAGS, "minItems": 1}}),
+    "AssignedTags": record({"tags": array(TEXT), "buildID": TEXT}),
+    "RemoveTags": record({"name": NAME, "tags": {**TAGS, "minItems": 1}}),
 }
 
 
-def _listing(path: str, summary: str, query: dict[str, dict[str, object]]) -> Operation:
+def _set_public(path: str, answer: Json) -> Operation:
     return Operation(
-        method="GET",
+        method="PATCH",
         path=path,
-        summary=summary,
-        query=query,
-        answers={200: array(ref("Template"))},
-        answer_headers=("X-Next-Token",) if query.get("nextToken") else (),
+        summary="Opens a template to other teams, or closes it.",
+        body=ref("TemplateVisibility"),
+        body_required=True,
+        answers={200: answer},
+        errors=(404, 413),
     )
 
 
-_LISTS = (
-    _listing("/templates", "The team's templates, then the installation's.", {"teamID": TEXT}),
-    _listing("/v2/templates", "The same in pages.", {"limit": between(1, 100), "nextToken": TEXT}),
-)
-_ONE = (
+OPERATIONS = (
+    Operation(
+        method="GET",
+        path="/templates",
+        summary="The team's templates, then the installation's.",
+        query={"teamID": {**TEXT, "description": "Ignored: a key has one team."}},
+        answers={200: array(ref("Template"))},
+        errors=(504,),
+    ),
+    Operation(
+        method="GET",
+        path="/v2/templates",
+        summary="One page of them; X-Next-Token is there when more follow.",
+        query={"limit": between(1, MAX_PAGE), "nextToken": TEXT},
+        answers={200: array(ref("Template"), maxItems=MAX_PAGE)},
+        answer_headers=("X-Next-Token",),
+        errors=(504,),
+    ),
     Operation(
         method="GET",
         path="/templates/{template_id}",
-        summary="A template with its builds.",
+        summary="A template with its builds, the newest first.",
         answers={200: ref("TemplateWithBuilds")},
-        errors=(404,),
+        errors=(404, 504),
     ),
+    _set_public("/templates/{template_id}", {"type": "object"}),
+    _set_public("/v2/templates/{template_id}", ref("TemplateNames")),
     Operation(
         method="DELETE",
         path="/templates/{template_id}",
-        summary="Deletes a template; builds that run are cancelled.",
+        summary="Deletes a template; its builds that run are cancelled.",
         answers={204: None},
-        errors=(404, 409, 504),
-    ),
-    Operation(
-        method="PATCH",
-        path="/templates/{template_id}",
-        summary="Opens a template to other teams, or closes it.",
-        body=_PUBLIC,
-        answers={200: {"type": "object"}},
-        errors=(404, 413),
-    ),
-    Operation(
-        method="PATCH",
-        path="/v2/templates/{template_id}",
-        summary="The same, answered with its names.",
-        body=_PUBLIC,
-        answers={200: record({"names": array(TEXT)})},
-        errors=(404, 413),
+        errors=(404, 504),
     ),
     Operation(
         method="GET",
         path="/templates/aliases/{alias}",
-        summary="Whose a name is: 404 nobody's, 403 another team's.",
-        answers={200: record({"templateID": TEXT, "public": FLAG})},
+        summary="Which template has the name; 403 when it is another team's.",
+        answers={200: ref("TemplateAlias")},
         errors=(404,),
     ),
-)
-_BUILDS = (
-    Operation(
-        method="POST",
-        path="/v3/templates",
-        summary="Asks for a build, which another call starts.",
-        body=ref("NewTemplate"),
-        body_required=True,
-        answers={202: ref("RequestedTemplate")},
-        errors=(404, 409, 413),
-    ),
-    Operation(
-        method="GET",
-        path="/templates/{template_id}/files/{files_hash}",
-        summary="Whether files for COPY are there, and a link that takes them.",
-        answers={201: record({"present": FLAG}, {"url": TEXT, "headers": TEXT_MAP})},
-        errors=(404,),
-    ),
-    Operation(
-        method="POST",
-        path=f"/v2{_BUILD}",
-        summary="Starts a build.",
-        body=ref("BuildStart"),
-        body_required=True,
-        answers={202: None},
-        errors=(404, 409, 413, 504),
-    ),
-    Operation(
-        method="DELETE",
-        path=f"/v2{_BUILD}",
-        summary="Cancels a build; an extension.",
-        answers={204: None},
-        errors=(404, 409, 504),
-    ),
-    Operation(
-        method="GET",
-        path=f"{_BUILD}/status",
-        summary="How a build goes, with a page of its log.",
-        query={"logsOffset": between(0, 1 << 31), "limit": between(1, 100), "level": _LEVEL},
-        answers={200: ref("BuildStatus")},
-        errors=(404, 504),
-    ),
-    Operation(
-        method="GET",
-        path=f"{_BUILD}/logs",
-        summary="The log of a build.",
-        query={"cursor": between(0, 1 << 31), "limit": between(1, 100), "level": _LEVEL},
-        answers={200: record({"logs": array(ref("BuildLogEntry"))})},
-        errors=(404, 504),
-    ),
-    Operation(
-        method="PUT",
-        path="/vmcell/uploads/{token}",
-        summary="Takes a tar for COPY; the link is the permission.",
-        answers={200: None},
-        errors=(403, 404, 409, 413, 429, 500, 503),
-        is_open=True,
-    ),
-)
-_TAGS = (
     Operation(
         method="GET",
         path="/templates/{template_id}/tags",
-        summary="The tags of a template.",
+        summary="The tags that stand for a build which is ready.",
         answers={200: array(ref("TemplateTag"))},
-        errors=(404,),
+        errors=(404, 504),
     ),
     Operation(
         method="POST",
         path="/templates/tags",
-        summary="Lets tags stand for the build that another tag names.",
-        body=record({"target": TEXT, "tags": array(TEXT)}),
+        summary="Lets tags stand for the build that `target` names.",
+        body=ref("AssignTags"),
         body_required=True,
-        answers={201: record({"tags": array(TEXT), "buildID": TEXT})},
-        errors=(404, 409, 413),
+        answers={201: ref("AssignedTags")},
+        errors=(404, 413, 504),
     ),
     Operation(
         method="DELETE",
         path="/templates/tags",
-        summary="Removes tags.",
-        body=record({"name": TEXT, "tags": array(TEXT)}),
+        summary="Removes tags; the body is on the DELETE.",
+        body=ref("RemoveTags"),
         body_required=True,
         answers={204: None},
-        errors=(404, 409, 413),
+        errors=(404, 413),
     ),
 )
-
-OPERATIONS = (*_LISTS, *_ONE, *_BUILDS, *_TAGS)

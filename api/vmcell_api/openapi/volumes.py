@@ -1,49 +1,51 @@
-"""E2B's volume routes; the content of volumes has a server of its own."""
+"""Volumes of a team. Their files are served by another process: see `vmcell_api.volume_content`."""
 
 from __future__ import annotations
 
-from vmcell_api.openapi.operation import TEXT, Operation, array, one_of, record, ref
+from vmcell_api.openapi.operation import TEXT, Operation, array, nullable, one_of, record, ref
+from vmcell_api.volumes.names import NAME
 
 TAG = "volumes"
 
-_VOLUME = {"volumeID": TEXT, "name": TEXT}
-
 SCHEMAS = {
     "NewVolume": record(
-        {"name": {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,128}$"}},
-        {"driver": one_of("", "local")},
+        {"name": {"type": "string", "pattern": f"^{NAME.pattern}$"}},
+        {"driver": nullable(one_of("", "local"))},
     ),
-    "Volume": record(_VOLUME),
-    "VolumeAndToken": record({**_VOLUME, "token": TEXT}, {"domain": TEXT}),
+    "Volume": record({"volumeID": TEXT, "name": TEXT}),
+    "VolumeWithToken": record(
+        {"volumeID": TEXT, "name": TEXT, "token": {**TEXT, "description": "Opens its files."}},
+        {"domain": TEXT},
+    ),
 }
 
 OPERATIONS = (
     Operation(
         method="GET",
         path="/volumes",
-        summary="The team's volumes.",
+        summary="The team's volumes, oldest first.",
         answers={200: array(ref("Volume"))},
     ),
     Operation(
         method="POST",
         path="/volumes",
-        summary="Makes an empty volume.",
+        summary="Makes an empty volume; 429 when the team has as many as it may.",
         body=ref("NewVolume"),
         body_required=True,
-        answers={201: ref("VolumeAndToken")},
-        errors=(409, 413, 504),
+        answers={201: ref("VolumeWithToken")},
+        errors=(413, 504),
     ),
     Operation(
         method="GET",
         path="/volumes/{volume_id}",
         summary="A volume and its token.",
-        answers={200: ref("VolumeAndToken")},
+        answers={200: ref("VolumeWithToken")},
         errors=(404,),
     ),
     Operation(
         method="DELETE",
         path="/volumes/{volume_id}",
-        summary="Removes a volume with its files.",
+        summary="Removes a volume with its files; 409 while a sandbox has it.",
         answers={204: None},
         errors=(404, 409, 504),
     ),

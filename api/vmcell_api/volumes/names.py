@@ -18,7 +18,7 @@ from vmcell_protos.errors import CallerError
 VOLUME_ID = re.compile(r"v[a-z0-9]{19}")
 MAX_MOUNTS = 16
 MAX_MOUNT_PATH = 512
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
+NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _ALPHABET = string.ascii_lowercase + string.digits
 # The kernel's own; nothing may be mounted on them or below.
 _KERNEL_TREES = ("/proc", "/sys", "/dev")
@@ -42,7 +42,7 @@ def new_volume_id() -> str:
 
 def check_volume_name(name: str) -> str:
     """The name; raises CallerError for one that no volume can have."""
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise CallerError(
             f"{name[:60]!r} is no volume name; use 1 to 128 letters, digits, dashes and underscores"
         )
