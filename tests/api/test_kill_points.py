@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from api_service import app_of
 from dying_node import (
     PATIENCE_S,
     add_guest_addresses,
@@ -34,7 +35,6 @@ from real_containerd import RealContainerd, real_containerd
 from stand_in_images import GOOD, import_stand_ins
 
 from vmcell_api import control_plane, create_once
-from vmcell_api.__main__ import make_app
 from vmcell_api.config import ApiConfig
 from vmcell_api.node import door
 from vmcell_api.node.node import Node
@@ -112,7 +112,7 @@ class _Api:
     def __init__(self, config: ApiConfig, key: str) -> None:
         self.store = Store(open_engine(config.database_url))
         self.team = self.store.ensure_team("me")
-        self._client = testing.TestClient(make_app(config))
+        self._client = testing.TestClient(app_of(config))
         self._headers = {"X-API-KEY": key}
 
     def __call__(self, method: str, path: str, **options: object) -> testing.Result:

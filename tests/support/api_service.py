@@ -16,6 +16,7 @@ import falcon
 from fake_builder import FakeBuilder
 from fake_node import FakeNode
 
+from vmcell_api.__main__ import make_app
 from vmcell_api.app import create_app
 from vmcell_api.config import ApiConfig
 from vmcell_api.request_rate import RequestRates
@@ -84,6 +85,13 @@ def api_service(
         volumes.close()
         rates.close()
         store.close()
+
+
+def app_of(config: ApiConfig) -> falcon.App:
+    """The application as a worker of the API has it, on the node that `config` names."""
+    folders = VolumeFolders(config.volumes_dir)
+    folders.prepare()
+    return make_app(config, RequestRates(), load_tokens(folders.key_path))
 
 
 class _Server(ThreadingMixIn, WSGIServer):

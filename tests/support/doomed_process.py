@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import sys
 
-from api_service import listening
+from api_service import app_of, listening
 from kill_points import API_POINTS, API_VERBS, NODED_POINTS, NODED_VERBS, arm
 
-from vmcell_api.__main__ import make_app
 from vmcell_api.config import load_config
 from vmcell_api.node.__main__ import serve
 
@@ -23,7 +22,7 @@ def main() -> int:
         arm(NODED_POINTS[point], NODED_VERBS)
         return serve(config)
     arm(API_POINTS[point], API_VERBS)
-    with listening(make_app(config)) as address:
+    with listening(app_of(config)) as address:
         sys.stdout.write(f"{address}\n")
         sys.stdout.flush()
         sys.stdin.read()

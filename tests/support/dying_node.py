@@ -29,7 +29,7 @@ PROGRAM = Path(__file__).with_name("doomed_process.py")
 RULES = Egress(allow_internet=False, allow_out=("93.184.216.0/24",))
 SETTINGS = (
     *("containerd_socket", "runtime", "state_dir", "node_socket", "slot_count", "api_uid"),
-    *("database_url", "start_timeout_s"),
+    *("database_url", "start_timeout_s", "volumes_dir", "upload_dir", "build_dir", "metrics_dir"),
 )
 
 
@@ -50,6 +50,10 @@ def write_config(socket: str, runtime: str, tmp_path: Path) -> ApiConfig:
         slot_count=3,
         start_timeout_s=30,
         api_uid=os.geteuid(),
+        volumes_dir=str(tmp_path / "volumes"),
+        upload_dir=str(tmp_path / "uploads"),
+        build_dir=str(tmp_path / "builds"),
+        metrics_dir="",
     )
     rows = [f"{name} = {json.dumps(getattr(config, name))}\n" for name in SETTINGS]
     (tmp_path / "api.toml").write_text("".join(rows))
