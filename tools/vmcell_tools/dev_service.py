@@ -99,7 +99,8 @@ def service_in_dev_vm(team: str, progress: Progress) -> Iterator[ServiceInVm]:
     The VM stays up afterwards. Raises HostError for what does not come up.
     """
     progress.step("bringing the dev VM up")
-    up = subprocess.run(UP, check=False)
+    # Standard output is the caller's, who may print JSON there.
+    up = subprocess.run(UP, check=False, stdout=sys.stderr)
     if up.returncode:
         raise HostError("the dev VM did not come up; its message is above")
     status = json.loads(subprocess.check_output([*VMCELL, "dev", "status", "--json"]))
