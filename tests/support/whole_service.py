@@ -48,6 +48,31 @@ class WholeService:
         return int(re.findall(rf"{part} is process (\d+)", self.log.read_text())[-1])
 
 
+def _write_config(
+    folder: Path, containerd: RealContainerd, *, slot_count: int, workers: int
+) -> Path:
+    settings = {
+        "database_url": f"sqlite:///{folder}/db/api.sqlite",
+        "node_socket": f"{folder}/noded.sock",
+        "route_socket": f"{folder}/route.sock",
+        "nginx_dir": f"{folder}/nginx",
+        "log_format": "json",
+        "state_dir": f"{folder}/run",
+        "metrics_dir": f"{folder}/metrics",
+        "volumes_dir": f"{folder}/volumes",
+        "upload_dir": f"{folder}/uploads",
+        "build_dir": f"{folder}/builds",
+        "containerd_socket": containerd.socket,
+        "runtime": "io.containerd.runc.v2",
+        "domain": "sbx.localhost",
+        "slot_count": slot_count,
+        "workers": workers,
+    }
+    config = folder / "api.toml"
+    config.write_text("".join(f"{key} = {json.dumps(v)}\n" for key, v in settings.items()))
+    return config
+
+
 @contextlib.contextmanager
 def whole_service(*, slot_count: int = 1, workers: int = 1) -> Iterator[WholeService]:
     """Everything listens; afterwards all of it is gone, the network too."""
@@ -63,25 +88,7 @@ def whole_service(*, slot_count: int = 1, workers: int = 1) -> Iterator[WholeSer
             command = ["ip", "addr", "add", f"10.88.0.{2 * number + 1}/32", "dev", "lo"]
             subprocess.run(command, check=True)
         import_stand_ins(containerd)
-        settings = {
-            "database_url": f"sqlite:///{folder}/db/api.sqlite",
-            "node_socket": f"{folder}/noded.sock",
-            "route_socket": f"{folder}/route.sock",
-            "nginx_dir": f"{folder}/nginx",
-            "log_format": "json",
-            "state_dir": f"{folder}/run",
-            "metrics_dir": f"{folder}/metrics",
-            "volumes_dir": f"{folder}/volumes",
-            "upload_dir": f"{folder}/uploads",
-            "build_dir": f"{folder}/builds",
-            "containerd_socket": containerd.socket,
-            "runtime": "io.containerd.runc.v2",
-            "domain": "sbx.localhost",
-            "slot_count": slot_count,
-            "workers": workers,
-        }
-        config = folder / "api.toml"
-        config.write_text("".join(f"{key} = {json.dumps(v)}\n" for key, v in settings.items()))
+        config = _write_config(folder, containerd, slot_count=slot_count, workers=workers)
         systemd.bind(f"{folder}/notify")
         systemd.settimeout(PATIENCE_S)
         environment = {

@@ -16,9 +16,6 @@ import pytest
 from dev_vm import DevVm
 from e2b import Sandbox
 
-from vmcell_tools.dev_service import service_in_dev_vm
-from vmcell_tools.progress import Progress
-
 pytestmark = pytest.mark.vm
 
 PATIENCE_S = 300
@@ -29,18 +26,10 @@ COMMANDS = 20
 
 
 @pytest.fixture(scope="module")
-def sandbox(dev_vm: DevVm) -> Iterator[Sandbox]:
-    """A sandbox of the base image, on a service of this module's own."""
-    with (
-        Progress("vm lane") as progress,
-        service_in_dev_vm("envd", progress) as service,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setenv("E2B_API_URL", service.api_url)
-        patch.setenv("E2B_SANDBOX_URL", service.sandbox_url)
-        patch.setenv("E2B_API_KEY", service.key)
-        with Sandbox.create(template="base", timeout=900, request_timeout=PATIENCE_S) as made:
-            yield made
+def sandbox(service: DevVm) -> Iterator[Sandbox]:
+    """One of the base image."""
+    with Sandbox.create(template="base", timeout=900, request_timeout=PATIENCE_S) as made:
+        yield made
 
 
 def ask(

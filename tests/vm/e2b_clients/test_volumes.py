@@ -5,34 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator
 
 import pytest
 from dev_vm import DevVm
 from e2b import Sandbox, Volume
 from e2b.exceptions import VolumeException
 
-from vmcell_tools.dev_service import create_key, start_service, stop_service
-from vmcell_tools.dev_ssh import forward_port
-from vmcell_tools.dev_vm import running_vm
-
 pytestmark = pytest.mark.vm
 
 PATIENCE_S = 300
 VOLUME_PORT = 3001
-
-
-@pytest.fixture
-def service(dev_vm: DevVm) -> Iterator[DevVm]:
-    start_service(dev_vm.api_url)
-    port = forward_port(running_vm(dev_vm.name).directory, VOLUME_PORT)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("E2B_API_URL", dev_vm.api_url)
-        patch.setenv("E2B_SANDBOX_URL", dev_vm.sandbox_url)
-        patch.setenv("E2B_VOLUME_API_URL", f"http://127.0.0.1:{port}")
-        patch.setenv("E2B_API_KEY", create_key("volumes"))
-        yield dev_vm
-    stop_service()
 
 
 def test_two_sandboxes_share_a_volume(service: DevVm, nothing_left: None) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
 
 import pytest
 from dev_vm import DevVm
 from e2b_code_interpreter import Execution, Sandbox
 
-from vmcell_tools.dev_service import create_key, import_image, start_service, stop_service
+from vmcell_tools.dev_service import import_image
 from vmcell_tools.progress import Progress
 
 pytestmark = pytest.mark.vm
@@ -17,18 +16,10 @@ pytestmark = pytest.mark.vm
 PATIENCE_S = 300
 
 
-@pytest.fixture(scope="module")
-def service(dev_vm: DevVm) -> Iterator[DevVm]:
-    """noded, API and nginx in the VM with the image imported; the SDK's variables are set."""
+@pytest.fixture(scope="module", autouse=True)
+def image(dev_vm: DevVm) -> None:
     with Progress("vm lane") as progress:
         import_image("code-interpreter-v1", ("vmcell",), progress)
-    start_service(dev_vm.api_url)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("E2B_API_URL", dev_vm.api_url)
-        patch.setenv("E2B_SANDBOX_URL", dev_vm.sandbox_url)
-        patch.setenv("E2B_API_KEY", create_key("interpreter"))
-        yield dev_vm
-    stop_service()
 
 
 def run(sandbox: Sandbox, code: str, **options: object) -> Execution:

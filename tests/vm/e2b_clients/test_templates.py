@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,23 +10,11 @@ from dev_vm import SMALL, DevVm
 from e2b import Sandbox, Template
 from e2b.exceptions import BuildException
 
-from vmcell_tools.dev_service import create_key, start_service, stop_service
 from vmcell_tools.leak_check import leaks
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
 PATIENCE_S = 300
-
-
-@pytest.fixture(scope="module")
-def service(dev_vm: DevVm) -> Iterator[DevVm]:
-    start_service(dev_vm.api_url)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("E2B_API_URL", dev_vm.api_url)
-        patch.setenv("E2B_SANDBOX_URL", dev_vm.sandbox_url)
-        patch.setenv("E2B_API_KEY", create_key("vm-lane-templates"))
-        yield dev_vm
-    stop_service()
 
 
 def _steps(context: Path, marker: str) -> object:
