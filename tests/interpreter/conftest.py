@@ -12,7 +12,7 @@ from interpreter_harness import Interpreter, running_interpreter
 from packaging.version import Version
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interpreter]:
     with running_interpreter(tmp_path_factory.mktemp("interpreter")) as server:
         yield server

@@ -21,7 +21,7 @@ STATE_FOLDERS = ("/run/vmcell", "/run/containerd/s", "/run/containerd/fifo")
 # Files of the service itself, there whether a sandbox runs or not.
 SERVICE_FILES = (
     *("noded.sock", "noded.pid", "api.sock", "route.sock", "nginx", "slots"),
-    "zygote.sock",
+    *("zygote.sock", "metrics"),
 )
 NOT_SANDBOXES = ("leak_check", "containerd-shim-vmcell-v2 zygote")
 PROCESS_WORDS = ("vmcell_runtime", "vmcell_shim", "containerd-shim", "mkfs.erofs", "vmcell-vmm")

@@ -43,13 +43,13 @@ def test_code_in_a_microvm(service: DevVm, nothing_left: None) -> None:
         assert answer.text == "2"
 
         # the server is killed with its kernels, and comes again
-        before = sandbox.list_code_contexts(request_timeout=PATIENCE_S)
+        before = sandbox.list_code_contexts()
         sandbox.commands.run(
             "kill -9 $(pgrep -o -f 'python3 -I -m vmcell_interpreter'); "
             "until bash -c '</dev/tcp/127.0.0.1/49999' 2>/dev/null; do sleep 0.2; done",
             user="root",
             timeout=PATIENCE_S,
         )
-        after = sandbox.list_code_contexts(request_timeout=PATIENCE_S)
+        after = sandbox.list_code_contexts()
         assert not {context.id for context in before} & {context.id for context in after}
         assert run(sandbox, "1 + 1").text == "2"
