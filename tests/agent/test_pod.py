@@ -44,7 +44,7 @@ def shell(agent: AgentUnderTest, script: str, *shared: str, **changes: Any) -> R
 def sleeper(agent: AgentUnderTest, *shared: str, **changes: Any) -> Running:
     init = shell(agent, "echo up; exec sleep 1000", *shared, **changes)
     init.read_until(b"up\n")
-    return init
+    return init.become("sleep 1000")
 
 
 def told(agent: AgentUnderTest, init: Running, script: str, name: str = "look") -> str:

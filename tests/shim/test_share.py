@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import queue
 import select
@@ -81,6 +82,7 @@ def submount(source: Path) -> Iterator[Path]:
 
 
 def descriptors() -> list[str]:
+    gc.collect()  # what earlier tests left open would go at any moment
     return sorted(os.listdir("/proc/self/fd"))
 
 

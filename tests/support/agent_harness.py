@@ -245,6 +245,17 @@ class Running:
             data += part
         return data
 
+    def become(self, command: str) -> Running:
+        """Waits for the exec by which the process turns into that command line."""
+        deadline = time.monotonic() + 10
+        container = messages.ContainerRef(container_id=self.ref.container_id)
+        while True:
+            payload = self.client.call("ListProcesses", container)
+            rows = messages.ListProcessesResponse.decode(payload).processes
+            if any(row.guest_pid == self.pid and row.command == command for row in rows):
+                return self
+            assert time.monotonic() < deadline, rows
+
     def wait(self) -> int:
         payload = self.client.call("WaitProcess", self.ref)
         return messages.WaitProcessResponse.decode(payload).exit_status
