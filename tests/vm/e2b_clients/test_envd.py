@@ -57,7 +57,7 @@ def ask(
 
 def test_large_files_are_equal_and_half_as_quick_as_a_plain_server(sandbox: Sandbox) -> None:
     content = os.urandom(SIZE_BYTES)
-    program = Path(__file__).parents[1] / "support" / "plain_http_server.py"
+    program = Path(__file__).parents[2] / "support" / "plain_http_server.py"
     sandbox.files.write("/tmp/server.py", program.read_bytes(), request_timeout=PATIENCE_S)
     server = sandbox.commands.run(
         f"mkdir -p /tmp/plain && python3 /tmp/server.py /tmp/plain 0.0.0.0 {PLAIN_PORT}",
