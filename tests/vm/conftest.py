@@ -64,7 +64,7 @@ def second(dev_vm: DevVm) -> Iterator[SecondContainerd]:
 def restart_containerd() -> str:
     """A script for the VM's shell: kill -9, a moment without, a new daemon that answers."""
     return (
-        "pid=$(pidof containerd); kill -9 $pid; "
+        "pid=$(pgrep -fx 'containerd --config /etc/containerd/config.toml'); kill -9 $pid; "
         "while kill -0 $pid 2>/dev/null; do sleep 0.1; done; sleep 5; "
         "setsid containerd --config /etc/containerd/config.toml "
         ">>/mnt/out/containerd.log 2>&1 </dev/null & "
