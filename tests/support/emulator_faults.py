@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 from _pytest.runner import runtestprotocol
 
+from vmcell_tools.dev_service import VMCELL
 from vmcell_tools.dev_state import load
 
 _FAULT = re.compile(r'time="([^"]+)" [^\n]*VMM (\d+) ended: triple_fault')
@@ -73,8 +75,15 @@ def _again(
         _say(item, f"{item.nodeid}: its fixtures did not go: {failure}")
         if not gone:
             return []
+    if gone:
+        _end_dev_vm()
     item._initrequest()  # type: ignore[attr-defined]  # as pytest's own rerun plugins do
     return runtestprotocol(item, nextitem=nextitem, log=False)
+
+
+def _end_dev_vm() -> None:
+    """Its kernel has said its last, QEMU may not have ended yet: a new one could be taken for it."""
+    subprocess.run([*VMCELL, "dev", "down"], check=True, timeout=120)
 
 
 def _say(item: pytest.Item, text: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, {support!r})
 import emulator_faults
 emulator_faults._software_cpu_logs = lambda: Path({logs!r})
+emulator_faults._end_dev_vm = lambda: Path({logs!r}, "console.log").write_text("ended")
 
 def pytest_runtest_protocol(item, nextitem):
     return True if emulator_faults.run_once_or_twice(item, nextitem) else None
@@ -37,7 +38,9 @@ def lose_the_dev_vm():
     Path(LOGS, "console.log").write_text("[  285.083545] Kernel panic - not syncing: stack end")
 
 def new_dev_vm():
-    Path(LOGS, "console.log").write_text("vmcell-dev: ready")
+    console = Path(LOGS, "console.log")
+    assert not console.exists() or console.read_text() == "ended", "the lost one is taken for it"
+    console.write_text("vmcell-dev: ready")
 """
 
 
