@@ -82,7 +82,7 @@ def _again(
 
 
 def _end_dev_vm() -> None:
-    """Its kernel has said its last, QEMU may not have ended yet: a new one could be taken for it."""
+    """Its kernel has said its last; a QEMU that is there still would be taken for a living one."""
     subprocess.run([*VMCELL, "dev", "down"], check=True, timeout=120)
 
 
