@@ -27,6 +27,7 @@ from .server import application
 PORT = 49999
 # Clients keep idle connections for 300 s; one that is closed just then fails a request.
 IDLE_S = 640
+CLOSE_S = 10.0
 # Variables of the server that are none of the code's business.
 OWN_VARIABLES = ("PYTHONDONTWRITEBYTECODE", "OLDPWD", "SHLVL", "_")
 
@@ -69,7 +70,11 @@ async def serve(port: int, cwd: str) -> None:
     await stopping.wait()
     server.stop()
     first.cancel()
-    await contexts.close()
+    try:
+        async with asyncio.timeout(CLOSE_S):
+            await contexts.close()
+    except TimeoutError:
+        log.warning("a kernel did not end within %.0f s; it ends with this process", CLOSE_S)
 
 
 async def _first_kernel(contexts: Contexts) -> None:

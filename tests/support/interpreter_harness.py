@@ -111,6 +111,7 @@ def running_interpreter(folder: Path) -> Iterator[Interpreter]:
             process.wait(30)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()  # or other tests find a child that is not theirs
             raise
     left = [pid for pid in kernels if _alive(pid)]
     assert not left, f"kernels outlive their server: {left}"
