@@ -7,7 +7,6 @@ whose sandbox is gone are dropped when they are met.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +18,7 @@ from vmcell_api.metric_sample import MetricSample
 from vmcell_api.node_client import NewSandbox, NodeUnreachable, NodeVerbs, RunningSandbox
 from vmcell_api.sandbox_bodies import CreateBody, ListQuery
 from vmcell_api.sandbox_logs import LogEntry, parse_entries
-from vmcell_api.store.records import SandboxRecord, Store, Team, Template
+from vmcell_api.store.records import SandboxRecord, Store, Team, Template, now_ms
 from vmcell_api.template_plane import OWN_IMAGES, TemplatePlane
 from vmcell_api.volume_control import VolumeControl
 from vmcell_protos.errors import CallerError, GuestError, HostError, VmcellError
@@ -73,7 +72,7 @@ class ControlPlane:
             access_token=new_access_token() if body.secured else "",
             traffic_token="" if body.network.is_public else new_access_token(),
             metadata=body.metadata,
-            created_at_unix_ms=_now_ms(),
+            created_at_unix_ms=now_ms(),
         )
         live = {running.sandbox_id for running in self._node.list()}
         self._drop_lost(self._store.sandboxes(team_id=team.team_id), live)
@@ -202,7 +201,7 @@ class ControlPlane:
 
     def _drop_lost(self, records: dict[str, SandboxRecord], live: Collection[str]) -> None:
         """Forgets rows whose sandbox ended by itself; fresh ones may still be in the making."""
-        newest_ms = _now_ms() - self._config.start_timeout_s * 1000 - LOST_AFTER_MS
+        newest_ms = now_ms() - self._config.start_timeout_s * 1000 - LOST_AFTER_MS
         lost = [
             key
             for key, record in records.items()
@@ -258,7 +257,3 @@ def _matches(pair: Pair, query: ListQuery) -> bool:
         and query.template in ("", record.template_id)
         and query.metadata.items() <= record.metadata.items()
     )
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

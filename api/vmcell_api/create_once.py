@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import re
-import time
 from dataclasses import dataclass
 
 from vmcell_api.coded_errors import CodedCallerError
@@ -21,7 +20,7 @@ from vmcell_api.control_plane import ControlPlane, Pair
 from vmcell_api.identifiers import new_sandbox_id
 from vmcell_api.sandbox_bodies import CreateBody
 from vmcell_api.store.create_keys import CreateKey, CreateKeys
-from vmcell_api.store.records import Team
+from vmcell_api.store.records import Team, now_ms
 from vmcell_protos.errors import CallerError, HostError, VmcellError
 
 log = logging.getLogger("vmcell.api")
@@ -69,7 +68,7 @@ class CreateOnce:
                 key=wish.key,
                 fingerprint=wish.fingerprint,
                 sandbox_id=new_sandbox_id(),
-                created_at_unix_ms=_now_ms(),
+                created_at_unix_ms=now_ms(),
             )
             standing = self._keys.take(wanted)
             if standing is None:
@@ -112,7 +111,7 @@ class CreateOnce:
                 error_code="sandbox_create_refused",
                 code="aborted",
             )
-        if _now_ms() - standing.created_at_unix_ms < self._window_ms:
+        if now_ms() - standing.created_at_unix_ms < self._window_ms:
             raise _in_progress(wish.key)
         return None
 
@@ -124,7 +123,3 @@ def _in_progress(key: str) -> CodedCallerError:
         code="aborted",
         retry=True,
     )
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

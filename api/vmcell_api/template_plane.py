@@ -9,13 +9,12 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-import time
 import uuid
 from dataclasses import dataclass
 
 from vmcell_api.build_client import BuildEntry, BuildVerbs, NewBuild, NewStep, NodeBuild
 from vmcell_api.identifiers import SANDBOX_ID, new_sandbox_id
-from vmcell_api.store.records import Store, Team, Template
+from vmcell_api.store.records import Store, Team, Template, now_ms
 from vmcell_api.store.templates import (
     BUILDING,
     ERROR,
@@ -333,7 +332,7 @@ class TemplatePlane:
             _hashed(token),
             team_id=team.team_id,
             files_hash=files_hash,
-            expires_at_unix_ms=time.time_ns() // 1_000_000 + LINK_LIFE_MS,
+            expires_at_unix_ms=now_ms() + LINK_LIFE_MS,
         )
         return present, token
 

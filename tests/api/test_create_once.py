@@ -126,8 +126,8 @@ def test_a_create_whose_outcome_nobody_knows(
     assert_error(_create(client, "k-1"), 503)
     service.node.on_create = lambda order: None
     _assert_coded(_create(client, "k-1"), 409, "idempotency_in_progress")
-    later = create_once._now_ms() + service.config.start_timeout_s * 1000 + 61_000
-    monkeypatch.setattr(create_once, "_now_ms", lambda: later)
+    later = create_once.now_ms() + service.config.start_timeout_s * 1000 + 61_000
+    monkeypatch.setattr(create_once, "now_ms", lambda: later)
     made = _create(client, "k-1")
     assert made.status_code == 201
     assert _create(client, "k-1").json == made.json
@@ -161,8 +161,8 @@ def test_keys_are_forgotten_after_a_day(
     service: ApiService, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = _create(client, "k-1")
-    later = create_keys._now_ms() + create_keys.KEPT_MS + 1
-    monkeypatch.setattr(create_keys, "_now_ms", lambda: later)
+    later = create_keys.now_ms() + create_keys.KEPT_MS + 1
+    monkeypatch.setattr(create_keys, "now_ms", lambda: later)
     second = _create(client, "k-1")
     assert second.status_code == 201
     assert second.json["sandboxID"] != first.json["sandboxID"]

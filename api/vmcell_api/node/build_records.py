@@ -11,11 +11,11 @@ import json
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from vmcell_api.node.sandbox import unix_ms_now
 from vmcell_protos.errors import HostError
 
 WAITING, BUILDING, READY, ERROR = "waiting", "building", "ready", "error"
@@ -84,7 +84,7 @@ class BuildRecord:
     def log(self, level: str, message: str, step: str) -> None:
         """Adds a line; beyond 20,000 lines or 8 MiB one says so and the rest is left out."""
         entry = LogEntry(
-            at_unix_ms=time.time_ns() // 1_000_000,
+            at_unix_ms=unix_ms_now(),
             level=level,
             message=message[:MAX_MESSAGE_CHARACTERS],
             step=step,

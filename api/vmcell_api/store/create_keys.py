@@ -6,12 +6,11 @@ the other is told. Keys are forgotten after a day, as clients repeat within minu
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from vmcell_api.store.records import Store, Transaction
+from vmcell_api.store.records import Store, Transaction, now_ms
 from vmcell_api.store.tables import CreateKeyRow, TeamRow
 
 KEPT_MS = 24 * 3600 * 1000
@@ -43,7 +42,7 @@ class CreateKeys:
                 sa.update(TeamRow).where(TeamRow.id == wanted.team_id).values(name=TeamRow.name)
             )
             session.execute(
-                sa.delete(CreateKeyRow).where(CreateKeyRow.created_at_unix_ms < _now_ms() - KEPT_MS)
+                sa.delete(CreateKeyRow).where(CreateKeyRow.created_at_unix_ms < now_ms() - KEPT_MS)
             )
             row = session.get(CreateKeyRow, (wanted.team_id, wanted.key))
             if row is not None:
@@ -84,7 +83,3 @@ def _is(taken: CreateKey) -> tuple[sa.ColumnElement[bool], ...]:
         CreateKeyRow.key == taken.key,
         CreateKeyRow.sandbox_id == taken.sandbox_id,
     )
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -6,14 +6,13 @@ is its newest build that is ready, so a build that fails changes nothing.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from vmcell_api.store.records import Store, Transaction
+from vmcell_api.store.records import Store, Transaction, now_ms
 from vmcell_api.store.tables import TeamRow
 from vmcell_api.store.template_tables import (
     TeamTemplateRow,
@@ -85,7 +84,7 @@ class TemplateStore:
             session.execute(sa.update(TeamRow).where(TeamRow.id == team_id).values(id=TeamRow.id))
             row = session.scalar(_named(team_id, name))
             if row is None:
-                now = _now_ms()
+                now = now_ms()
                 row = TeamTemplateRow(
                     id=new_id,
                     team_id=team_id,
@@ -130,14 +129,14 @@ class TemplateStore:
 
     def set_public(self, template_id: str, public: bool) -> None:
         """Opens a template to other teams, or closes it."""
-        self._update(template_id, public=public, updated_at_unix_ms=_now_ms())
+        self._update(template_id, public=public, updated_at_unix_ms=now_ms())
 
     def count_spawn(self, template_id: str) -> None:
         """Says that a sandbox was made of the template."""
         self._update(
             template_id,
             spawn_count=TeamTemplateRow.spawn_count + 1,
-            last_spawned_at_unix_ms=_now_ms(),
+            last_spawned_at_unix_ms=now_ms(),
         )
 
     def delete(self, template_id: str) -> None:
@@ -157,7 +156,7 @@ class TemplateStore:
 
     def add_build(self, build: TemplateBuild, tags: Collection[str]) -> None:
         """Writes a build that waits to be started, and the tags it is to have."""
-        now = _now_ms()
+        now = now_ms()
         with Transaction(self._store.engine) as session:
             session.add(
                 TemplateBuildRow(
@@ -235,7 +234,7 @@ class TemplateStore:
             default_workdir=default_workdir,
             reason_message=reason_message,
             reason_step=reason_step,
-            finished_at_unix_ms=_now_ms(),
+            finished_at_unix_ms=now_ms(),
         )
 
     def _set_build(self, build_id: str, **values: object) -> None:
@@ -271,7 +270,7 @@ class TemplateStore:
                 )
             )
             # Later than every other, or the tag might go on standing for what it stood for.
-            _add_tags(session, template_id, build_id, tags, max(_now_ms(), (newest or 0) + 1))
+            _add_tags(session, template_id, build_id, tags, max(now_ms(), (newest or 0) + 1))
 
     def remove_tags(self, template_id: str, tags: Collection[str]) -> int:
         """Removes tags; answers how many assignments went."""
@@ -306,7 +305,7 @@ class TemplateStore:
         """Writes a link for one upload, and drops those that have expired."""
         with Transaction(self._store.engine) as session:
             session.execute(
-                sa.delete(UploadLinkRow).where(UploadLinkRow.expires_at_unix_ms < _now_ms())
+                sa.delete(UploadLinkRow).where(UploadLinkRow.expires_at_unix_ms < now_ms())
             )
             session.add(
                 UploadLinkRow(
@@ -321,7 +320,7 @@ class TemplateStore:
         """(team id, files hash) of a link that has not expired."""
         with Transaction(self._store.engine) as session:
             row = session.get(UploadLinkRow, token_hash)
-            if row is None or row.expires_at_unix_ms < _now_ms():
+            if row is None or row.expires_at_unix_ms < now_ms():
                 return None
             return row.team_id, row.files_hash
 
@@ -365,7 +364,3 @@ def _template(row: TeamTemplateRow, team_name: str) -> TeamTemplate:
 def _build(row: TemplateBuildRow) -> TemplateBuild:
     names = TemplateBuild.__dataclass_fields__.keys() - {"build_id"}
     return TemplateBuild(build_id=row.id, **{name: getattr(row, name) for name in names})
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -6,13 +6,12 @@ between is shown to nobody, and is taken up again by the next create of that nam
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from vmcell_api.store.records import Store, Transaction
+from vmcell_api.store.records import Store, Transaction, now_ms
 from vmcell_api.store.tables import TeamRow, VolumeRow
 from vmcell_protos.errors import CallerError
 
@@ -59,7 +58,7 @@ class VolumeStore:
                 team_id=team_id,
                 name=name,
                 made=False,
-                created_at_unix_ms=time.time_ns() // 1_000_000,
+                created_at_unix_ms=now_ms(),
             )
             session.add(row)
             return _record(row)
