@@ -6,31 +6,37 @@ machine it is sent to is a fault of the shim's code: ValueError, and the process
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from vmcell_protos.errors import CallerError, VmcellError
+from vmcell_protos.errors import CallerError, HostError, VmcellError
 from vmcell_runtime import control
 from vmcell_runtime.machine import Machine
+from vmcell_runtime.snapshot.state import encode
 from vmcell_runtime.virtio.balloon import Balloon
 
 Send = Callable[[control.Event], None]
 
-_WITH_DESCRIPTOR = (
-    control.ConnectVsock,
-    control.ListenVsock,
-    control.PlugPmem,
-    control.PlugBlk,
-)
+_DESCRIPTORS: dict[type, int] = {
+    control.ConnectVsock: 1,
+    control.ListenVsock: 1,
+    control.PlugPmem: 1,
+    control.PlugBlk: 1,
+    control.Save: 2,
+}
+MAX_DESCRIPTORS = max(_DESCRIPTORS.values())
 
 
 def serve(machine: Machine, request: control.Request, fds: Sequence[int], send: Send) -> None:
     """Does what `request` asks; the answer goes to `send`, now or later on the loop's thread.
 
-    Owns `fds` from the call on. Boot is no request to a machine.
+    Owns `fds` from the call on. Boot and Restore are no requests to a machine.
     """
-    if len(fds) != isinstance(request, _WITH_DESCRIPTOR) or isinstance(request, control.Boot):
+    if isinstance(request, control.Boot | control.Restore) or len(fds) != _DESCRIPTORS.get(
+        type(request), 0
+    ):
         raise ValueError(f"the shim sent {request.kind} with {len(fds)} descriptors")
     if isinstance(request, control.ConnectVsock | control.ListenVsock):
         _join_vsock(machine, request, socket.socket(fileno=fds[0]), send)
@@ -74,12 +80,30 @@ def _do(machine: Machine, request: control.Plain, fds: Sequence[int], send: Send
         case control.Resume():
             machine.pausing.resume(done)
             return
+        case control.Save():
+            send(_save(machine, request.request_id, *fds))
+            return
         case control.SetBalloon(mib=mib):
             _balloon(machine).set_wanted(mib)
         case control.GetBalloon():
             send(_balloon_size(machine, request.request_id))
             return
     done()
+
+
+def _save(machine: Machine, request_id: int, memory_fd: int, state_fd: int) -> control.Saved:
+    try:
+        state, memory_bytes = machine.saving.save(memory_fd)
+        with open(state_fd, "wb", closefd=False) as file:
+            file.write(encode(state))
+    except OSError as error:
+        raise HostError(
+            f"writing the machine's state failed: {error.strerror}", code="resource_exhausted"
+        ) from error
+    finally:
+        os.close(memory_fd)
+        os.close(state_fd)
+    return control.Saved(request_id=request_id, memory_bytes=memory_bytes)
 
 
 def _balloon_size(machine: Machine, request_id: int) -> control.BalloonSize:

@@ -1,4 +1,4 @@
-"""The recipe for a machine: boot. The only place that knows every part.
+"""The recipe for a machine, booted or restored. The only place that knows every part.
 
 Fixed order of virtio devices: pmem, blk, net, fs, vsock, entropy, balloon, then the spare windows;
 the first stands at the first window.
@@ -17,7 +17,7 @@ from vmcell_runtime import layout
 from vmcell_runtime.boot.entry import ENTRY_MSRS, entry_fpu, entry_regs, entry_sregs
 from vmcell_runtime.boot.linux import load_linux
 from vmcell_runtime.bus import Bus
-from vmcell_runtime.clock import GuestClock
+from vmcell_runtime.clock import NEVER, GuestClock, Time
 from vmcell_runtime.config import FsConfig, MachineConfig, NetConfig
 from vmcell_runtime.devices.cmos import Cmos
 from vmcell_runtime.devices.console import ConsoleLog
@@ -30,10 +30,12 @@ from vmcell_runtime.kvm.cpuid import guest_cpuid, physical_address_bits
 from vmcell_runtime.kvm.system import System
 from vmcell_runtime.kvm.vcpu import Vcpu
 from vmcell_runtime.kvm.vm import Vm
+from vmcell_runtime.loading import Saved, check_host, load_machine
 from vmcell_runtime.loop import EventLoop
 from vmcell_runtime.machine import Machine
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.pausing import Pausing
+from vmcell_runtime.saving import Processor, Saving
 from vmcell_runtime.vcpu import VcpuThread
 from vmcell_runtime.virtio import abi
 from vmcell_runtime.virtio.balloon import Balloon
@@ -85,6 +87,7 @@ class _Board:
     report: Report
     resources: ExitStack
     irqs: dict[int, IrqLine] = field(default_factory=dict)
+    transports: list[MmioTransport] = field(default_factory=list)
 
 
 def boot(
@@ -99,38 +102,97 @@ def boot(
     Takes what it keeps from `descriptors`, and owns `kvm_fd` and `listeners` (one for each of
     `config.vsock.listen_ports`) also when it raises. One of the three errors says what was wrong.
     """
+    return _build(config, descriptors, kvm_fd, listeners, report, None)
+
+
+def restore(
+    config: MachineConfig,
+    descriptors: Descriptors,
+    kvm_fd: int,
+    listeners: Sequence[socket.socket],
+    report: Report,
+    saved: Saved,
+) -> Machine:
+    """A machine that goes on where `saved` stood, and stands still until it is resumed.
+
+    `config` describes the machine as it was booted, with devices of its own: their files and
+    sockets are this one's. What does not fit is a CallerError. Else as `boot`; `saved.memory_fd`
+    stays the caller's.
+    """
+    return _build(config, descriptors, kvm_fd, listeners, report, saved)
+
+
+def _build(
+    config: MachineConfig,
+    descriptors: Descriptors,
+    kvm_fd: int,
+    listeners: Sequence[socket.socket],
+    report: Report,
+    saved: Saved | None,
+) -> Machine:
     with ExitStack() as resources:
         for sock in listeners:
             resources.callback(sock.close)
         system = System(kvm_fd)
         resources.callback(system.close)
-        board = _make_board(config, descriptors, system, report, resources)
-        ending, serial = _add_legacy_devices(config, descriptors, board)
+        processor = _processor(system, config, saved)
+        bits = physical_address_bits(processor.cpuid)
+        board = _make_board(config, descriptors, system, report, resources, saved)
+        _check_reach(board.memory, bits)
+        ending, serial, cmos = _add_legacy_devices(config, descriptors, board)
         windows = layout.virtio_windows(config.fixed_windows, config.spare_windows)
         spare = config.spare_window_numbers
         fixed = windows[: spare.start]
         vsock, balloon = _add_virtio_devices(config, descriptors, board, listeners, fixed)
-        bits = physical_address_bits(system.supported_cpuid())
         hotplug = _add_spare_windows(
             dict(zip(spare, windows[spare.start :], strict=True)), board, bits
         )
-        kernel_fd = descriptors.use(config.kernel_descriptor)
-        entry = load_linux(board.memory, kernel_fd, config.command_line, windows, config.vcpu_count)
-        vcpus = _make_vcpus(config.vcpu_count, entry, system, board, ending)
+        threads = _make_vcpus(config.vcpu_count, system, board, ending, processor)
+        vcpus = [thread.vcpu for thread in threads]
+        if saved is None:
+            time = _load_kernel(config, descriptors, board, windows, vcpus)
+        else:
+            serial.load(saved.state.serial)
+            cmos.index = saved.state.cmos_index
+            time = load_machine(saved.state, system, board.vm, vcpus, board.transports)
         system.close()  # whoever takes this process over finds no way to make another VM
+        clock = GuestClock(board.vm, vcpus, time)
+        pausing = Pausing(board.loop, threads, clock, paused=saved is not None)
+        saving = Saving(
+            vm=board.vm,
+            memory=board.memory,
+            vcpus=vcpus,
+            processor=processor,
+            serial=serial,
+            cmos=cmos,
+            transports=board.transports,
+            hotplug=hotplug,
+            pausing=pausing,
+        )
         return Machine(
             loop=board.loop,
             ending=ending,
-            vcpus=vcpus,
+            vcpus=threads,
             ports=board.ports,
             windows=board.windows,
             serial=serial,
             vsock=vsock,
             balloon=balloon,
             hotplug=hotplug,
-            pausing=Pausing(board.loop, vcpus, GuestClock(board.vm, [v.vcpu for v in vcpus])),
+            pausing=pausing,
+            saving=saving,
             resources=resources.pop_all(),
         )
+
+
+def _processor(system: System, config: MachineConfig, saved: Saved | None) -> Processor:
+    """The processor as the guest sees it: this host's, or the one it already knows."""
+    cpuid = tuple(system.supported_cpuid())
+    tsc_deadline = system.tsc_deadline
+    if saved is not None:
+        check_host(saved.state, config, cpuid, tsc_deadline=tsc_deadline)
+        cpuid, tsc_deadline = saved.state.cpuid, saved.state.tsc_deadline
+    return Processor(cpuid, tsc_deadline, system.saved_msrs(), system.xsave_bytes())
 
 
 def _make_board(
@@ -139,11 +201,13 @@ def _make_board(
     system: System,
     report: Report,
     resources: ExitStack,
+    saved: Saved | None,
 ) -> _Board:
     """Guest memory with the pmem windows in it, and a VM that has both."""
-    memory = GuestMemory(config.memory_mib << 20, shared=bool(config.fs))
+    image_fd = saved.memory_fd if saved is not None else -1
+    memory = GuestMemory(config.memory_mib << 20, shared=bool(config.fs), image_fd=image_fd)
     resources.callback(memory.close)
-    _map_pmem(config, descriptors, system, memory)
+    _map_pmem(config, descriptors, memory)
     loop = EventLoop()
     resources.callback(loop.close)
     vm = Vm(system.create_vm())
@@ -163,24 +227,26 @@ def _make_board(
     )
 
 
-def _map_pmem(
-    config: MachineConfig, descriptors: Descriptors, system: System, memory: GuestMemory
-) -> None:
+def _map_pmem(config: MachineConfig, descriptors: Descriptors, memory: GuestMemory) -> None:
     gpa = layout.first_pmem_gpa(memory.ram_bytes)
     for pmem in config.pmem:
         slot = memory.map_file(descriptors.use(pmem.descriptor), gpa)
         gpa = layout.align_pmem(gpa + slot.length_bytes)
-    bits = physical_address_bits(system.supported_cpuid())
-    if gpa > 1 << bits:
+
+
+def _check_reach(memory: GuestMemory, address_bits: int) -> None:
+    """CallerError unless the guest's processor can address all of its memory."""
+    end_gpa = max(slot.gpa + slot.length_bytes for slot in memory.slots())
+    if end_gpa > 1 << address_bits:
         raise CallerError(
-            f"memory and images reach up to {gpa:#x}, but this processor has {bits} address bits; "
-            "give the guest less memory"
+            f"memory and images reach up to {end_gpa:#x}, but this processor has {address_bits} "
+            "address bits; give the guest less memory"
         )
 
 
 def _add_legacy_devices(
     config: MachineConfig, descriptors: Descriptors, board: _Board
-) -> tuple[Ending, Serial]:
+) -> tuple[Ending, Serial, Cmos]:
     ending = Ending(board.loop)
     console_fd = None
     if config.console_descriptor is not None:
@@ -191,8 +257,9 @@ def _add_legacy_devices(
     board.ports.add(layout.SERIAL_PORT, layout.SERIAL_PORTS, serial)
     reset = I8042(lambda: ending.end("guest_reset", "the guest pulled the reset line"))
     board.ports.add(layout.KEYBOARD_PORT, layout.KEYBOARD_PORTS, reset)
-    board.ports.add(layout.CMOS_PORT, layout.CMOS_PORTS, Cmos())
-    return ending, serial
+    cmos = Cmos()
+    board.ports.add(layout.CMOS_PORT, layout.CMOS_PORTS, cmos)
+    return ending, serial, cmos
 
 
 def _add_virtio_devices(
@@ -289,6 +356,7 @@ def _unix_socket(fd: int) -> socket.socket:
 def _add_virtio_device(board: _Board, device: VirtioDevice, gpa: int, irq: IrqLine) -> None:
     transport = MmioTransport(device, board.memory, irq, board.loop, board.report)
     board.resources.callback(transport.close)
+    board.transports.append(transport)
     board.windows.add(gpa, layout.VIRTIO_WINDOW_BYTES, transport)
     for queue, fd in enumerate(transport.notify_fds):
         notify_gpa = gpa + abi.MMIO_QUEUE_NOTIFY
@@ -310,24 +378,36 @@ def _add_irq(board: _Board, gsi: int) -> IrqLine:
 
 
 def _make_vcpus(
-    count: int, entry: int, system: System, board: _Board, ending: Ending
+    count: int, system: System, board: _Board, ending: Ending, processor: Processor
 ) -> list[VcpuThread]:
-    """vCPU 0 stands at the entry; the others wait for INIT and SIPI in the kernel's LAPICs."""
-    supported = system.supported_cpuid()
     run_page_bytes = system.run_page_bytes()
     threads = []
     for number in range(count):
         vcpu = Vcpu(board.vm.create_vcpu(number), run_page_bytes)
         board.resources.callback(vcpu.close)
-        vcpu.set_cpuid(guest_cpuid(supported, number, count, tsc_deadline=system.tsc_deadline))
+        vcpu.set_cpuid(
+            guest_cpuid(processor.cpuid, number, count, tsc_deadline=processor.tsc_deadline)
+        )
         vcpu.set_msrs(ENTRY_MSRS)
-        if number == 0:
-            vcpu.set_sregs(entry_sregs(vcpu.get_sregs()))
-            vcpu.set_regs(entry_regs(entry))
-            vcpu.set_fpu(entry_fpu())
         threads.append(
             VcpuThread(
                 number, vcpu, ports=board.ports, windows=board.windows, end_machine=ending.end
             )
         )
     return threads
+
+
+def _load_kernel(
+    config: MachineConfig,
+    descriptors: Descriptors,
+    board: _Board,
+    windows: Sequence[tuple[int, int]],
+    vcpus: Sequence[Vcpu],
+) -> Time:
+    """vCPU 0 stands at the entry; the others wait for INIT and SIPI in the kernel's LAPICs."""
+    kernel_fd = descriptors.use(config.kernel_descriptor)
+    entry = load_linux(board.memory, kernel_fd, config.command_line, windows, config.vcpu_count)
+    vcpus[0].set_sregs(entry_sregs(vcpus[0].get_sregs()))
+    vcpus[0].set_regs(entry_regs(entry))
+    vcpus[0].set_fpu(entry_fpu())
+    return NEVER

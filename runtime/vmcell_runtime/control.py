@@ -1,7 +1,8 @@
 """Messages between the shim and its VMM; bytes in, records out, no I/O.
 
-One JSON object per datagram of a SOCK_SEQPACKET pair. Descriptors travel with Boot, ConnectVsock,
-ListenVsock, PlugPmem and PlugBlk, from the shim to the VMM only, which owns them from then on.
+One JSON object per datagram of a SOCK_SEQPACKET pair. Descriptors travel with Boot, Restore, Save,
+ConnectVsock, ListenVsock, PlugPmem and PlugBlk, from the shim to the VMM only, which owns them from
+then on.
 A request with a `request_id` is answered by one event with the same. Each side trusts the other's
 bytes as little as any: what does not decode to one of these records is a CallerError.
 """
@@ -38,6 +39,31 @@ class Boot:
 
     kind: ClassVar[str] = "boot"
     config: MachineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restore:
+    """Shim: make this machine, which was saved, and let it stand still.
+
+    Descriptors as with Boot, but between the sockets and /dev/kvm come two more, for reading: the
+    memory and the state as Save wrote them. `config` is as of the boot, with this one's devices.
+    """
+
+    kind: ClassVar[str] = "restore"
+    config: MachineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Save:
+    """Shim: write the paused machine to the two files that come along; answered by Saved.
+
+    The first is for memory, open for reading and writing: a copy of what this machine's memory came
+    from or last was saved to, or a hole of the RAM's length. The guest goes on with it as its
+    memory, so nobody may write to it afterwards. The second, empty, takes the rest.
+    """
+
+    kind: ClassVar[str] = "save"
+    request_id: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +146,7 @@ class GetBalloon:
 
 @dataclass(frozen=True, kw_only=True)
 class Running:
-    """VMM: the vCPUs have started."""
+    """VMM: the vCPUs have started, or stand still as they were saved."""
 
     kind: ClassVar[str] = "running"
 
@@ -160,6 +186,15 @@ class BalloonSize:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Saved:
+    """VMM: the machine is in its files; how much of its memory had to be written."""
+
+    kind: ClassVar[str] = "saved"
+    request_id: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Exited:
     """VMM: its last message; `reason` is one of END_REASONS, `detail` a sentence or empty."""
 
@@ -168,10 +203,12 @@ class Exited:
     detail: str
 
 
-Plain = PlugPmem | PlugBlk | Unplug | Pause | Resume | SetBalloon | GetBalloon
+Plain = PlugPmem | PlugBlk | Unplug | Pause | Resume | Save | SetBalloon | GetBalloon
 """What the VMM does by itself, without the guest's driver having to answer."""
-Request = Boot | ConnectVsock | ListenVsock | Plain
-Answer = Answered | BalloonSize
+Start = Boot | Restore
+"""What a VMM is asked first, and once."""
+Request = Start | ConnectVsock | ListenVsock | Plain
+Answer = Answered | BalloonSize | Saved
 Event = Running | Failed | Answer | Exited
 
 _REQUESTS: dict[str, type[Request]] = {m.kind: m for m in get_args(Request)}
@@ -189,6 +226,7 @@ _FIELD_LIMITS = {
     "mib": 2**32,
     "wanted_mib": 2**32,
     "actual_mib": 2**32,
+    "memory_bytes": 2**63,
 }
 
 
@@ -203,9 +241,10 @@ def encode(message: Request | Event) -> bytes:
 def decode_request(datagram: bytes) -> Request:
     """What the shim asks."""
     kind, fields = _open(datagram)
-    if kind == Boot.kind:
+    if kind in (Boot.kind, Restore.kind):
         _check_fields(kind, fields, {"config": dict})
-        return Boot(config=from_json(fields["config"]))
+        config = from_json(fields["config"])
+        return Boot(config=config) if kind == Boot.kind else Restore(config=config)
     if kind not in _REQUESTS:
         raise CallerError(f"the VMM got a message of unknown kind {kind!r}")
     return _make(_REQUESTS[kind], fields)

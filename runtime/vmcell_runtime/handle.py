@@ -38,8 +38,11 @@ from vmcell_runtime.control import (
     PlugBlk,
     PlugPmem,
     Request,
+    Restore,
     Resume,
     Running,
+    Save,
+    Saved,
     SetBalloon,
     Unplug,
     decode_event,
@@ -52,6 +55,7 @@ from vmcell_runtime.zygote_client import fork_vmm
 START_TIMEOUT_S = 60.0  # also where the dev VM's software CPU runs the interpreter
 CONNECT_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 30.0  # of the VMM itself: it answers in milliseconds on any real machine
+SAVE_TIMEOUT_S = 300.0  # a slow disk and many GiB
 CLOSE_TIMEOUT_S = 5.0
 _SHIM_FD = 3  # in the child
 
@@ -72,25 +76,48 @@ class VmmExit(NamedTuple):
     detail: str
 
 
-def spawn(config: MachineConfig, descriptors: Sequence[int], *, log_fd: int) -> VmmHandle:
-    """A VMM whose guest, a Linux, has started.
+def spawn(
+    config: MachineConfig,
+    descriptors: Sequence[int],
+    *,
+    log_fd: int,
+    saved: SavedFiles | None = None,
+) -> VmmHandle:
+    """A VMM whose guest, a Linux, has started, or with `saved` stands still as it was saved.
 
     `descriptors` are those `config` names by index; they stay the caller's and may be closed when
     this returns. The VMM writes its log to `log_fd`. Raises HostError where /dev/kvm cannot run
     Linux, else whichever of the three errors kept the machine from starting; nothing is left then.
     """
     require_linux_host()
-    return launch(config, descriptors, log_fd=log_fd)
+    return launch(config, descriptors, log_fd=log_fd, saved=saved)
 
 
-def launch(config: MachineConfig, descriptors: Sequence[int], *, log_fd: int) -> VmmHandle:
-    """`spawn` for a kernel that is known to run on any /dev/kvm; it does not look at the host."""
+class SavedFiles(NamedTuple):
+    """Descriptors of a saved machine's memory and state, open for reading; their opener's."""
+
+    memory_fd: int
+    state_fd: int
+
+
+def launch(
+    config: MachineConfig,
+    descriptors: Sequence[int],
+    *,
+    log_fd: int,
+    saved: SavedFiles | None = None,
+) -> VmmHandle:
+    """`spawn` for a kernel that is known to run on any /dev/kvm; it does not look at the host.
+
+    With `saved` the guest goes on where it was saved once `resume` is called; `config` is as of its
+    boot, with devices of its own.
+    """
     config.check_descriptors(len(descriptors))
     with ExitStack() as opened:
         config, vhost_fds = _open_vhost(config, len(descriptors), opened)
         handle = _start_process(log_fd)
         try:
-            handle.boot(config, [*descriptors, *vhost_fds])
+            handle.start(config, [*descriptors, *vhost_fds], saved)
         except BaseException:
             handle.close()
             raise
@@ -181,16 +208,18 @@ class VmmHandle:
         self._reader = threading.Thread(target=self._read, name=f"vmm-{pid}", daemon=True)
         self._reader.start()
 
-    def boot(self, config: MachineConfig, descriptors: Sequence[int]) -> None:
-        """Sends the machine over and waits until it runs; for `launch` only."""
+    def start(
+        self, config: MachineConfig, descriptors: Sequence[int], saved: SavedFiles | None
+    ) -> None:
+        """Sends the machine over and waits until it is there; for `launch` only."""
         theirs: list[socket.socket] = []
         kvm_fd = open_kvm()
         try:
             for port in config.vsock.listen_ports if config.vsock is not None else ():
                 self._listening[port], other = socket.socketpair()
                 theirs.append(other)
-            fds = [*descriptors, *(sock.fileno() for sock in theirs), kvm_fd]
-            self._send(Boot(config=config), fds)
+            fds = [*descriptors, *(sock.fileno() for sock in theirs), *(saved or ()), kvm_fd]
+            self._send(Restore(config=config) if saved else Boot(config=config), fds)
         finally:
             os.close(kvm_fd)
             for sock in theirs:
@@ -266,6 +295,21 @@ class VmmHandle:
         Wishes of several threads are granted one after the other.
         """
         self._ask(Resume(request_id=self._new_request_id()))
+
+    def save(self, memory_fd: int, state_fd: int) -> int:
+        """Writes the paused machine to two files; how many bytes of memory had to be written.
+
+        `memory_fd` is open O_RDWR on a copy of what the guest's memory was restored from or last
+        saved to, or on a hole of the RAM's length; nobody may write to that file afterwards, for
+        the guest has it as its memory from then on. `state_fd` is open for writing on an empty
+        file. CallerError (failed_precondition) if the machine runs or cannot be saved, HostError
+        (resource_exhausted) if a disk is full; the guest can go on then.
+        """
+        request = Save(request_id=self._new_request_id())
+        answer = self._ask(request, [memory_fd, state_fd], SAVE_TIMEOUT_S)
+        if not isinstance(answer, Saved):
+            raise HostError(f"VMM {self.pid} did not save; is it one of this version?")
+        return answer.memory_bytes
 
     def set_balloon(self, mib: int) -> None:
         """Asks the guest to give `mib` of its memory back to the host, or 0 to have it all again.
@@ -343,7 +387,7 @@ class VmmHandle:
                     self._failed = event
                 case Exited():
                     self._said = VmmExit(event.reason, event.detail)
-                case Answered() | BalloonSize():
+                case Answered() | BalloonSize() | Saved():
                     # An answer nobody waits for any more is dropped.
                     if event.request_id in self._waiting:
                         self._waiting.discard(event.request_id)

@@ -109,6 +109,11 @@ class HotPlug:
         if plugged.slot is not None:
             self._end_slot(plugged.slot)
 
+    @property
+    def plugged(self) -> tuple[int, ...]:
+        """Numbers of the windows that have a device."""
+        return tuple(self._plugged)
+
     def close(self) -> None:
         """Closes the devices. Slots and mappings end with the VM and its memory, after this."""
         for plugged in self._plugged.values():

@@ -14,6 +14,7 @@ from vmcell_runtime.hotplug import HotPlug
 from vmcell_runtime.kvm import abi
 from vmcell_runtime.loop import EventLoop
 from vmcell_runtime.pausing import Pausing
+from vmcell_runtime.saving import Saving
 from vmcell_runtime.vcpu import VcpuThread
 from vmcell_runtime.virtio.balloon import Balloon
 from vmcell_runtime.virtio.vsock.device import Vsock
@@ -39,6 +40,7 @@ class Machine:
         balloon: Balloon | None,
         hotplug: HotPlug,
         pausing: Pausing,
+        saving: Saving,
         resources: ExitStack,
     ) -> None:
         self.loop = loop
@@ -47,6 +49,7 @@ class Machine:
         self.balloon = balloon
         self.hotplug = hotplug
         self.pausing = pausing
+        self.saving = saving
         self._vcpus = vcpus
         self._ports = ports
         self._windows = windows
@@ -54,7 +57,8 @@ class Machine:
         self._resources = resources
 
     def run(self) -> End:
-        """Starts the guest and serves it until its end; every vCPU stands still afterwards."""
+        """Starts the guest (a restored one stands still until it is resumed) and serves it until
+        its end; every vCPU stands still afterwards."""
         for vcpu in self._vcpus:
             vcpu.start()
         self.loop.run()

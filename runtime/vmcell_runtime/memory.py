@@ -10,6 +10,8 @@ Rules kept here (each has a test):
 - While KVM knows the address of a slot the mapping cannot go away: each region holds a live
   buffer export of its mmap, and `close` and `unmap_file` refuse while they are pinned.
 - Every RAM region has inaccessible pages on both ends.
+- RAM may begin as a file that nobody writes to any more (a snapshot's): its pages are the page
+  cache's until they are written, then they are ours.
 - Shared RAM is a memfd sealed against any change of its size: a daemon that holds it too can
   scribble in it as the guest can, but not pull pages away under a load of ours (SIGBUS).
 
@@ -24,7 +26,7 @@ import ctypes
 import fcntl
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from vmcell_protos.errors import CallerError, GuestError, HostError
@@ -135,7 +137,8 @@ class _Ram:
     Anonymous, or with `shared` a memfd in which the guards are pages that nobody maps.
     """
 
-    def __init__(self, gpa: int, length_bytes: int, *, shared: bool) -> None:
+    def __init__(self, gpa: int, length_bytes: int, offset: int, *, shared: bool) -> None:
+        """`offset` is where it stands in an image of all RAM."""
         total = length_bytes + 2 * HUGE_PAGE_BYTES
         self.fd = -1
         try:
@@ -162,6 +165,8 @@ class _Ram:
         self.lead_bytes = lead
         self.gpa = gpa
         self.end_gpa = gpa + length_bytes
+        self.offset = offset
+        self.length_bytes = length_bytes
         self.address = start
         self.bytes = memoryview(mapped)[lead : lead + length_bytes]
         self.words16 = self.bytes.cast("H")
@@ -172,6 +177,26 @@ class _Ram:
     def _forbid(address: int, length_bytes: int) -> None:
         if _libc.mprotect(address, length_bytes, 0):
             raise HostError(f"guarding guest memory failed: {os.strerror(ctypes.get_errno())}")
+
+    def lay_image(self, fd: int) -> None:
+        """The file's pages stand here instead of what was here. Raises OSError."""
+        flags = mmap.MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        placed = _libc.mmap(self.address, self.length_bytes, protection, flags, fd, self.offset)
+        if placed != self.address:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        self._mapped.madvise(mmap.MADV_DONTDUMP, self.lead_bytes, self.length_bytes)
+
+    def own_pages(self, page_map_fd: int) -> bytes:
+        """A byte for each page: 1 if it is this process's own, 0 if it is untouched or a file's.
+
+        /proc/PID/pagemap, Documentation/admin-guide/mm/pagemap.rst: the top byte of an entry has
+        bit 63 present, 62 swapped, 61 "file page or shared anonymous".
+        """
+        pages = self.length_bytes // PAGE_BYTES
+        entries = os.pread(page_map_fd, 8 * pages, 8 * (self.address // PAGE_BYTES))
+        return entries[7::8].translate(_OWN_PAGE)
 
     def discard(self, gpa: int, length: int) -> None:
         # A hole in the file: pages of shared memory stay, whoever unmaps them.
@@ -190,6 +215,21 @@ class _Ram:
             self.fd = -1
 
 
+_WRITE_BYTES = 16 << 20
+_OWN_PAGE = bytes(bool(top & 0xC0) and not top & 0x20 for top in range(256))
+_ZERO_PAGE = bytes(PAGE_BYTES)
+
+
+def _runs(flags: bytes) -> Iterator[tuple[int, int]]:
+    """(first, end) of each stretch of ones."""
+    first = flags.find(1)
+    while first >= 0:
+        end = flags.find(0, first)
+        end = end if end >= 0 else len(flags)
+        yield first, end
+        first = flags.find(1, end)
+
+
 def _sealed_memfd(length_bytes: int) -> int:
     fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
@@ -203,15 +243,35 @@ def _sealed_memfd(length_bytes: int) -> int:
     return fd
 
 
+def _without_zeros(ram: _Ram, flags: bytes) -> bytes:
+    """The same flags without pages of zeros: behind a hole these read the same."""
+    kept = bytearray(flags)
+    for first, end in _runs(flags):
+        for page in range(first, end):
+            start = page * PAGE_BYTES
+            if bytes(ram.bytes[start : start + PAGE_BYTES]) == _ZERO_PAGE:
+                kept[page] = 0
+    return bytes(kept)
+
+
+def _write_pages(ram: _Ram, fd: int, start: int, end: int) -> int:
+    position = start
+    while position < end:
+        piece = ram.bytes[position : min(end, position + _WRITE_BYTES)]
+        position += os.pwrite(fd, piece, ram.offset + position)
+    return end - start
+
+
 class GuestMemory:
     """The guest's physical memory. Owns every mapping; `close` is idempotent.
 
     RAM of `ram_bytes` (a multiple of 4096) stands at 0 up to 3 GiB, the rest at 4 GiB. Reads and
     writes take guest physical addresses and raise GuestError unless the whole range is RAM. With
-    `shared` other processes can be given the RAM (`shared_regions`).
+    `shared` other processes can be given the RAM (`shared_regions`). With `image_fd`, a file as
+    `save_pages` writes it, RAM begins as that; the descriptor stays the caller's.
     """
 
-    def __init__(self, ram_bytes: int, *, shared: bool = False) -> None:
+    def __init__(self, ram_bytes: int, *, shared: bool = False, image_fd: int = -1) -> None:
         if ram_bytes <= 0 or ram_bytes % PAGE_BYTES:
             raise CallerError(f"guest memory is {ram_bytes} bytes; give a multiple of 4096")
         self.ram_bytes = ram_bytes
@@ -220,9 +280,16 @@ class GuestMemory:
         self._pinned_windows: set[int] = set()
         self._pins = 0
         self.shared = shared
-        self._ram = [_Ram(0, low, shared=shared)]
+        self._from_image = False
+        self._ram = [_Ram(0, low, 0, shared=shared)]
         if ram_bytes > low:
-            self._ram.append(_Ram(HIGH_RAM_GPA, ram_bytes - low, shared=shared))
+            self._ram.append(_Ram(HIGH_RAM_GPA, ram_bytes - low, low, shared=shared))
+        if image_fd >= 0:
+            try:
+                self.lay_image(image_fd)
+            except BaseException:
+                self.close()
+                raise
 
     @property
     def ram_ranges(self) -> tuple[Span, ...]:
@@ -300,7 +367,9 @@ class GuestMemory:
         return ram.address + gpa - ram.gpa
 
     def discard(self, gpa: int, length: int) -> None:
-        """Gives the whole pages within a range of RAM back to the host; they read as zero then.
+        """Gives the whole pages within a range of RAM back to the host.
+
+        They read as zero then, or as in the image that the RAM began as.
 
         Pieces of pages at its ends stay. GuestError unless the whole range is RAM.
         """
@@ -309,6 +378,45 @@ class GuestMemory:
         end = (gpa + length) // PAGE_BYTES * PAGE_BYTES
         if start < end:
             ram.discard(start, end - start)
+
+    def lay_image(self, fd: int) -> None:
+        """All RAM is this file's content from now on, privately: `ram_bytes` long, low RAM first.
+
+        Nobody may be using the memory, but it may be a VM's and pinned. CallerError if the file has
+        another length, or if the RAM is shared.
+        """
+        file_bytes = os.fstat(fd).st_size
+        if file_bytes != self.ram_bytes or self.shared:
+            raise CallerError(
+                f"an image of {file_bytes} bytes cannot be the RAM of a guest with "
+                f"{self.ram_bytes} bytes{' that other processes share' if self.shared else ''}",
+                code="failed_precondition",
+            )
+        try:
+            for ram in self._ram:
+                ram.lay_image(fd)
+        except OSError as error:
+            raise HostError(f"mapping the image of a guest's memory failed: {error}") from error
+        self._from_image = True
+
+    def save_pages(self, fd: int) -> int:
+        """Writes every page that is not as in the image, or all but zeros without one; bytes.
+
+        `fd` is open for writing on a file of `ram_bytes`: a copy of the image, or a hole. Nobody
+        may be writing to the memory. CallerError if the RAM is shared; OSError as it comes.
+        """
+        if self.shared:
+            raise CallerError("memory that other processes share cannot be saved")
+        written = 0
+        page_map_fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for ram in self._ram:
+                flags = ram.own_pages(page_map_fd)
+                for first, end in _runs(flags if self._from_image else _without_zeros(ram, flags)):
+                    written += _write_pages(ram, fd, first * PAGE_BYTES, end * PAGE_BYTES)
+        finally:
+            os.close(page_map_fd)
+        return written
 
     def map_file(self, fd: int, gpa: int) -> Slot:
         """Maps a whole file read-only at `gpa`, a multiple of 2 MiB, as a window.

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
 
-from vmcell_runtime.clock import GuestClock
+from vmcell_runtime.clock import GuestClock, Time
 from vmcell_runtime.loop import EventLoop
 from vmcell_runtime.vcpu import VcpuThread
 
@@ -30,13 +30,30 @@ class State(Enum):
 class Pausing:
     """On the loop's thread. A wish that is true already is granted at once."""
 
-    def __init__(self, loop: EventLoop, vcpus: Sequence[VcpuThread], clock: GuestClock) -> None:
+    def __init__(
+        self,
+        loop: EventLoop,
+        vcpus: Sequence[VcpuThread],
+        clock: GuestClock,
+        *,
+        paused: bool = False,
+    ) -> None:
+        """`paused`: the vCPUs, which have not been started, stand still from the beginning."""
         self._loop = loop
         self._vcpus = vcpus
         self._clock = clock
         self._moving = 0
         self._wishes: deque[tuple[State, Callable[[], None]]] = deque()
         self.state = State.RUNNING
+        if paused:
+            self.state = State.PAUSED
+            for vcpu in vcpus:
+                vcpu.pause(_nobody_waits)
+
+    @property
+    def stopped_at(self) -> Time:
+        """The guest's time while it is paused."""
+        return self._clock.stopped_at
 
     def pause(self, done: Callable[[], None]) -> None:
         """Calls `done` once every vCPU stands still, between two instructions of the guest."""
@@ -77,3 +94,7 @@ class Pausing:
             self._clock.stop()
             self.state = State.PAUSED
             self._grant()
+
+
+def _nobody_waits() -> None:
+    """For vCPUs that stand still before anybody asked."""

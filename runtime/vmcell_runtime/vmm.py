@@ -21,13 +21,14 @@ from typing import NoReturn
 
 from vmcell_protos.errors import VmcellError
 from vmcell_runtime import answers
-from vmcell_runtime.build import Descriptors, boot
+from vmcell_runtime.build import Descriptors, boot, restore
 from vmcell_runtime.config import MAX_DESCRIPTORS, MAX_LISTEN_PORTS
 from vmcell_runtime.control import (
     MAX_MESSAGE_BYTES,
     Boot,
     Event,
     Exited,
+    Restore,
     Running,
     cut,
     decode_request,
@@ -36,13 +37,16 @@ from vmcell_runtime.control import (
 )
 from vmcell_runtime.devices.console import LOG_LIMIT_BYTES
 from vmcell_runtime.jail import leave_network
+from vmcell_runtime.loading import Saved
 from vmcell_runtime.loop import HANGUP, READABLE
 from vmcell_runtime.machine import Machine
+from vmcell_runtime.snapshot.state import MAX_STATE_BYTES, decode
 from vmcell_runtime.vcpu import prepare_kicks
 
 EXIT_FAILED = 1
 EXIT_UNEXPECTED = 70  # EX_SOFTWARE
-_MAX_FDS = MAX_DESCRIPTORS + MAX_LISTEN_PORTS + 1
+_SAVED_FDS = 2  # memory and state, of a machine that is restored
+_MAX_FDS = MAX_DESCRIPTORS + MAX_LISTEN_PORTS + _SAVED_FDS + 1
 
 
 def main(shim_fd: int) -> NoReturn:
@@ -53,9 +57,9 @@ def main(shim_fd: int) -> NoReturn:
     prepare_kicks()
     try:
         leave_network()
-        machine = _boot(shim)
+        machine = _make(shim)
     except VmcellError as error:
-        _log(f"boot failed: {error}")
+        _log(f"start failed: {error}")
         _send(shim, failed(error))
         os._exit(EXIT_FAILED)
     if machine is None:
@@ -73,33 +77,50 @@ def main(shim_fd: int) -> NoReturn:
     os._exit(0)  # all is closed and flushed; the interpreter's own end would only take time
 
 
-def _boot(shim: socket.socket) -> Machine | None:
+def _make(shim: socket.socket) -> Machine | None:
     """None if the shim went away before it asked for anything."""
     datagram, fds, _, _ = socket.recv_fds(shim, MAX_MESSAGE_BYTES + 1, _MAX_FDS)
     if not datagram:
         return None
     request = decode_request(datagram)
-    if not isinstance(request, Boot):
-        raise ValueError(f"the shim's first message is {request.kind}, not {Boot.kind}")
+    if not isinstance(request, Boot | Restore):
+        raise ValueError(f"the shim's first message is {request.kind}, not boot or restore")
     config = request.config
     ports = config.vsock.listen_ports if config.vsock is not None else ()
-    count = len(fds) - len(ports) - 1
+    last = [fds.pop()] if fds else []
+    if isinstance(request, Restore):
+        last = fds[-_SAVED_FDS:] + last
+        del fds[-_SAVED_FDS:]
+    count = len(fds) - len(ports)
     if count < 0:
-        raise ValueError(f"{len(fds)} descriptors came with the boot message; too few")
-    for fd in fds:
+        raise ValueError(f"too few descriptors came with the {request.kind} message")
+    for fd in (*fds, *last):
         os.set_inheritable(fd, False)
     config.check_descriptors(count)
-    listeners = [socket.socket(fileno=fd) for fd in fds[count:-1]]
+    listeners = [socket.socket(fileno=fd) for fd in fds[count:]]
     descriptors = Descriptors(fds[:count])
+    *saved_fds, kvm_fd = last
     try:
-        return boot(config, descriptors, fds[-1], listeners, Reports())
+        if isinstance(request, Boot):
+            return boot(config, descriptors, kvm_fd, listeners, Reports())
+        memory_fd, state_fd = saved_fds
+        saved = Saved(decode(_read_all(state_fd)), memory_fd)
+        return restore(config, descriptors, kvm_fd, listeners, Reports(), saved)
     finally:
         descriptors.close()
+        for fd in saved_fds:
+            os.close(fd)
+
+
+def _read_all(fd: int) -> bytes:
+    """The whole file, or just more than a state may have."""
+    with open(fd, "rb", closefd=False) as file:
+        return file.read(MAX_STATE_BYTES + 1)
 
 
 def _on_shim(shim: socket.socket, machine: Machine, _events: int) -> None:
     try:
-        datagram, fds, _, _ = socket.recv_fds(shim, MAX_MESSAGE_BYTES + 1, 1)
+        datagram, fds, _, _ = socket.recv_fds(shim, MAX_MESSAGE_BYTES + 1, answers.MAX_DESCRIPTORS)
     except ConnectionResetError:  # it went with a message of ours unread
         datagram, fds = b"", []
     if not datagram:

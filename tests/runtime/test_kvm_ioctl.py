@@ -32,10 +32,11 @@ def test_a_buffer_one_byte_short_is_no_system_call(request_number: int) -> None:
 @pytest.mark.parametrize("request_number", sorted(abi.FLEXIBLE_ENTRY_BYTES), ids=named)
 def test_declared_entries_must_be_there(request_number: int) -> None:
     entry = abi.FLEXIBLE_ENTRY_BYTES[request_number]
-    buffer = bytearray((3).to_bytes(8, "little") + bytes(3 * entry))
+    header = abi.request_size(request_number)
+    buffer = bytearray((3).to_bytes(header, "little") + bytes(3 * entry))
     with pytest.raises(HostError):
         kvm_ioctl(NO_FD, request_number, buffer)
-    with pytest.raises(ValueError, match=f"needs {8 + 3 * entry} bytes"):
+    with pytest.raises(ValueError, match=f"needs {header + 3 * entry} bytes"):
         kvm_ioctl(NO_FD, request_number, buffer[:-1])
     buffer[0] = 4
     with pytest.raises(ValueError):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from payload import elf, memory_file
 
 from vmcell_runtime.config import MachineConfig
-from vmcell_runtime.handle import VmmHandle, launch
+from vmcell_runtime.handle import SavedFiles, VmmHandle, launch
 
 DEADLINE_S = 30
 
@@ -30,6 +31,15 @@ class Bench:
 
     def launch(self, code: bytes, *more_fds: int, **fields: object) -> VmmHandle:
         """A running VMM; descriptor 0 is the kernel, 1 the console, `more_fds` follow."""
+        return self._launch(code, more_fds, fields, None)
+
+    def _launch(
+        self,
+        code: bytes,
+        more_fds: Sequence[int],
+        fields: dict[str, object],
+        saved: SavedFiles | None,
+    ) -> VmmHandle:
         config = MachineConfig(
             **{
                 "vcpu_count": 1,
@@ -41,11 +51,29 @@ class Bench:
         )
         kernel_fd = memory_file(elf(code))
         try:
-            started = launch(config, [kernel_fd, self.console_fd, *more_fds], log_fd=self.log_fd)
+            fds = [kernel_fd, self.console_fd, *more_fds]
+            started = launch(config, fds, log_fd=self.log_fd, saved=saved)
         finally:
             os.close(kernel_fd)
         self._resources.callback(started.close)
         return started
+
+    def save(self, vmm: VmmHandle, folder: Path, base: Path | None = None) -> Path:
+        """A snapshot of a paused VMM: `memory` and `state` in `folder`."""
+        folder.mkdir()
+        if base is not None:
+            shutil.copyfile(base / "memory", folder / "memory")
+        with (folder / "memory").open("r+b" if base else "w+b") as memory:
+            memory.truncate(64 << 20)
+            with (folder / "state").open("wb") as state:
+                vmm.save(memory.fileno(), state.fileno())
+        return folder
+
+    def restore(self, snapshot: Path, *more_fds: int, **fields: object) -> VmmHandle:
+        """A paused VMM made from a snapshot; descriptors as for `launch`."""
+        with (snapshot / "memory").open("rb") as memory, (snapshot / "state").open("rb") as state:
+            saved = SavedFiles(memory.fileno(), state.fileno())
+            return self._launch(b"", more_fds, fields, saved)
 
     @property
     def console(self) -> bytes:

@@ -20,19 +20,19 @@ class Cmos:
     """The clock shows the host's wall clock in UTC at each read."""
 
     def __init__(self) -> None:
-        self._index = 0
+        self.index = 0
 
     def read(self, offset: int, size: int) -> int:
         if offset != 1 or size != 1:
             return (1 << 8 * size) - 1
-        fixed = _FIXED.get(self._index)
+        fixed = _FIXED.get(self.index)
         if fixed is not None:
             return fixed
-        return _clock(self._index, time.gmtime())
+        return _clock(self.index, time.gmtime())
 
     def write(self, offset: int, size: int, value: int) -> None:
         if offset == 0 and size == 1:
-            self._index = value & 0x7F  # the top bit masks NMIs
+            self.index = value & 0x7F  # the top bit masks NMIs
 
 
 _FIXED = {STATUS_A: A_DIVIDER_32768_HZ, STATUS_B: B_24_HOURS, STATUS_C: 0, STATUS_D: D_VALID}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from typing import Protocol
 
+from vmcell_protos.errors import CallerError
 from vmcell_runtime.irq import Interrupt
 
 DATA, IER, IIR_FCR, LCR, MCR, LSR, MSR, SCR = range(8)
@@ -65,6 +66,40 @@ class Serial:
             return
         with self._lock:
             self._write(offset, value)
+
+    def save(self) -> dict[str, int]:
+        """The registers as numbers by name; -1 where there is nothing."""
+        with self._lock:
+            return {
+                "interrupts_enabled": self._interrupts_enabled,
+                "fifo": int(self._fifo),
+                "line_control": self._line_control,
+                "modem_control": self._modem_control,
+                "scratch": self._scratch,
+                "divisor_low": self._divisor[0],
+                "divisor_high": self._divisor[1],
+                "looped": -1 if self._looped is None else self._looped,
+                "transmit_pending": int(self._transmit_pending),
+            }
+
+    def load(self, registers: dict[str, int]) -> None:
+        """Takes over what `save` gave, all of it bytes (CallerError)."""
+        found = {name: registers.get(name) for name in self.save()}
+        for name, value in found.items():
+            if value is None or not -1 <= value <= 0xFF or (value < 0 and name != "looped"):
+                raise CallerError(f"register {name} of the serial port was saved as {value}")
+        values = {name: value for name, value in found.items() if value is not None}
+        with self._lock:
+            self._interrupts_enabled = values["interrupts_enabled"]
+            self._fifo = bool(values["fifo"])
+            self._line_control = values["line_control"]
+            self._modem_control = values["modem_control"]
+            self._scratch = values["scratch"]
+            self._divisor = [values["divisor_low"], values["divisor_high"]]
+            self._looped = None if values["looped"] < 0 else values["looped"]
+            self._transmit_pending = bool(values["transmit_pending"])
+        if values["transmit_pending"]:
+            self._irq.fire()
 
     def flush(self) -> None:
         """Pushes a line without its end to the sink's file; for the machine's own end."""

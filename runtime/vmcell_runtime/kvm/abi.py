@@ -56,6 +56,11 @@ def _iowr(number: int, struct: type[ctypes.Structure]) -> int:
     return _ioc(_IOC_READ | _IOC_WRITE, number, ctypes.sizeof(struct))
 
 
+def _opaque(direction: int, number: int, size_bytes: int) -> int:
+    """A request whose struct is carried from one ioctl to another and never looked into."""
+    return _ioc(direction, number, size_bytes)
+
+
 # Memory
 
 
@@ -119,6 +124,14 @@ class kvm_device_attr(ctypes.Structure):
 KVM_VCPU_TSC_CTRL = 0
 KVM_VCPU_TSC_OFFSET = 0
 MSR_IA32_TSC = 0x10
+
+
+@c_struct(4)
+class kvm_msr_list(ctypes.Structure):
+    """Header; `nmsrs` indices of 4 bytes follow."""
+
+    nmsrs: u32
+
 
 # Registers
 
@@ -341,16 +354,19 @@ KVM_CAP_USER_MEMORY = 3
 KVM_CAP_IRQFD = 32
 KVM_CAP_IOEVENTFD = 36
 KVM_CAP_ADJUST_CLOCK = 39
+KVM_CAP_TSC_CONTROL = 60
 KVM_CAP_TSC_DEADLINE_TIMER = 72
 KVM_CAP_KVMCLOCK_CTRL = 76
 KVM_CAP_READONLY_MEM = 81
 KVM_CAP_IMMEDIATE_EXIT = 136
+KVM_CAP_XSAVE2 = 208
 
 # Requests of /dev/kvm
 
 KVM_GET_API_VERSION = _io(0x00)
 KVM_CREATE_VM = _io(0x01)
 KVM_CHECK_EXTENSION = _io(0x03)
+KVM_GET_MSR_INDEX_LIST = _iowr(0x02, kvm_msr_list)
 KVM_GET_VCPU_MMAP_SIZE = _io(0x04)
 KVM_GET_SUPPORTED_CPUID = _iowr(0x05, kvm_cpuid2)
 
@@ -368,6 +384,10 @@ KVM_SET_USER_MEMORY_REGION = _iow(0x46, kvm_userspace_memory_region)
 KVM_SET_TSS_ADDR = _io(0x47)
 KVM_SET_IDENTITY_MAP_ADDR = _iow(0x48, identity_map_address)
 KVM_CREATE_IRQCHIP = _io(0x60)
+IRQCHIP_BYTES = 520  # struct kvm_irqchip: u32 chip_id, u32 pad, 512 bytes of the chip
+KVM_NR_IRQCHIPS = 3  # both PICs and the IOAPIC
+KVM_GET_IRQCHIP = _opaque(_IOC_READ | _IOC_WRITE, 0x62, IRQCHIP_BYTES)
+KVM_SET_IRQCHIP = _opaque(_IOC_READ, 0x63, IRQCHIP_BYTES)
 KVM_IRQFD = _iow(0x76, kvm_irqfd)
 KVM_IOEVENTFD = _iow(0x79, kvm_ioeventfd)
 KVM_SET_CLOCK = _iow(0x7B, kvm_clock_data)
@@ -383,9 +403,28 @@ KVM_SET_SREGS = _iow(0x84, kvm_sregs)
 KVM_GET_MSRS = _iowr(0x88, kvm_msrs)
 KVM_SET_MSRS = _iow(0x89, kvm_msrs)
 KVM_SET_FPU = _iow(0x8D, kvm_fpu)
+LAPIC_BYTES = 1024  # struct kvm_lapic_state
+KVM_GET_LAPIC = _opaque(_IOC_READ, 0x8E, LAPIC_BYTES)
+KVM_SET_LAPIC = _opaque(_IOC_WRITE, 0x8F, LAPIC_BYTES)
 KVM_SET_CPUID2 = _iow(0x90, kvm_cpuid2)
 KVM_GET_MP_STATE = _ior(0x98, kvm_mp_state)
+KVM_SET_MP_STATE = _iow(0x99, kvm_mp_state)
+EVENTS_BYTES = 64  # struct kvm_vcpu_events
+KVM_GET_VCPU_EVENTS = _opaque(_IOC_READ, 0x9F, EVENTS_BYTES)
+KVM_SET_VCPU_EVENTS = _opaque(_IOC_WRITE, 0xA0, EVENTS_BYTES)
+DEBUGREGS_BYTES = 128  # struct kvm_debugregs
+KVM_GET_DEBUGREGS = _opaque(_IOC_READ, 0xA1, DEBUGREGS_BYTES)
+KVM_SET_DEBUGREGS = _opaque(_IOC_WRITE, 0xA2, DEBUGREGS_BYTES)
+KVM_SET_TSC_KHZ = _io(0xA2)
+KVM_GET_TSC_KHZ = _io(0xA3)
+XSAVE_BYTES = 4096  # struct kvm_xsave; more where KVM_CAP_XSAVE2 says so
+KVM_GET_XSAVE = _opaque(_IOC_READ, 0xA4, XSAVE_BYTES)
+KVM_SET_XSAVE = _opaque(_IOC_WRITE, 0xA5, XSAVE_BYTES)
+XCRS_BYTES = 392  # struct kvm_xcrs
+KVM_GET_XCRS = _opaque(_IOC_READ, 0xA6, XCRS_BYTES)
+KVM_SET_XCRS = _opaque(_IOC_WRITE, 0xA7, XCRS_BYTES)
 KVM_KVMCLOCK_CTRL = _io(0xAD)
+KVM_GET_XSAVE2 = _opaque(_IOC_READ, 0xCF, XSAVE_BYTES)
 KVM_SET_DEVICE_ATTR = _iow(0xE1, kvm_device_attr)
 KVM_GET_DEVICE_ATTR = _iow(0xE2, kvm_device_attr)
 KVM_HAS_DEVICE_ATTR = _iow(0xE3, kvm_device_attr)
@@ -397,6 +436,7 @@ REQUEST_NAMES: dict[int, str] = {
 }
 
 FLEXIBLE_ENTRY_BYTES: dict[int, int] = {
+    KVM_GET_MSR_INDEX_LIST: 4,
     KVM_GET_SUPPORTED_CPUID: ctypes.sizeof(kvm_cpuid_entry2),
     KVM_SET_CPUID2: ctypes.sizeof(kvm_cpuid_entry2),
     KVM_GET_MSRS: ctypes.sizeof(kvm_msr_entry),

@@ -14,11 +14,14 @@ from vmcell_runtime.kvm.abi import (
     KVM_CAP_READONLY_MEM,
     KVM_CAP_TSC_DEADLINE_TIMER,
     KVM_CAP_USER_MEMORY,
+    KVM_CAP_XSAVE2,
     KVM_CHECK_EXTENSION,
     KVM_CREATE_VM,
     KVM_GET_API_VERSION,
+    KVM_GET_MSR_INDEX_LIST,
     KVM_GET_SUPPORTED_CPUID,
     KVM_GET_VCPU_MMAP_SIZE,
+    XSAVE_BYTES,
 )
 from vmcell_runtime.kvm.cpuid import CpuidEntry, decode_cpuid
 from vmcell_runtime.kvm.ioctl import kvm_ioctl
@@ -32,6 +35,7 @@ _REQUIRED = {
     KVM_CAP_IMMEDIATE_EXIT: "KVM_CAP_IMMEDIATE_EXIT",
 }
 _MAX_CPUID_ENTRIES = 256
+_MAX_MSRS = 1024
 
 
 class System:
@@ -60,6 +64,18 @@ class System:
         buffer[:4] = _MAX_CPUID_ENTRIES.to_bytes(4, "little")
         kvm_ioctl(self._fd, KVM_GET_SUPPORTED_CPUID, buffer)
         return decode_cpuid(buffer)
+
+    def saved_msrs(self) -> list[int]:
+        """The MSRs that make up a vCPU's state. KVM_GET_MSR_INDEX_LIST, api.rst 4.3."""
+        buffer = bytearray(4 + 4 * _MAX_MSRS)
+        buffer[:4] = _MAX_MSRS.to_bytes(4, "little")
+        kvm_ioctl(self._fd, KVM_GET_MSR_INDEX_LIST, buffer)
+        count = int.from_bytes(buffer[:4], "little")
+        return [int.from_bytes(buffer[4 * n : 4 * n + 4], "little") for n in range(1, count + 1)]
+
+    def xsave_bytes(self) -> int:
+        """Length of a vCPU's extended state: 4096, or more on processors with AMX. api.rst 5."""
+        return max(XSAVE_BYTES, self.check_extension(KVM_CAP_XSAVE2))
 
     def run_page_bytes(self) -> int:
         """Length of the shared page of a vCPU."""

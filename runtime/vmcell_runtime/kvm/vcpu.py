@@ -25,15 +25,18 @@ from vmcell_runtime.kvm.abi import (
     KVM_GET_MSRS,
     KVM_GET_REGS,
     KVM_GET_SREGS,
+    KVM_GET_TSC_KHZ,
     KVM_HAS_DEVICE_ATTR,
     KVM_KVMCLOCK_CTRL,
     KVM_RUN,
     KVM_SET_CPUID2,
     KVM_SET_DEVICE_ATTR,
     KVM_SET_FPU,
+    KVM_SET_MP_STATE,
     KVM_SET_MSRS,
     KVM_SET_REGS,
     KVM_SET_SREGS,
+    KVM_SET_TSC_KHZ,
     KVM_VCPU_TSC_CTRL,
     KVM_VCPU_TSC_OFFSET,
     MSR_IA32_TSC,
@@ -165,11 +168,41 @@ class Vcpu:
             index, value = list(msrs.items())[done]
             raise HostError(f"KVM refused to set MSR {index:#x} to {value:#x}")
 
+    def get_msrs(self, indices: list[int]) -> dict[int, int]:
+        """HostError names the first MSR that KVM does not tell. api.rst 4.18."""
+        packed = b"".join(struct.pack("<IIQ", index, 0, 0) for index in indices)
+        buffer = bytearray(struct.pack("<II", len(indices), 0) + packed)
+        done = kvm_ioctl(self._fd, KVM_GET_MSRS, buffer)
+        if done != len(indices):
+            raise HostError(f"KVM does not tell MSR {indices[done]:#x}")
+        return {index: value for index, _, value in struct.iter_unpack("<IIQ", buffer[8:])}
+
+    def get_opaque(self, request: int, length_bytes: int) -> bytes:
+        """A struct nobody here looks into, as `vcpu_state` saves it."""
+        buffer = bytearray(length_bytes)
+        kvm_ioctl(self._fd, request, buffer)
+        return bytes(buffer)
+
+    def set_opaque(self, request: int, content: bytes) -> None:
+        """The opposite of `get_opaque`, with its bytes."""
+        kvm_ioctl(self._fd, request, bytearray(content))
+
+    def tsc_khz(self) -> int:
+        """Ticks of the guest's time stamp counter in a millisecond. api.rst 4.56."""
+        return kvm_ioctl(self._fd, KVM_GET_TSC_KHZ)
+
+    def set_tsc_khz(self, khz: int) -> None:
+        """Scales the counter, where KVM_CAP_TSC_CONTROL is offered. api.rst 4.55."""
+        kvm_ioctl(self._fd, KVM_SET_TSC_KHZ, khz)
+
     def mp_state(self) -> int:
         """One of KVM_MP_STATE_*: all vCPUs but the first wait for a SIPI at start."""
         state = kvm_mp_state()
         kvm_ioctl(self._fd, KVM_GET_MP_STATE, state)
         return state.mp_state
+
+    def set_mp_state(self, state: int) -> None:
+        kvm_ioctl(self._fd, KVM_SET_MP_STATE, kvm_mp_state(mp_state=state))
 
     def tsc(self) -> int:
         """The guest's time stamp counter now. KVM_GET_MSRS, api.rst 4.18."""

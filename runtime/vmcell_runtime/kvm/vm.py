@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import struct
 
 from vmcell_protos.errors import HostError
 from vmcell_runtime.kvm.abi import (
+    IRQCHIP_BYTES,
     KVM_CREATE_IRQCHIP,
     KVM_CREATE_VCPU,
     KVM_GET_CLOCK,
+    KVM_GET_IRQCHIP,
     KVM_IOEVENTFD,
     KVM_IOEVENTFD_FLAG_DATAMATCH,
     KVM_IOEVENTFD_FLAG_DEASSIGN,
     KVM_IRQFD,
     KVM_MEM_READONLY,
+    KVM_NR_IRQCHIPS,
     KVM_SET_CLOCK,
     KVM_SET_IDENTITY_MAP_ADDR,
+    KVM_SET_IRQCHIP,
     KVM_SET_TSS_ADDR,
     KVM_SET_USER_MEMORY_REGION,
     identity_map_address,
@@ -88,6 +93,21 @@ class Vm:
     def create_irqchip(self) -> None:
         """PIC, IOAPIC and a LAPIC per vCPU in the kernel, GSI n at pin n. api.rst 4.24."""
         kvm_ioctl(self._fd, KVM_CREATE_IRQCHIP)
+
+    def irqchips(self) -> tuple[bytes, ...]:
+        """Both PICs and the IOAPIC, as `load_irqchips` takes them. api.rst 4.25."""
+        return tuple(self._irqchip(number) for number in range(KVM_NR_IRQCHIPS))
+
+    def _irqchip(self, number: int) -> bytes:
+        buffer = bytearray(IRQCHIP_BYTES)
+        buffer[:4] = number.to_bytes(4, "little")
+        kvm_ioctl(self._fd, KVM_GET_IRQCHIP, buffer)
+        return bytes(buffer[8:])
+
+    def load_irqchips(self, chips: tuple[bytes, ...]) -> None:
+        """Puts the chips into the state they were saved in. api.rst 4.26."""
+        for number, chip in enumerate(chips):
+            kvm_ioctl(self._fd, KVM_SET_IRQCHIP, bytearray(struct.pack("<II", number, 0) + chip))
 
     def create_vcpu(self, number: int) -> int:
         """The descriptor of vCPU `number`, which is its APIC id; the caller's to close."""

@@ -2,8 +2,8 @@
 
 The host asks for an amount (`num_pages`), the driver tells page numbers as it gives pages up, and
 free page reporting names pages that happen to be free without being asked for. All of them leave
-the host's memory at once and read as zero when they are used again, so the driver may take them
-back without asking.
+the host's memory at once and read as something old when they are used again (zero, or what a
+snapshot had there), so the driver may take them back without asking.
 
 Queues are numbered without gaps, as Linux does it (drivers/virtio/virtio_mmio.c): the queues of
 features that are not offered, statistics and free page hints, have no number.
@@ -109,6 +109,15 @@ class Balloon:
         more = queue.drain(answer, BUDGETS[queue_index])
         activation.link.signal(queue)
         return more
+
+    def remembered(self) -> dict[str, int]:
+        return {"wanted_pages": self._wanted_pages, "actual_pages": self._actual_pages}
+
+    def remember(self, own: dict[str, int]) -> None:
+        wanted, actual = own.get("wanted_pages", -1), own.get("actual_pages", -1)
+        if not 0 <= wanted <= self._memory.ram_bytes // PAGE_BYTES or not 0 <= actual < 1 << 32:
+            raise CallerError(f"a balloon of {wanted} wanted and {actual} actual pages cannot be")
+        self._wanted_pages, self._actual_pages = wanted, actual
 
     def reset(self) -> None:
         self._activation = None

@@ -99,3 +99,34 @@ class FeatureQueues(Protocol):
 
     def queue_count(self, features: int) -> int:
         """How many queues, counted from the first, a driver with these features sets up."""
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A device with a memory of its own beside its queues."""
+
+    def remembered(self) -> dict[str, int]:
+        """What a successor must know, as numbers below 2**64 by name."""
+
+    def remember(self, own: dict[str, int]) -> None:
+        """Takes over from a predecessor; CallerError if that cannot have been one."""
+
+
+@runtime_checkable
+class KernelDriven(Protocol):
+    """A device whose queues the host's kernel works on by itself, and that can be told to wait."""
+
+    def suspend(self) -> tuple[tuple[int, int], ...]:
+        """Nothing touches guest memory any more; (next to take, next to give back) of each queue
+        of the activation, none without one."""
+
+    def proceed(self) -> None:
+        """The opposite of `suspend`."""
+
+
+@runtime_checkable
+class Reconnecting(Protocol):
+    """A device whose driver must hear that what it was connected to is gone."""
+
+    def tell_restored(self) -> None:
+        """Once, after an activation was taken over from another process; under the lock."""

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import ParamSpec
 
-from vmcell_protos.errors import GuestError
+from vmcell_protos.errors import CallerError, GuestError
 from vmcell_runtime.irq import Interrupt
 from vmcell_runtime.loop import EventLoop
 from vmcell_runtime.memory import GuestMemory
@@ -27,9 +27,13 @@ from vmcell_runtime.virtio.device import (
     Activation,
     ConfigWriter,
     FeatureQueues,
+    KernelDriven,
+    Reconnecting,
+    Remembering,
     VirtioDevice,
 )
 from vmcell_runtime.virtio.queue import Queue, RingLayout
+from vmcell_runtime.virtio.saved import QueueState, TransportState
 
 P = ParamSpec("P")
 
@@ -42,6 +46,9 @@ _NO_SHM_REGION = 0xFFFF_FFFF  # length and base of a region that does not exist,
 Report = Callable[[str], None]
 """Takes one line for the operator's log."""
 
+
+# Disks, images and sockets: what a driver read there it holds for true.
+_FIXED_CONFIG = (abi.DEVICE_ID_BLOCK, abi.DEVICE_ID_PMEM, abi.DEVICE_ID_SOCKET)
 
 _EMPTY_REGISTERS = {
     abi.MMIO_MAGIC: abi.MMIO_MAGIC_VALUE,
@@ -131,6 +138,7 @@ class MmioTransport:
         self._offered = device.features | abi.F_VERSION_1 | abi.F_EVENT_IDX
         self.ignored_accesses = 0
         self._link: _ActivationLink | None = None
+        self._queues: tuple[Queue, ...] = ()
         self._clear_registers()
         self.notify_fds: tuple[int, ...] = tuple(
             os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in device.queue_sizes
@@ -176,6 +184,113 @@ class MmioTransport:
     def status(self) -> int:
         """The device status register as the guest would read it."""
         return self._status
+
+    # Another process's turn
+
+    def save(self) -> TransportState:
+        """All that a successor needs, on the loop's thread, while no vCPU is in the guest.
+
+        Nothing touches guest memory from here on until `go_on`. CallerError for a device that
+        others have a hand in.
+        """
+        if self._device.device_id == abi.DEVICE_ID_FS:
+            raise CallerError(
+                "a guest with live directories of the host cannot be saved; use volumes or copies",
+                code="failed_precondition",
+            )
+        with self._lock:
+            device = self._device
+            positions = [queue.position for queue in self._queues] if self._link else []
+            if isinstance(device, KernelDriven):
+                positions = list(device.suspend())
+            positions += [(0, 0)] * (len(self._queue_registers) - len(positions))
+            return TransportState(
+                device_id=device.device_id,
+                config=device.config,
+                status=self._status,
+                device_features_select=self._device_features_select,
+                driver_features_select=self._driver_features_select,
+                driver_features=self._driver_features,
+                queue_select=self._queue_select,
+                config_generation=self._config_generation,
+                interrupt_status=self._interrupt_status,
+                queues=tuple(
+                    QueueState(
+                        row.size,
+                        row.ready,
+                        row.descriptor_gpa,
+                        row.driver_gpa,
+                        row.device_gpa,
+                        *position,
+                    )
+                    for row, position in zip(self._queue_registers, positions, strict=True)
+                ),
+                own=device.remembered() if isinstance(device, Remembering) else {},
+            )
+
+    def go_on(self) -> None:
+        """The opposite of `save` where this process goes on by itself."""
+        with self._lock:
+            if isinstance(self._device, KernelDriven):
+                self._device.proceed()
+
+    def load(self, state: TransportState) -> None:
+        """Takes over from a transport of the same kind, before any vCPU runs.
+
+        CallerError if it cannot have been one; the guest is told of what is lost with the other.
+        """
+        with self._lock:
+            self._check_predecessor(state)
+            self._status = state.status
+            self._device_features_select = state.device_features_select
+            self._driver_features_select = state.driver_features_select
+            self._driver_features = state.driver_features
+            self._queue_select = state.queue_select
+            self._config_generation = state.config_generation
+            for row, saved in zip(self._queue_registers, state.queues, strict=True):
+                row.size, row.ready = saved.size, saved.ready
+                row.descriptor_gpa, row.driver_gpa = saved.descriptor_gpa, saved.driver_gpa
+                row.device_gpa = saved.device_gpa
+            if isinstance(self._device, Remembering):
+                self._device.remember(state.own)
+            if self._status == status.RUNNING:
+                try:
+                    self._take_over(state)
+                except GuestError as error:
+                    raise CallerError(
+                        f"the queues of virtio device {state.device_id} cannot be: {error}",
+                        code="data_loss",
+                    ) from error
+            # A line that was raised for it may not have reached the guest.
+            if state.interrupt_status or (self._device.in_kernel and self._link is not None):
+                self.interrupt(state.interrupt_status)
+
+    def _check_predecessor(self, state: TransportState) -> None:
+        device = self._device
+        if state.device_id != device.device_id or len(state.queues) != len(self._queue_registers):
+            raise CallerError(
+                f"a device of kind {state.device_id} with {len(state.queues)} queues was saved "
+                f"where {device.device_id} with {len(self._queue_registers)} is",
+                code="failed_precondition",
+            )
+        if device.device_id in _FIXED_CONFIG and state.config != device.config:
+            raise CallerError(
+                f"virtio device {state.device_id} was saved with configuration "
+                f"{state.config.hex()} and is {device.config.hex()} now; has its file changed?",
+                code="failed_precondition",
+            )
+        unknown = state.driver_features & ~self._offered
+        if unknown:
+            raise CallerError(
+                f"the driver of virtio device {state.device_id} uses features {unknown:#x}, which "
+                "are not offered here",
+                code="failed_precondition",
+            )
+
+    def _take_over(self, state: TransportState) -> None:
+        self._activate(tuple((row.next_avail, row.used_index) for row in state.queues))
+        if isinstance(self._device, Reconnecting):
+            self._device.tell_restored()
 
     def close(self) -> None:
         """Takes the notifications off the loop, closes them and the device; idempotent.
@@ -351,29 +466,35 @@ class MmioTransport:
         else:
             self._status = new
             if new == status.RUNNING:
-                self._activate()
+                self._start()
         return True
 
     def _features_acceptable(self) -> bool:
         unknown = self._driver_features & ~self._offered
         return not unknown and bool(self._driver_features & abi.F_VERSION_1)
 
-    def _activate(self) -> None:
+    def _start(self) -> None:
+        try:
+            self._activate(())
+        except GuestError as error:
+            self._fail(error)
+
+    def _activate(self, positions: tuple[tuple[int, int], ...]) -> None:
+        """Hands the device its queues; `positions` of a predecessor's, none for a new start."""
         link = self._link = _ActivationLink(self)
         count = len(self._queue_registers)
         if self._feature_queues is not None:
             count = self._feature_queues.queue_count(self._driver_features)
-        try:
-            queues = tuple(
-                self._freeze(registers, max_size)
-                for registers, max_size in zip(
-                    self._queue_registers[:count], self._device.queue_sizes[:count], strict=True
-                )
+        queues = tuple(
+            self._freeze(registers, max_size)
+            for registers, max_size in zip(
+                self._queue_registers[:count], self._device.queue_sizes[:count], strict=True
             )
-            self._device.activate(Activation(self._driver_features, queues, self.notify_fds, link))
-        except GuestError as error:
-            self._fail(error)
-            return
+        )
+        for queue, (next_avail, used_index) in zip(queues, positions, strict=False):
+            queue.resume(next_avail, used_index, ())
+        self._queues = queues
+        self._device.activate(Activation(self._driver_features, queues, self.notify_fds, link))
         for fd in self.notify_fds:
             os.eventfd_write(fd, 1)  # buffers may have been offered before DRIVER_OK
 

@@ -138,6 +138,22 @@ class Net:
             self._vhost.stop(len(activation.queues))
         self._loop.call_soon(self._unwatch_unless_active)
 
+    def suspend(self) -> tuple[tuple[int, int], ...]:
+        activation = self._activation
+        if activation is None:
+            return ()
+        if self._vhost is None:
+            return tuple(queue.position for queue in activation.queues)
+        self._vhost.stop(len(activation.queues))
+        positions = self._vhost.positions(activation)
+        for queue, (next_avail, used_index) in zip(activation.queues, positions, strict=True):
+            queue.resume(next_avail, used_index, ())
+        return positions
+
+    def proceed(self) -> None:
+        if self._activation is not None and self._vhost is not None:
+            self._vhost.start(self._activation, self._tap_fd)
+
     def close(self) -> None:
         self._activation = None
         if self._tap_fd < 0:

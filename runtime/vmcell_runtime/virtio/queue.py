@@ -107,6 +107,14 @@ class Queue:
         self._in_flight: set[int] = set()
         self._fence = threading.Lock()
 
+    @property
+    def position(self) -> tuple[int, int]:
+        """(next buffer to take, next to give back), as if nothing were in flight.
+
+        True for whoever goes on with what this one took in the order of the ring.
+        """
+        return (self._next_avail - len(self._in_flight)) & 0xFFFF, self._used_index
+
     def resume(self, next_avail: int, used_index: int, in_flight: Iterable[int]) -> None:
         """Goes on where another device stopped; `in_flight` are heads it took and this one has."""
         self._next_avail = self._seen_avail = next_avail

@@ -51,6 +51,25 @@ class VhostNet:
         for index in range(queues):
             self._set_backend(index, host_abi.VHOST_FILE_UNBIND)
 
+    def positions(self, activation: Activation) -> tuple[tuple[int, int], ...]:
+        """(next to take, next to give back) of each queue after `stop`.
+
+        The kernel keeps the second in the used ring alone (drivers/vhost/vhost.c,
+        vhost_vq_init_access).
+        """
+        state = host_abi.vhost_vring_state
+        found = []
+        for index, queue in enumerate(activation.queues):
+            answer = ioctl_bytes(
+                self._fd,
+                host_abi.VHOST_GET_VRING_BASE,
+                state.pack(index, 0),
+                "asking vhost-net where it stands",
+            )
+            used_index = self._memory.load16(queue.layout.device_gpa + 2)
+            found.append((state.unpack(answer)[1] & 0xFFFF, used_index))
+        return tuple(found)
+
     def close(self) -> None:
         """Idempotent; closing the descriptor stops the kernel's work if it was still going on."""
         if self._fd >= 0:
@@ -74,7 +93,7 @@ class VhostNet:
         ]
         address = host_abi.vhost_vring_addr.pack(index, 0, descriptor, device, driver, 0)
         self._set(host_abi.VHOST_SET_VRING_NUM, state.pack(index, layout.size))
-        self._set(host_abi.VHOST_SET_VRING_BASE, state.pack(index, 0))
+        self._set(host_abi.VHOST_SET_VRING_BASE, state.pack(index, queue.position[0]))
         self._set(host_abi.VHOST_SET_VRING_ADDR, address)
         self._set(host_abi.VHOST_SET_VRING_KICK, file.pack(index, kick_fd))
         self._set(host_abi.VHOST_SET_VRING_CALL, file.pack(index, self._call_fd))

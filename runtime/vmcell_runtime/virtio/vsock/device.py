@@ -30,7 +30,7 @@ class Vsock:
 
     device_id = abi.DEVICE_ID_SOCKET
     features = 0  # streams only, which needs no feature bit
-    queue_sizes = (256, 256, 16)  # receive, transmit, events (none is ever sent: no migration)
+    queue_sizes = (256, 256, 16)  # receive, transmit, events
     max_chain_bytes = packet.MAX_PAYLOAD_BYTES + packet.HEADER_BYTES
     in_kernel = False
 
@@ -80,6 +80,10 @@ class Vsock:
         if mux is not None:
             self._graveyard += mux.give_up()
             self._loop.call_soon(self._bury)
+
+    def tell_restored(self) -> None:
+        if self._mux is not None:
+            self._mux.reset_transport()
 
     def close(self) -> None:
         """What the guest sent before its end still reaches the host, if the host takes it soon."""

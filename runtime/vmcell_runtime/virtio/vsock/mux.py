@@ -58,7 +58,7 @@ class Mux:
         self._memory = memory
         self._loop = loop
         self._link = activation.link
-        self._rx, self._tx, _ = activation.queues
+        self._rx, self._tx, self._events = activation.queues
         self._tx_notify_fd = activation.notify_fds[TX]
         self._guest_cid = guest_cid
         self._listeners = listeners
@@ -100,6 +100,17 @@ class Mux:
         )
         self._post(stream, packet.OP_REQUEST)
         self._finish()
+
+    def reset_transport(self) -> None:
+        """Tells the driver that all its connections are gone (§ 5.10.6.6): they were another's.
+
+        A driver that offered no buffer for events, as before it is ready, has no connections.
+        """
+        chain = self._events.pop()
+        if chain is not None:
+            spans.write(self._memory, chain.writable, packet.EVENT_TRANSPORT_RESET)
+            self._events.complete(chain.head, len(packet.EVENT_TRANSPORT_RESET))
+            self._link.signal(self._events)
 
     def give_up(self) -> list[Stream]:
         """Ends the activation; the caller closes the streams on the loop's thread."""

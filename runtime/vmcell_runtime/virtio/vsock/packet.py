@@ -21,6 +21,8 @@ OP_CREDIT_REQUEST = 7
 SHUTDOWN_RECEIVE = 1  # the sender of the packet receives no more
 SHUTDOWN_SEND = 2
 
+EVENT_TRANSPORT_RESET = bytes(4)  # struct virtio_vsock_event, id 0, § 5.10.6.7
+
 _HEADER = struct.Struct("<QQIIIHHIII")
 HEADER_BYTES = _HEADER.size
 

@@ -1,0 +1,116 @@
+"""A machine that stands still becomes a state and a file of its memory, and may go on afterwards.
+
+What is written is what the guest has changed since its memory last was a file. Afterwards that file
+is its memory again: pages it only reads are shared with every other guest of the same file, and the
+next saving costs what changes until then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from vmcell_protos.errors import CallerError, HostError
+from vmcell_runtime.devices.cmos import Cmos
+from vmcell_runtime.devices.serial import Serial
+from vmcell_runtime.hotplug import HotPlug
+from vmcell_runtime.kvm.cpuid import CpuidEntry
+from vmcell_runtime.kvm.vcpu import Vcpu
+from vmcell_runtime.kvm.vcpu_state import save_vcpu
+from vmcell_runtime.kvm.vm import Vm
+from vmcell_runtime.memory import GuestMemory
+from vmcell_runtime.pausing import Pausing, State
+from vmcell_runtime.snapshot.state import MachineState
+from vmcell_runtime.virtio.mmio import MmioTransport
+
+
+class Processor(NamedTuple):
+    """What the guest was shown of the host's processor, and how its state is read."""
+
+    cpuid: tuple[CpuidEntry, ...]
+    tsc_deadline: bool
+    msrs: list[int]
+    xsave_bytes: int
+
+
+class Saving:
+    """On the loop's thread. Owns nothing."""
+
+    def __init__(
+        self,
+        *,
+        vm: Vm,
+        memory: GuestMemory,
+        vcpus: Sequence[Vcpu],
+        processor: Processor,
+        serial: Serial,
+        cmos: Cmos,
+        transports: Sequence[MmioTransport],
+        hotplug: HotPlug,
+        pausing: Pausing,
+    ) -> None:
+        self._vm = vm
+        self._memory = memory
+        self._vcpus = vcpus
+        self._processor = processor
+        self._serial = serial
+        self._cmos = cmos
+        self._transports = transports
+        self._hotplug = hotplug
+        self._pausing = pausing
+
+    def save(self, memory_fd: int) -> tuple[MachineState, int]:
+        """The state, and how many bytes of memory were written to `memory_fd`.
+
+        The file has the length of the RAM: a copy of the one the RAM came from, or a hole. It must
+        never be written to again. CallerError unless the machine is paused, or if it has devices
+        that cannot be saved; HostError as writing fails, and the machine can go on as before.
+        """
+        if self._pausing.state is not State.PAUSED:
+            raise CallerError(
+                "only a machine that stands still is saved; pause it first",
+                code="failed_precondition",
+            )
+        if self._hotplug.plugged:
+            raise CallerError(
+                "a machine with devices plugged in while it ran, as a pod's, cannot be saved",
+                code="failed_precondition",
+            )
+        self._serial.flush()  # the log is not of the guest's memory: what was said is said once
+        held: list[MmioTransport] = []
+        try:
+            rows = []
+            for transport in self._transports:
+                rows.append(transport.save())
+                held.append(transport)
+            written = self._save_memory(memory_fd)
+        finally:
+            for transport in held:
+                transport.go_on()
+        processor = self._processor
+        time = self._pausing.stopped_at
+        return MachineState(
+            ram_bytes=self._memory.ram_bytes,
+            cpuid=processor.cpuid,
+            tsc_deadline=processor.tsc_deadline,
+            tsc_khz=self._vcpus[0].tsc_khz(),
+            tsc=time.tsc,
+            kvmclock_ns=time.kvmclock_ns,
+            irqchips=self._vm.irqchips(),
+            vcpus=tuple(
+                save_vcpu(vcpu, processor.msrs, processor.xsave_bytes) for vcpu in self._vcpus
+            ),
+            serial=self._serial.save(),
+            cmos_index=self._cmos.index,
+            transports=tuple(rows),
+        ), written
+
+    def _save_memory(self, memory_fd: int) -> int:
+        try:
+            written = self._memory.save_pages(memory_fd)
+        except OSError as error:
+            raise HostError(
+                f"writing the guest's memory failed: {error.strerror}", code="resource_exhausted"
+            ) from error
+        self._memory.lay_image(memory_fd)
+        return written

@@ -1,0 +1,33 @@
+"""A real Linux guest is saved while it computes, writes and talks, and goes on elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from dev_vm import DevVm
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
+
+PROGRAM = Path(__file__).parents[1] / "support" / "linux_snapshot" / "host.py"
+BALLAST = hashlib.sha256(
+    b"".join(hashlib.sha256(n.to_bytes(8, "little")).digest() * 128 for n in range(2048))
+).hexdigest()
+WHOLE = {"ballast": BALLAST, "wrong_blocks": [], "chain": True}
+
+
+@pytest.mark.parametrize(("path", "memory_mib", "rounds"), [("kernel", 256, 4), ("user", 4096, 2)])
+def test_all_sums_are_right(dev_vm: DevVm, path: str, memory_mib: int, rounds: int) -> None:
+    found = dev_vm.report_of(PROGRAM, path, str(memory_mib), str(rounds), timeout_s=800)
+    assert len(found["rounds"]) == rounds, found["console"]
+    for row in found["rounds"]:
+        assert row["audit"] == WHOLE, row
+        # What was said and not taken before the end is lost with the stream, the work is not.
+        assert row["step"] > row["before"], row
+        assert 0 < row["monotonic_s"] < 3.0, "the clock stood still as long as the guest did"
+    assert found["rounds"][1]["written_mib"] < found["rounds"][0]["written_mib"] / 2
+    assert found["tcp_in_order"], found
+    assert found["tcp_steps"] > 20
+    assert found["clones"] == [WHOLE] * 3
+    assert found["vhost_opened"] or path == "user"
