@@ -144,9 +144,8 @@ def _build(
         spare = config.spare_window_numbers
         fixed = windows[: spare.start]
         vsock, balloon = _add_virtio_devices(config, descriptors, board, listeners, fixed)
-        hotplug = _add_spare_windows(
-            dict(zip(spare, windows[spare.start :], strict=True)), board, bits
-        )
+        places = dict(zip(spare, windows[spare.start :], strict=True))
+        hotplug = _add_spare_windows(places, board, bits)
         threads = _make_vcpus(config.vcpu_count, system, board, ending, processor)
         vcpus = [thread.vcpu for thread in threads]
         if saved is None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from vmcell_protos.errors import CallerError
 from vmcell_shim.oci_json import take
+from vmcell_shim.snapshot_manifest import check_id
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ NAMES = (
     "vcpus",
     "memory-mib",
     "init",
+    "snapshot",
     "net.tap",
     "net.mac",
     "net.address",
@@ -52,11 +54,12 @@ class TapNetwork:
 
 @dataclass(frozen=True, kw_only=True)
 class Annotations:
-    """What the annotations ask for; None: not asked for."""
+    """What the annotations ask for; None: not asked for. `snapshot` is an id, "" for none."""
 
     vcpus: int | None
     memory_mib: int | None
     init: str
+    snapshot: str
     network: TapNetwork | None
 
 
@@ -76,10 +79,14 @@ def parse_annotations(spec: Json) -> Annotations:
     init = values.get("init", "")
     if init not in ("", *INITS):
         raise CallerError(f"annotation {PREFIX}init is {init!r}; it takes {' or '.join(INITS)}")
+    snapshot = values.get("snapshot", "")
+    if snapshot:
+        check_id(snapshot)
     return Annotations(
         vcpus=_number(values, "vcpus"),
         memory_mib=_number(values, "memory-mib"),
         init=init,
+        snapshot=snapshot,
         network=_network(values),
     )
 

@@ -28,6 +28,7 @@ class ShimConfig:
     base_image: str
     state_dir: str = "/run/vmcell"
     cache_dir: str = "/var/lib/vmcell"
+    snapshot_dir: str = "/var/lib/vmcell/snapshots"
     cache_limit_mib: int = CACHE_LIMIT_MIB
     log_dir: str = ""
     default_vcpus: int = 1

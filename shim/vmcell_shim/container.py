@@ -21,8 +21,6 @@ from vmcell_protos.agent import (
     SignalProcessRequest,
     StartProcessResponse,
     UpdateContainerRequest,
-    WaitOomRequest,
-    WaitOomResponse,
     WaitProcessResponse,
 )
 from vmcell_protos.errors import CallerError, HostError, VmcellError
@@ -33,19 +31,21 @@ from vmcell_protos.events import (
     TaskExecStarted,
     TaskExit,
     TaskIO,
-    TaskOOM,
     TaskPaused,
     TaskResumed,
     TaskStart,
 )
 from vmcell_protos.wellknown import Empty
+from vmcell_shim.adoption import adopt, check_alike
 from vmcell_shim.client import ConnectionLost
 from vmcell_shim.events import timestamp
 from vmcell_shim.footprint import Footprint
-from vmcell_shim.lifecycle import CREATED, CREATING, PAUSED, RUNNING, STOPPED
+from vmcell_shim.lifecycle import CREATED, CREATING, PAUSED, RUNNING, SAVING, STOPPED
 from vmcell_shim.oci_json import parse_object, read_object, take, take_rows
+from vmcell_shim.oom_watch import OomWatch
 from vmcell_shim.process import KILLED_STATUS, SIGKILL, Process
 from vmcell_shim.rootfs import parse_mounts
+from vmcell_shim.saved_container import SavedRoot, open_saved
 from vmcell_shim.sizing import memory_of_update
 from vmcell_shim.spec import plan_guest
 from vmcell_shim.stdio import Stdio, StreamOwner
@@ -58,8 +58,10 @@ if TYPE_CHECKING:
     from vmcell_shim.events import EventPublisher
     from vmcell_shim.journal import Journal
     from vmcell_shim.oci_json import Json
+    from vmcell_shim.rootfs import RootImages
     from vmcell_shim.sandbox import Sandbox
     from vmcell_shim.sandbox_files import SandboxFiles
+    from vmcell_shim.snapshot_store import OpenSnapshot
     from vmcell_shim.spec import GuestPlan
 
 # What a shell answers for a program it cannot run.
@@ -108,7 +110,9 @@ class Container:
         self._journal = journal
         self._lock = threading.Lock()
         self._saves_writes = False
-        self._oom_kills = 0
+        self.images: RootImages | None = None
+        self.from_snapshot = ""
+        self._oom = OomWatch(self.id, self.guest, events, journal)
         self._held_signals: list[int] = []
         self._owner = StreamOwner(
             namespace=namespace, container_id=request.id, warn=journal.warning
@@ -163,14 +167,23 @@ class Container:
         return self.guest.pid
 
     def _make(self, spec: Json, deadline: float) -> None:
-        if self._request.checkpoint:
-            raise CallerError(
-                "restoring from a checkpoint is not in this version of vmcell", code="unimplemented"
-            )
         plan = self._plan(spec)
+        saved = open_saved(plan.snapshot, self._request.checkpoint, self._config)
+        try:
+            self._make_from(saved, plan, spec, deadline)
+        finally:
+            if saved is not None:
+                saved.close()
+
+    def _make_from(
+        self, saved: OpenSnapshot | None, plan: GuestPlan, spec: Json, deadline: float
+    ) -> None:
+        if saved is not None:
+            check_alike(saved, self.id, self.init.stdio.terminal, in_pod=self.sandbox.is_pod)
         source = parse_mounts(self._request.rootfs, plan.root_path, plan.read_only_root)
         self._footprint.open(self.bundle)
-        images = self._footprint.images(source)
+        saved_root = SavedRoot(saved, self._config) if saved is not None else None
+        images = self.images = self._footprint.images(source, saved_root)
         self._journal.info(f"root images {images.lowers}, disk {images.disk or 'none'}")
         self._saves_writes = images.keeps_writes
         deadline = min(deadline, time.monotonic() + self._config.boot_timeout_s)
@@ -179,12 +192,18 @@ class Container:
                 "the client gave up while the root image was made; it is kept, so try again",
                 code="deadline_exceeded",
             )
-        self.sandbox.boot(plan, spec, self.bundle, images, deadline)
+        self.sandbox.boot(plan, spec, self.bundle, images, deadline, saved)
+        devices = self._footprint.attach(images, plan)
+        streams = self.init.stdio.declare(self.guest.next_stream_id)
+        if saved is not None:
+            self.from_snapshot = saved.id
+            adopt(self.guest, saved, self.id, streams, plan, spec, deadline)
+            return
         request = CreateContainerRequest(
             container_id=self.id,
-            rootfs=self._footprint.attach(images, plan).rootfs,
+            rootfs=devices.rootfs,
             spec_json=json.dumps(plan.guest_spec, separators=(",", ":")).encode(),
-            streams=self.init.stdio.declare(self.guest.next_stream_id),
+            streams=streams,
             files=[*plan.files, *self._files_of_pod(spec)],
             init=plan.init,
             shared_namespaces=list(plan.shared_namespaces),
@@ -281,9 +300,12 @@ class Container:
         try:
             self._introduce(process)
             process.stdio.join(self.guest.dial)
-            ref = self._ref(process)
-            timeout_s = self._config.boot_timeout_s
-            self.guest.call("StartProcess", ref, StartProcessResponse, timeout_s)
+            if self.from_snapshot and not process.exec_id:
+                self.guest.wake()
+            else:
+                ref = self._ref(process)
+                timeout_s = self._config.boot_timeout_s
+                self.guest.call("StartProcess", ref, StartProcessResponse, timeout_s)
         except BaseException:
             process.advance("start_failed")
             if self.guest.ended.is_set():
@@ -304,7 +326,7 @@ class Container:
             self._events.publish(TaskStart(container_id=self.id, pid=pid))
         threading.Thread(target=self._watch, args=(process,), daemon=True).start()
         if not process.exec_id:
-            threading.Thread(target=self._watch_oom, name="oom", daemon=True).start()
+            self._oom.start()
         if process.size is not None:
             self._send_size(process, *process.size)
         return pid
@@ -315,13 +337,12 @@ class Container:
             raise CallerError(f"signal {signal} does not exist; give 1 to {_LAST_SIGNAL}")
         process.wait_settled(self._config.boot_timeout_s)
         state = process.advance("kill")
-        if state in (CREATED, RUNNING) and self.init.state == PAUSED and not self.sandbox.is_pod:
+        standing = self.init.state in (PAUSED, SAVING) and not self.sandbox.is_pod
+        if state in (CREATED, RUNNING) and standing:
             # An exec of a paused VM: nothing can be asked of the guest.
-            raise CallerError(
-                f"cannot kill {process.name}: task {self.id} is paused; resume it first",
-                code="failed_precondition",
-            )
-        if state == PAUSED and not self.sandbox.is_pod:
+            text = f"cannot kill {process.name}: task {self.id} is paused; resume it first"
+            raise CallerError(text, code="failed_precondition")
+        if state in (PAUSED, SAVING) and not self.sandbox.is_pod:
             self._kill_paused(signal)
         elif state == CREATING and not process.exec_id:
             if signal not in _HARMLESS_SIGNALS:
@@ -332,10 +353,14 @@ class Container:
             self._finish(process, 128 + signal)
 
     def _kill_paused(self, signal: int) -> None:
-        """A VM that stands still takes a signal when it goes on; SIGKILL makes it go on."""
-        self._held_signals.append(signal)
-        if signal == SIGKILL:
-            self.resume()
+        """A VM that stands still takes a signal when it goes on; SIGKILL makes it go on, or ends
+        one that has written back all there is, to be saved."""
+        if signal == SIGKILL and (self.init.state == SAVING or self.guest.stands_still):
+            self.guest.kill()
+        else:
+            self._held_signals.append(signal)
+            if signal == SIGKILL:
+                self.resume()
 
     def pause(self) -> None:
         """All processes of the container stand still: alone in its VM by the vCPUs, in a pod by the
@@ -365,9 +390,28 @@ class Container:
             raise
         self.init.advance("resumed")
         self._events.publish(TaskResumed(container_id=self.id))
+        self._send_held()
+
+    def _send_held(self) -> None:
         held, self._held_signals = self._held_signals, []
         for signal in held:
             self._signal(self.init, signal, everyone=False)
+
+    def end_save(self, *, paused: bool, was_paused: bool) -> None:
+        """From state `saving` it goes on, or stands still as if paused. Raises VmcellError."""
+        if self.init.state == STOPPED:
+            return
+        if not paused:
+            if self.guest.stands_still:
+                self.guest.resume()
+            self._settle_pause("saved")
+            self._send_held()
+            return
+        if not self.guest.stands_still:
+            self.guest.pause()
+        self._settle_pause("saved_and_paused")
+        if not was_paused:
+            self._events.publish(TaskPaused(container_id=self.id))
 
     def _settle_pause(self, operation: str) -> None:
         if self.init.state != STOPPED:
@@ -466,7 +510,7 @@ class Container:
             ref = self._ref(process)
             answer = self.guest.call("WaitProcess", ref, WaitProcessResponse, None)
             status = answer.exit_status
-            self._tell_oom(answer.oom_kills)
+            self._oom.tell(answer.oom_kills)
         except VmcellError as error:
             self._journal.warning(f"end of {process.name} not heard from the guest: {error}")
             if not isinstance(error, ConnectionLost) and not self.sandbox.is_pod:
@@ -477,23 +521,6 @@ class Container:
         process.stdio.flush()
         # One byte is all an exit status has; a guest that says more is wrong.
         self._finish(process, status if status <= 255 else 255)
-
-    def _watch_oom(self) -> None:
-        try:
-            while True:
-                request = WaitOomRequest(container_id=self.id, seen=self._oom_kills)
-                answer = self.guest.call("WaitOom", request, WaitOomResponse, None)
-                self._tell_oom(answer.oom_kills)
-        except VmcellError as error:
-            # The container has been removed, or the VM has ended.
-            self._journal.info(f"no more OOM reports of {self.id}: {error}")
-
-    def _tell_oom(self, oom_kills: int) -> None:
-        with self._lock:
-            news, self._oom_kills = oom_kills > self._oom_kills, max(oom_kills, self._oom_kills)
-            if news:
-                # Under the lock: an exit that carries the same number stands behind it.
-                self._events.publish(TaskOOM(container_id=self.id))
 
     def _finish(self, process: Process, status: int) -> None:
         # Before anybody is told: a client that knows of the exit reads its streams to their end.

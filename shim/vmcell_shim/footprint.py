@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vmcell_shim.rootfs import RootImages, RootSource
     from vmcell_shim.sandbox import RootDevices, Sandbox
     from vmcell_shim.sandbox_files import SandboxFiles
+    from vmcell_shim.saved_container import SavedRoot
     from vmcell_shim.spec import GuestPlan
 
 # containerd's CRI gives Kill and Delete ten seconds together.
@@ -70,7 +71,7 @@ class Footprint:
             self._sandbox.files.add_member(self._id, self._files.directory)
         self._files.create(bundle)
 
-    def images(self, source: RootSource) -> RootImages:
+    def images(self, source: RootSource, saved: SavedRoot | None) -> RootImages:
         """The root's images and disk, made where they are missing. Raises VmcellError."""
         self._images = prepare_root(
             source,
@@ -79,6 +80,7 @@ class Footprint:
             writable_mib=self._config.writable_mib,
             cache_limit_mib=self._config.cache_limit_mib,
             max_lowers=MAX_POD_LOWERS if self._sandbox.is_pod else MAX_LOWERS,
+            saved=saved,
         )
         return self._images
 

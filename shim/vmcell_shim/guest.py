@@ -20,6 +20,8 @@ from vmcell_protos.agent import (
     DetachDeviceRequest,
     HelloRequest,
     HelloResponse,
+    PrepareSnapshotRequest,
+    ResumeGuestRequest,
 )
 from vmcell_protos.errors import CallerError, HostError, VmcellError
 from vmcell_protos.wellknown import Empty
@@ -33,6 +35,7 @@ from vmcell_shim.shape import (
     machine_config,
     open_file,
 )
+from vmcell_shim.sparse import copy_sparse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,14 +46,19 @@ if TYPE_CHECKING:
     from vmcell_protos.wire import Message
     from vmcell_runtime.handle import VmmExit, VmmHandle
     from vmcell_shim.journal import Journal
+    from vmcell_shim.snapshot_manifest import Manifest
 
     M = TypeVar("M", bound=Message)
 
 SERVICE = "vmcell.agent.v1.Agent"
 _CONSOLE_LINES = 5
 _ENTROPY_BYTES = 64
+_MACHINE_ID_BYTES = 16
 _REAP_S = 5.0
 _PLUG_S = 10.0
+# It writes back what its disks have not.
+_PREPARE_S = 60.0
+_WAKE_S = 30.0
 
 
 class Plugged(NamedTuple):
@@ -73,6 +81,10 @@ class Guest:
         self._stopping = False
         self._closed = False
         self._free_windows: list[int] = []
+        # How containers that stand still for a snapshot are made to go on; None: none do.
+        self._wake: ResumeGuestRequest | None = None
+        self._memory_fd = -1
+        self._memory_bytes = 0
         self._stream_ids = itertools.count(1)
         self.end: VmmExit | None = None
         self.ended = threading.Event()
@@ -85,7 +97,10 @@ class Guest:
     def boot(
         self, shape: GuestShape, deadline: float, on_vmm: Callable[[int], None]
     ) -> HelloResponse:
-        """Starts the VMM and waits until the agent is configured; `on_vmm` gets the VMM's pid.
+        """Starts the VMM and waits until the agent is configured, or restores it and waits until
+        the agent is there, with every container standing still until wake().
+
+        `on_vmm` gets the VMM's pid.
 
         `deadline` in time.monotonic() seconds. Raises VmcellError whose sentence carries the VMM's
         end reason and the console's last lines; the VMM is ended then.
@@ -185,8 +200,68 @@ class Guest:
     def resume(self) -> None:
         """The vCPUs go on, and the guest's wall clock is right again. Raises VmcellError."""
         self._running().resume()
+        if self._wake is not None:
+            self.wake()
+            return
         request = ConfigureGuestRequest(unix_time_ns=time.time_ns())
         self.call("ConfigureGuest", request, Empty, _PLUG_S)
+
+    def stand_still(self, *, drop_caches: bool) -> None:
+        """Every container is frozen and its disks are written back, then every vCPU stands still,
+        also of a guest that was paused. Raises VmcellError: it goes on then as before."""
+        vmm = self._running()
+        vmm.resume()
+        try:
+            request = PrepareSnapshotRequest(drop_caches=drop_caches)
+            self.call("PrepareSnapshot", request, Empty, _PREPARE_S)
+            self._wake = ResumeGuestRequest()
+            vmm.pause()
+        except VmcellError:
+            try:
+                self.wake()
+            except VmcellError as error:
+                self._journal.error(f"the guest does not go on after a failed snapshot: {error}")
+            raise
+
+    def wake(self) -> None:
+        """Containers that stand still for a snapshot go on: in a restored guest as somebody else,
+        in the one that was saved as before, at the right time. Raises VmcellError."""
+        request, self._wake = self._wake or ResumeGuestRequest(), None
+        guest = request.guest or ConfigureGuestRequest()
+        guest.unix_time_ns = time.time_ns()
+        guest.entropy = os.urandom(_ENTROPY_BYTES)
+        request.guest = guest
+        self.call("ResumeGuest", request, Empty, _WAKE_S)
+
+    @property
+    def stands_still(self) -> bool:
+        """Its containers wait for wake()."""
+        return self._wake is not None
+
+    def copy_memory(self, writer: int) -> None:
+        """Into an empty file what save() is to be given: what the memory last was saved to or came
+        from, or a hole of its length. The vCPUs may run. Raises OSError."""
+        if self._memory_fd >= 0:
+            copy_sparse(self._memory_fd, writer)
+        else:
+            os.ftruncate(writer, self._memory_bytes)
+
+    def save(self, memory_fd: int, state_fd: int) -> int:
+        """The guest that stands still is in two files; how many bytes of memory were written.
+
+        `memory_fd` as copy_memory() has filled it; nobody may write to that file afterwards. Both
+        stay the caller's. Raises VmcellError.
+        """
+        written = self._running().save(memory_fd, state_fd)
+        # One that cannot be written by: it is the guest's memory from here on.
+        fresh = os.open(f"/proc/self/fd/{memory_fd}", os.O_RDONLY | os.O_CLOEXEC)
+        self._keep_memory(fresh)
+        return written
+
+    def _keep_memory(self, fd: int) -> None:
+        old, self._memory_fd = self._memory_fd, fd
+        if old >= 0:
+            os.close(old)
 
     def give_back(self, memory_mib: int) -> None:
         """Asks the guest to leave that much of its memory to the host. Raises VmcellError."""
@@ -232,6 +307,7 @@ class Guest:
             if self._agent is not None:
                 self._agent.close()
             vmm.close()
+            self._keep_memory(-1)
 
     def _spawn(self, shape: GuestShape) -> VmmHandle:
         descriptors: list[int] = []
@@ -240,7 +316,12 @@ class Guest:
             config = machine_config(shape, descriptors)
             log = open_file(shape.vmm_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             self._free_windows = list(config.spare_window_numbers)
-            vmm = handle.spawn(config, descriptors, log_fd=log)
+            self._memory_bytes = shape.memory_mib << 20
+            saved = None
+            if shape.saved is not None:
+                saved = handle.SavedFiles(shape.saved.memory_fd, shape.saved.state_fd)
+                self._keep_memory(os.dup(shape.saved.memory_fd))
+            vmm = handle.spawn(config, descriptors, log_fd=log, saved=saved)
         finally:
             for fd in (*descriptors, log):
                 if fd >= 0:
@@ -262,17 +343,18 @@ class Guest:
         self._on_end()
 
     def _greet(self, vmm: VmmHandle, shape: GuestShape, deadline: float) -> HelloResponse:
+        if shape.saved is not None:
+            self._wake = _new_identity(shape, shape.saved.manifest)
+            vmm.resume()
         self._agent = TtrpcClient(
             vmm.accept_vsock(CONTROL_PORT), "the guest's agent", self._agent_lost
         )
         hello = self.call("Hello", HelloRequest(), HelloResponse, deadline - time.monotonic())
-        request = ConfigureGuestRequest(
-            unix_time_ns=time.time_ns(),
-            hostname=shape.hostname,
-            interfaces=[port.interface for port in shape.nets],
-            entropy=os.urandom(_ENTROPY_BYTES),
-            sysctls=shape.sysctls,
-        )
+        if shape.saved is not None:
+            return hello
+        request = _configuration(shape)
+        request.unix_time_ns = time.time_ns()
+        request.entropy = os.urandom(_ENTROPY_BYTES)
         self.call("ConfigureGuest", request, Empty, deadline - time.monotonic())
         return hello
 
@@ -281,6 +363,22 @@ class Guest:
         if not self._stopping and not self.ended.wait(1.0):
             self._journal.error("the agent's connection ended while the microVM runs; killing it")
             self.kill()
+
+
+def _configuration(shape: GuestShape) -> ConfigureGuestRequest:
+    return ConfigureGuestRequest(
+        hostname=shape.hostname,
+        interfaces=[port.interface for port in shape.nets],
+        sysctls=shape.sysctls,
+    )
+
+
+def _new_identity(shape: GuestShape, manifest: Manifest) -> ResumeGuestRequest:
+    """How a guest that was saved as somebody becomes somebody else."""
+    guest = _configuration(shape)
+    for interface, mac in zip(guest.interfaces, manifest.macs, strict=True):
+        interface.present_mac = mac
+    return ResumeGuestRequest(guest=guest, machine_id=os.urandom(_MACHINE_ID_BYTES))
 
 
 def _boot_error(shape: GuestShape, error: VmcellError, end: VmmExit | None) -> HostError:

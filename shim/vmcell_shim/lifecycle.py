@@ -2,7 +2,8 @@
 
 The init of a container and every exec follow the same states. `creating` lasts as long as the VM
 takes to boot, `starting` until the guest has answered; both exist so that no lock is held across
-them; `pausing` and `resuming` likewise. Only an init is paused, and its execs with it.
+them; `pausing`, `resuming` and `saving` likewise. Only an init is paused, and its execs with it;
+from `saving` (a checkpoint, of a running or a paused one) either is next.
 Source: containerd runtime/v2/runc (init_state.go, exec_state.go); its tests rely on it.
 
     creating ──created──▶ created ──start──▶ starting ──started──▶ running
@@ -29,6 +30,7 @@ from vmcell_protos.task import (
 CREATING, CREATED, STARTING = "creating", "created", "starting"
 RUNNING, STOPPED, DELETED = "running", "stopped", "deleted"
 PAUSING, PAUSED, RESUMING = "pausing", "paused", "resuming"
+SAVING = "saving"
 
 # state → operation → next state. What is missing here is refused by REFUSALS.
 TRANSITIONS: dict[str, dict[str, str]] = {
@@ -57,10 +59,18 @@ TRANSITIONS: dict[str, dict[str, str]] = {
         "stats": RUNNING,
         "update": RUNNING,
         "pause": PAUSING,
+        "save": SAVING,
         "exit": STOPPED,
     },
     PAUSING: {"paused": PAUSED, "pause_failed": RUNNING, "kill": PAUSING, "exit": STOPPED},
-    PAUSED: {"resume": RESUMING, "kill": PAUSED, "resize": PAUSED, "exit": STOPPED},
+    PAUSED: {
+        "resume": RESUMING,
+        "save": SAVING,
+        "kill": PAUSED,
+        "resize": PAUSED,
+        "exit": STOPPED,
+    },
+    SAVING: {"saved": RUNNING, "saved_and_paused": PAUSED, "kill": SAVING, "exit": STOPPED},
     RESUMING: {"resumed": RUNNING, "resume_failed": PAUSED, "kill": RESUMING, "exit": STOPPED},
     STOPPED: {"delete": DELETED, "resize": STOPPED},
     DELETED: {"delete_failed": STOPPED},
@@ -82,6 +92,7 @@ STATUS: dict[str, int] = {
     PAUSING: TaskStatus_PAUSING,
     PAUSED: TaskStatus_PAUSED,
     RESUMING: TaskStatus_PAUSED,
+    SAVING: TaskStatus_PAUSING,
     STOPPED: TaskStatus_STOPPED,
     DELETED: TaskStatus_STOPPED,
 }

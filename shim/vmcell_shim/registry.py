@@ -33,7 +33,7 @@ class Registry:
     def __init__(self, namespace: str, events: EventPublisher, journal: Journal) -> None:
         self._namespace = namespace
         self._events = events
-        self._journal = journal
+        self.journal = journal
         self._lock = threading.Lock()
         self._containers: dict[str, Container] = {}
         self._sandbox: Sandbox | None = None
@@ -126,7 +126,7 @@ class Registry:
                     files=files,
                     own_dir=os.path.join(config.cache_dir, "sandboxes", *names),
                     events=self._events,
-                    journal=self._journal,
+                    journal=self.journal,
                 )
             except BaseException:
                 if not self._containers and not self._sandbox_stays:
@@ -157,7 +157,7 @@ class Registry:
         try:
             self.remove(container)
         except HostError as error:
-            self._journal.error(f"after the failed creation of {container.id}: {error}")
+            self.journal.error(f"after the failed creation of {container.id}: {error}")
 
     def _new_sandbox(
         self, sandbox_id: str, directory: str, config: ShimConfig, *, is_pod: bool
@@ -168,7 +168,7 @@ class Registry:
             is_pod=is_pod,
             config=config,
             files=SandboxFiles(path),
-            journal=self._journal,
+            journal=self.journal,
             on_end=self._vm_ended,
         )
 

@@ -18,9 +18,9 @@ import os
 import stat
 from dataclasses import dataclass
 
-from vmcell_protos.errors import CallerError
+from vmcell_protos.errors import CallerError, HostError
 from vmcell_shim.config import CACHE_LIMIT_MIB
-from vmcell_shim.disk import writable_disk
+from vmcell_shim.disk import copy_disk, writable_disk
 from vmcell_shim.erofs import merged_image, tree_image
 from vmcell_shim.image_cache import chain_image
 from vmcell_shim.layers import Layer, find_layers
@@ -31,6 +31,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmcell_protos.task import Mount
     from vmcell_shim.cached_image import CachedImage
+    from vmcell_shim.saved_container import SavedRoot
 
 DISK_NAME = "vmcell.ext4"
 # File systems of the guest's kernel that may be a whole root (kernel/x86_64.config).
@@ -187,14 +188,26 @@ def prepare_root(
     writable_mib: int,
     cache_limit_mib: int = CACHE_LIMIT_MIB,
     max_lowers: int = MAX_LOWERS,
+    saved: SavedRoot | None = None,
 ) -> RootImages:
     """Makes what is missing. `own_dir` takes what belongs to this sandbox alone; the caller
-    removes it. More than `max_lowers` images become one. Raises CallerError, HostError."""
+    removes it. More than `max_lowers` images become one. With `saved` the images are the ones it
+    knows, and the disk is a copy of its own, whatever it was before. Raises CallerError, HostError.
+    """
+    if source.block_device and saved is not None:
+        raise CallerError(
+            f"the root is the disk {source.block_device} itself, on which no snapshot can go on; "
+            "use the overlayfs, erofs or native snapshotter",
+            code="unimplemented",
+        )
     if source.block_device:
         return RootImages(block_device=source.block_device, keeps_writes=True)
     lowers, cached = _lower_images(source, cache_dir, own_dir, cache_limit_mib, max_lowers)
     try:
-        disk = "" if source.read_only else _disk(source, own_dir, cache_dir, writable_mib)
+        disk = "" if source.read_only else _disk_path(source, own_dir)
+        disk_from = saved.disk_for(lowers, writable=bool(disk)) if saved is not None else ""
+        if disk:
+            _make_disk(source, disk, cache_dir, writable_mib, disk_from)
     except BaseException:
         if cached is not None:
             cached.close()
@@ -232,17 +245,25 @@ def _own_image(source: RootSource, layers: tuple[Layer, ...], own_dir: str) -> s
     return image
 
 
-def _disk(source: RootSource, own_dir: str, cache_dir: str, writable_mib: int) -> str:
-    if source.disk and not source.disk_mib:
-        if not os.path.isfile(source.disk):
-            raise CallerError(f"the root's file for writes {source.disk!r} is not there")
-        return source.disk
+def _disk_path(source: RootSource, own_dir: str) -> str:
     if source.disk:
-        disk = source.disk
-    elif source.snapshot_dir:
-        disk = os.path.join(source.snapshot_dir, DISK_NAME)
+        return source.disk
+    if source.snapshot_dir:
+        return os.path.join(source.snapshot_dir, DISK_NAME)
+    make_directory(own_dir)
+    return os.path.join(own_dir, DISK_NAME)
+
+
+def _make_disk(
+    source: RootSource, disk: str, cache_dir: str, writable_mib: int, disk_from: str
+) -> None:
+    if disk_from:
+        try:
+            copy_disk(disk_from, disk)
+        except OSError as error:
+            raise HostError(f"cannot copy a snapshot's disk to {disk}: {error}") from error
+    elif source.disk and not source.disk_mib:
+        if not os.path.isfile(disk):
+            raise CallerError(f"the root's file for writes {disk!r} is not there")
     else:
-        make_directory(own_dir)
-        disk = os.path.join(own_dir, DISK_NAME)
-    writable_disk(disk, source.disk_mib or writable_mib, cache_dir)
-    return disk
+        writable_disk(disk, source.disk_mib or writable_mib, cache_dir)

@@ -26,6 +26,7 @@ from vmcell_shim.oci_json import take
 from vmcell_shim.sandbox_network import SandboxNetwork
 from vmcell_shim.shape import GuestShape
 from vmcell_shim.share import Share
+from vmcell_shim.sizing import MachineSize
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from vmcell_shim.rootfs import RootImages
     from vmcell_shim.sandbox_files import SandboxFiles
     from vmcell_shim.shape import NetPort
+    from vmcell_shim.snapshot_store import OpenSnapshot
     from vmcell_shim.spec import GuestPlan
 
 # A pod's containers have two windows each, image and disk: twelve containers at once.
@@ -75,6 +77,7 @@ class Sandbox:
         files.log_dir = config.log_dir
         self.state = NEW
         self.memory_mib = self.vcpus = 0
+        self.macs: tuple[str, ...] = ()
         self._config = config
         self._journal = journal
         self._changed = threading.Condition()
@@ -93,11 +96,13 @@ class Sandbox:
         bundle: str,
         images: RootImages | None,
         deadline: float,
+        saved: OpenSnapshot | None = None,
     ) -> None:
         """The VM is up when this returns; whoever comes first boots it, others wait.
 
         `spec` is that of the container it is booted for, in `bundle`; `deadline` in
-        time.monotonic() seconds. Raises VmcellError; close the sandbox then.
+        time.monotonic() seconds. With `saved` it goes on from there instead, as large as it was.
+        Raises VmcellError; close the sandbox then.
         """
         with self._changed:
             first = self.state == NEW
@@ -110,7 +115,7 @@ class Sandbox:
             if not first:
                 return
         try:
-            self._boot(plan, spec, bundle, images, deadline)
+            self._boot(plan, spec, bundle, images, deadline, saved)
         except BaseException as error:
             self._settle(error if isinstance(error, VmcellError) else HostError(repr(error)))
             raise
@@ -129,12 +134,16 @@ class Sandbox:
         bundle: str,
         images: RootImages | None,
         deadline: float,
+        saved: OpenSnapshot | None,
     ) -> None:
         self.files.shim = identify(os.getpid())
         self.files.create()
         self._journal.attach(self.files.shim_log)
         size = plan.size
-        self._journal.info(f"booting {self.id}: {size.vcpus} vCPUs, {size.memory_mib} MiB")
+        if saved is not None:
+            size = MachineSize(vcpus=saved.manifest.vcpus, memory_mib=saved.manifest.memory_mib)
+        verb = "booting" if saved is None else f"restoring snapshot {saved.id} as"
+        self._journal.info(f"{verb} {self.id}: {size.vcpus} vCPUs, {size.memory_mib} MiB")
         self.memory_mib, self.vcpus = size.memory_mib, size.vcpus
         self._make_cgroup(spec)
         nets = self.network.open(plan.network, spec, self.id, bundle)
@@ -146,7 +155,9 @@ class Sandbox:
             for helper in self._share.helpers:
                 self._join_cgroup(helper.pid)
         fixed = None if self.is_pod else images
-        hello = self.guest.boot(self._shape(plan, nets, fixed), deadline, self._record_vmm)
+        self.macs = tuple(port.mac for port in nets)
+        shape = self._shape(plan, size, nets, fixed, saved)
+        hello = self.guest.boot(shape, deadline, self._record_vmm)
         self.network.booted()
         if self.is_pod:
             self.network.forward_ports(self.guest.dial_forward)
@@ -184,15 +195,20 @@ class Sandbox:
             self._journal.error(f"live directories of {self.id} are gone: {reason}")
 
     def _shape(
-        self, plan: GuestPlan, nets: tuple[NetPort, ...], images: RootImages | None
+        self,
+        plan: GuestPlan,
+        size: MachineSize,
+        nets: tuple[NetPort, ...],
+        images: RootImages | None,
+        saved: OpenSnapshot | None,
     ) -> GuestShape:
         return GuestShape(
             kernel=self._config.kernel,
             base_image=self._config.base_image,
             images=images.lowers if images else (),
             disk=(images.disk or images.block_device) if images else "",
-            vcpus=plan.size.vcpus,
-            memory_mib=plan.size.memory_mib,
+            vcpus=size.vcpus,
+            memory_mib=size.memory_mib,
             spare_windows=POD_WINDOWS if self.is_pod else 0,
             nets=nets,
             share=self._open_share if self._share is not None else None,
@@ -200,6 +216,7 @@ class Sandbox:
             sysctls=plan.sysctls if self.is_pod else {},
             console_log=self.files.console_log,
             vmm_log=self.files.vmm_log,
+            saved=saved,
         )
 
     def _open_share(self) -> int:

@@ -14,9 +14,12 @@ import time
 from vmcell_protos import task
 from vmcell_protos.errors import CallerError
 from vmcell_protos.wellknown import Any, Empty
+from vmcell_shim.checkpoint import parse_options
+from vmcell_shim.config import load_config
 from vmcell_shim.events import timestamp
 from vmcell_shim.lifecycle import CREATING, STATUS, STOPPED
 from vmcell_shim.metrics import metrics_of
+from vmcell_shim.saving import save_container
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,10 +32,6 @@ if TYPE_CHECKING:
 SERVICES = ("containerd.task.v2.Task", "containerd.task.v3.Task")
 _RESOURCES_TYPE = "opencontainers/runtime-spec/1/LinuxResources"
 _DETAILS_TYPE = "containerd.runc.v1.ProcessDetails"
-
-_ABSENT = {
-    "Checkpoint": "checkpoints",
-}
 
 
 class TaskService:
@@ -48,11 +47,6 @@ class TaskService:
 
     def handle(self, service: str, method: str, payload: bytes, timeout_ns: int) -> bytes:
         """One call: bytes of the answer. Raises VmcellError."""
-        if method in _ABSENT:
-            raise CallerError(
-                f"{_ABSENT[method]} ({method}) is not in this version of vmcell",
-                code="unimplemented",
-            )
         function = self._methods.get(method)
         if function is None:
             raise CallerError(f"{service} has no method {method}", code="unimplemented")
@@ -184,6 +178,13 @@ class TaskService:
         container.update(resources.value)
         return Empty()
 
+    def _checkpoint(self, payload: bytes, _: int) -> Message:
+        request = task.CheckpointTaskRequest.decode(payload)
+        options = parse_options(request.options)
+        container = self._registry.container(request.id)
+        save_container(container, options, request.path, load_config(), self._registry.journal)
+        return Empty()
+
     def _connect(self, payload: bytes, _: int) -> Message:
         request = task.ConnectRequest.decode(payload)
         container = self._registry.find(request.id)
@@ -217,6 +218,7 @@ METHODS = (
     "Pause",
     "Resume",
     "Update",
+    "Checkpoint",
     "Connect",
     "Shutdown",
 )

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmcell_protos.agent import Interface
+    from vmcell_shim.snapshot_store import OpenSnapshot
 
 CONTROL_PORT, STREAM_PORT, FORWARD_PORT = 1024, 1025, 1026
 # Every VM has a vsock of its own, so all guests may have the same number.
@@ -52,7 +53,7 @@ class GuestShape:
     """What to boot: paths on the host, sizes, and what the guest is told about itself.
 
     `images` beside the base image, `disk` "" for none, `share` opens a connected socket to a
-    file system daemon.
+    file system daemon. With `saved` nothing is booted: the guest goes on from there.
     """
 
     kernel: str
@@ -68,6 +69,7 @@ class GuestShape:
     sysctls: dict[str, str]
     console_log: str
     vmm_log: str
+    saved: OpenSnapshot | None = None
 
 
 def machine_config(shape: GuestShape, descriptors: list[int]) -> MachineConfig:

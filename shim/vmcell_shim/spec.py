@@ -54,7 +54,8 @@ class GuestPlan:
     """Everything a spec says about the VM and its guest. `root_path` as in the spec, "" if none.
 
     `size`, `hostname`, `network` and `sysctls` are the VM's; a pod's members have no say in them.
-    `files` are the copies of `copies`, and what annotations add to them.
+    `files` are the copies of `copies`, and what annotations add to them. `snapshot` is the id of
+    the one to go on from, "" to boot.
     """
 
     size: MachineSize
@@ -63,6 +64,7 @@ class GuestPlan:
     copies: tuple[BindCopy, ...]
     shares: tuple[LiveMount, ...]
     init: str
+    snapshot: str
     hostname: str
     network: NetworkPlan
     sysctls: dict[str, str]
@@ -101,6 +103,7 @@ def plan_guest(
         shares=tuple(mounts.shares),
         files=tuple(files),
         init=annotations.init,
+        snapshot=annotations.snapshot,
         hostname=take(spec, "hostname", str, ""),
         network=NetworkPlan() if in_pod else plan_network(spec, annotations.network),
         sysctls={},
@@ -145,6 +148,7 @@ def plan_pod(spec: Json, *, default_vcpus: int, default_memory_mib: int) -> Gues
         copies=(),
         shares=(),
         init="",
+        snapshot="",
         hostname=take(spec, "hostname", str, ""),
         network=plan_network(spec, annotations.network),
         sysctls=sysctls,

@@ -1,0 +1,215 @@
+"""Snapshots on this host: a directory each, whole or not there, root's alone.
+
+<snapshot_dir>/<id>/ holds manifest.json, state.json, memory and disk. It is made under a name that
+begins with a dot and renamed when all is written, digested and on the disk. Whoever opens one gets
+descriptors of exactly the bytes whose digests the manifest has: another file put in its place
+afterwards is not what they read.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import time
+from dataclasses import dataclass
+
+from vmcell_protos.errors import CallerError, HostError
+from vmcell_shim.sandbox_files import make_directory
+from vmcell_shim.snapshot_manifest import (
+    DISK,
+    MANIFEST,
+    MEMORY,
+    STATE,
+    Manifest,
+    SavedFile,
+    check_id,
+    parse,
+    render,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vmcell_shim.digests import Digests
+
+_READ_ONLY = 0o400
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenSnapshot:
+    """A verified snapshot; owns its descriptors until close(). `disk_fd` is -1 without a disk."""
+
+    id: str
+    manifest: Manifest
+    state_fd: int
+    memory_fd: int
+    disk_fd: int
+
+    def close(self) -> None:
+        for fd in (self.state_fd, self.memory_fd, self.disk_fd):
+            if fd >= 0:
+                os.close(fd)
+
+
+class SnapshotDraft:
+    """A snapshot that is being made in `directory`; commit() or discard() ends it."""
+
+    def __init__(self, root: str, snapshot_id: str) -> None:
+        """Raises CallerError for an id that is none or is taken, HostError."""
+        check_id(snapshot_id)
+        self._path = os.path.join(root, snapshot_id)
+        self.id = snapshot_id
+        if os.path.exists(self._path):
+            raise CallerError(f"snapshot {snapshot_id} exists already", code="already_exists")
+        self.directory = os.path.join(root, f".{snapshot_id}.{os.getpid()}.{time.monotonic_ns()}")
+        try:
+            make_directory(self.directory)
+        except OSError as error:
+            raise HostError(f"cannot make {self.directory}: {error.strerror}") from error
+
+    def create(self, name: str) -> int:
+        """A new empty file for reading and writing, the caller's to close. Raises OSError."""
+        path = os.path.join(self.directory, name)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.open(path, flags, 0o600)
+
+    def saved_files(self, names: Iterable[str], digests: Digests) -> dict[str, SavedFile]:
+        """Lengths and digests of what has been written, which is read-only from now on. OSError."""
+        return {name: self._saved_file(name, digests) for name in names}
+
+    def _saved_file(self, name: str, digests: Digests) -> SavedFile:
+        fd = os.open(os.path.join(self.directory, name), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fchmod(fd, _READ_ONLY)
+            os.fsync(fd)
+            status = os.fstat(fd)
+            return SavedFile(
+                bytes=status.st_size,
+                allocated_bytes=512 * status.st_blocks,
+                digest=digests.of(fd),
+            )
+        finally:
+            os.close(fd)
+
+    def commit(self, manifest: Manifest) -> None:
+        """The snapshot is there. CallerError if another of its id came first; OSError."""
+        fd = self.create(MANIFEST)
+        try:
+            os.write(fd, render(manifest))
+            os.fchmod(fd, _READ_ONLY)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        try:
+            os.rename(self.directory, self._path)
+        except FileExistsError as error:
+            raise CallerError(
+                f"snapshot {self.id} exists already", code="already_exists"
+            ) from error
+        except OSError as error:
+            if os.path.exists(self._path):
+                raise CallerError(
+                    f"snapshot {self.id} exists already", code="already_exists"
+                ) from error
+            raise
+        _sync_directory(os.path.dirname(self._path))
+
+    def discard(self) -> None:
+        """Nothing of it is left. Idempotent, and nothing to do after commit()."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def open_snapshot(root: str, snapshot_id: str, digests: Digests) -> OpenSnapshot:
+    """The snapshot, every byte of it as it was made. The caller closes it.
+
+    CallerError: not_found, data_loss with the file's name, failed_precondition for a format this
+    version does not read. Raises HostError when it cannot be read.
+    """
+    check_id(snapshot_id)
+    return open_directory(os.path.join(root, snapshot_id), snapshot_id, digests)
+
+
+def remove_snapshot(root: str, snapshot_id: str) -> None:
+    """Nothing of it is left; guests that go on from it keep what they have. Idempotent. Raises
+    CallerError for what is no id, HostError."""
+    check_id(snapshot_id)
+    path = os.path.join(root, snapshot_id)
+    gone = os.path.join(root, f".{snapshot_id}.removed.{os.getpid()}.{time.monotonic_ns()}")
+    try:
+        os.rename(path, gone)
+        shutil.rmtree(gone)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise HostError(f"cannot remove snapshot {snapshot_id}: {error}") from error
+
+
+def open_directory(path: str, name: str, digests: Digests) -> OpenSnapshot:
+    """The same for one that stands anywhere; `name` is what sentences call it."""
+    opened: dict[str, int] = {}
+    try:
+        manifest = parse(_read_manifest(path, name), name)
+        names = [STATE, MEMORY, *([DISK] if manifest.disk else [])]
+        for file_name in names:
+            opened[file_name] = open_file(path, name, file_name)
+            _verify(opened[file_name], manifest.files[file_name], name, file_name, digests)
+        return OpenSnapshot(
+            id=name,
+            manifest=manifest,
+            state_fd=opened.pop(STATE),
+            memory_fd=opened.pop(MEMORY),
+            disk_fd=opened.pop(DISK, -1),
+        )
+    except OSError as error:
+        raise HostError(f"cannot read snapshot {name}: {error}") from error
+    finally:
+        for fd in opened.values():
+            os.close(fd)
+
+
+def _read_manifest(path: str, name: str) -> bytes:
+    if not os.path.isdir(path):
+        raise CallerError(f"snapshot {name} does not exist on this host", code="not_found")
+    fd = open_file(path, name, MANIFEST)
+    with open(fd, "rb") as file:
+        return file.read((1 << 20) + 1)
+
+
+def open_file(path: str, name: str, file_name: str) -> int:
+    """A regular file itself, not what a link leads to; CallerError (data_loss) if it is none."""
+    try:
+        fd = os.open(
+            os.path.join(path, file_name),
+            os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK,
+        )
+    except OSError as error:
+        raise _damaged(name, file_name, error.strerror or str(error)) from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise _damaged(name, file_name, "it is no regular file")
+    return fd
+
+
+def _verify(fd: int, saved: SavedFile, name: str, file_name: str, digests: Digests) -> None:
+    length = os.fstat(fd).st_size
+    if length != saved.bytes:
+        raise _damaged(name, file_name, f"it has {length} bytes and had {saved.bytes}")
+    if digests.of(fd) != saved.digest:
+        raise _damaged(name, file_name, "its content is not what was saved")
+
+
+def _damaged(name: str, file_name: str, what: str) -> CallerError:
+    return CallerError(
+        f"{file_name} of snapshot {name} is damaged: {what}; delete the snapshot",
+        code="data_loss",
+    )
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
