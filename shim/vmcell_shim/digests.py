@@ -70,7 +70,7 @@ class Digests:
 
 def snapshot_digests(config: ShimConfig) -> Digests:
     """What this host knows of the content of its files."""
-    return Digests(os.path.join(config.state_dir, "digests"))
+    return Digests(os.path.join(config.cache_dir, "digests"))
 
 
 def _identity(status: os.stat_result) -> list[int]:

@@ -254,8 +254,12 @@ class ContractMachine(RuleBasedStateMachine):
 
     @rule(name=CONTAINERS)
     def checkpoint(self, name: str) -> None:
+        """Into a directory, as containerd asks for it; the container goes on."""
         code = self.model.answer("Checkpoint", name)
-        self._expect("Checkpoint", task.CheckpointTaskRequest(id=name), Empty, code)
+        with tempfile.TemporaryDirectory() as directory:
+            request = task.CheckpointTaskRequest(id=name, path=directory)
+            self._expect("Checkpoint", request, Empty, code)
+            assert bool(os.listdir(directory)) == (code == OK)
 
     @rule(name=CONTAINERS, shares=st.integers(2, 1024))
     def update(self, name: str, shares: int) -> None:

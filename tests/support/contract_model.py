@@ -43,11 +43,11 @@ ANSWERS: dict[str, dict[str, str]] = {
     # Of a container that is not paused; how a paused one answers is the machine's own rule.
     "Resume": dict.fromkeys((CREATED, RUNNING, STOPPED), "failed_precondition"),
     "Update": {CREATED: OK, RUNNING: OK, STOPPED: "failed_precondition"},
+    "Checkpoint": {CREATED: "failed_precondition", RUNNING: OK, STOPPED: "failed_precondition"},
 }
 # These answer the same whether the task exists or not.
 ALWAYS = {
     "Connect": OK,
-    "Checkpoint": "unimplemented",
 }
 # Signals whose default action is none (signal(7)), and the null signal.
 HARMLESS = (0, 17, 18, 23, 28)

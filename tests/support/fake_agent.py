@@ -8,6 +8,7 @@ handed to the processes as they are. `behaviour` (JSON) makes it misbehave:
   "hang_up": method at which it closes the control connection and lives on
   "exit_status": what WaitProcess says instead of the truth
   "oom": every exit was the OOM killer's
+  "restored": what a fake that was saved had as its container
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -128,6 +130,10 @@ class FakeAgent:
             "FreezeContainer": lambda payload: self.freeze(payload, frozen=True),
             "ThawContainer": lambda payload: self.freeze(payload, frozen=False),
             "WaitOom": self.wait_oom,
+            "PrepareSnapshot": lambda _: self.stand_still(signal.SIGSTOP),
+            "AdoptContainer": self.adopt,
+            "ResumeGuest": self.resume,
+            "CopyFiles": lambda _: Empty(),
             "DeleteProcess": self.delete,
             "Shutdown": lambda _: Empty(),
         }
@@ -148,9 +154,38 @@ class FakeAgent:
         with open(os.environ["FAKE_RECORD"], "w") as file:
             json.dump(record, file)
         assert request.streams is not None
-        key = (request.container_id, "")
-        self.processes[key] = Process(spec.get("process", {}), request.streams)
+        self.own(request.container_id, spec.get("process", {}), request.streams)
         return Empty()
+
+    def own(self, container_id: str, description: dict[str, object], streams: Any) -> None:
+        """The one container, noted beside the listener for whoever saves this fake."""
+        self.processes[container_id, ""] = Process(description, streams)
+        directory = os.path.dirname(self.listener.getsockname())
+        with open(os.path.join(directory, "container.json"), "w") as file:
+            json.dump({"container_id": container_id, "process": description}, file)
+
+    def stand_still(self, number: int) -> Message:
+        for container_id in {owner for owner, _ in self.processes}:
+            self.signal_all(container_id, number)
+        return Empty()
+
+    def adopt(self, payload: bytes) -> Message:
+        request = agent.AdoptContainerRequest.decode(payload)
+        restored = self.behaviour["restored"]
+        assert isinstance(restored, dict)
+        assert restored["container_id"] == request.container_id
+        self.own(request.new_container_id, restored["process"], request.streams)
+        return agent.AdoptContainerResponse(guest_pid=1, running=True)
+
+    def resume(self, payload: bytes) -> Message:
+        request = agent.ResumeGuestRequest.decode(payload)
+        assert request.guest is not None
+        assert abs(request.guest.unix_time_ns - time.time_ns()) < 60e9
+        for (container_id, exec_id), process in list(self.processes.items()):
+            if "restored" in self.behaviour and process.popen is None and not exec_id:
+                assert len(request.machine_id) == 16
+                self.start(agent.ProcessRef(container_id=container_id).encode())
+        return self.stand_still(signal.SIGCONT)
 
     def attach(self, payload: bytes) -> Message:
         window = agent.AttachDeviceRequest.decode(payload).window

@@ -15,17 +15,26 @@ from pathlib import Path
 
 from vmcell_protos.errors import GuestError, HostError
 from vmcell_runtime.config import MachineConfig
-from vmcell_runtime.handle import VmmExit
+from vmcell_runtime.handle import SavedFiles, VmmExit
 
 PROGRAM = Path(__file__).with_name("fake_agent.py")
 ROOT = Path(__file__).resolve().parents[2]
 
 
 class FakeVmm:
-    """One running fake; the behaviour comes from FAKE_BEHAVIOUR, as the process inherits it."""
+    """One running fake; the behaviour comes from FAKE_BEHAVIOUR, as the process inherits it.
 
-    def __init__(self, config: MachineConfig, descriptors: Sequence[int]) -> None:
+    What is saved of it is what its container runs; a restored one runs that again, from its start.
+    """
+
+    def __init__(
+        self, config: MachineConfig, descriptors: Sequence[int], saved: SavedFiles | None
+    ) -> None:
         behaviour = json.loads(os.environ.get("FAKE_BEHAVIOUR", "{}"))
+        if saved is not None:
+            memory = os.pread(saved.memory_fd, 1 << 20, 0).rstrip(b"\0")
+            behaviour["restored"] = json.loads(memory)
+            assert os.pread(saved.state_fd, 100, 0) == b"fake state"
         if "refuse" in behaviour:
             raise HostError(behaviour["refuse"])
         assert config.console_descriptor is not None
@@ -74,6 +83,12 @@ class FakeVmm:
     def resume(self) -> None:
         self._popen.send_signal(signal.SIGCONT)
 
+    def save(self, memory_fd: int, state_fd: int) -> int:
+        memory = Path(self._directory.name, "container.json").read_bytes()
+        os.pwrite(memory_fd, memory, 0)
+        os.write(state_fd, b"fake state")
+        return len(memory)
+
     def set_balloon(self, mib: int) -> None:
         self.balloon_mib = mib
 
@@ -103,6 +118,12 @@ class FakeVmm:
         self._directory.cleanup()
 
 
-def spawn(config: MachineConfig, descriptors: Sequence[int], *, log_fd: int) -> FakeVmm:
+def spawn(
+    config: MachineConfig,
+    descriptors: Sequence[int],
+    *,
+    log_fd: int,
+    saved: SavedFiles | None = None,
+) -> FakeVmm:
     """Stands in for vmcell_runtime.handle.spawn."""
-    return FakeVmm(config, descriptors)
+    return FakeVmm(config, descriptors, saved)

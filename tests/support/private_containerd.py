@@ -85,6 +85,7 @@ class PrivateContainerd:
         (directory / "vmcell.toml").write_text(
             f'kernel = "{directory}/kernel"\nbase_image = "{directory}/base.erofs"\n'
             f'state_dir = "{directory}/run"\ncache_dir = "{directory}/cache"\n'
+            f'snapshot_dir = "{directory}/snapshots"\n'
             "writable_mib = 64\nboot_timeout_s = 20\n"
         )
 

@@ -253,6 +253,7 @@ def running_shim(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
     (directory / "config.toml").write_text(
         f'kernel = "{directory}/kernel"\nbase_image = "{directory}/base.erofs"\n'
         f'state_dir = "{directory}/run"\ncache_dir = "{directory}/cache"\n'
+        f'snapshot_dir = "{directory}/snapshots"\n'
         "writable_mib = 64\nboot_timeout_s = 20\n"
     )
     monkeypatch.setenv("VMCELL_CONFIG", str(directory / "config.toml"))
