@@ -85,7 +85,16 @@ class Neighbour(Message):
 
 
 class Interface(Message):
-    __slots__ = ("addresses", "gateway", "mac", "mtu", "name", "neighbours", "routes")
+    __slots__ = (
+        "addresses",
+        "gateway",
+        "mac",
+        "mtu",
+        "name",
+        "neighbours",
+        "present_mac",
+        "routes",
+    )
     FIELDS = (
         Field(1, "name", "string"),
         Field(2, "mac", "string"),
@@ -94,6 +103,7 @@ class Interface(Message):
         Field(5, "gateway", "string"),
         Field(6, "routes", "message", "repeated", Route),
         Field(7, "neighbours", "message", "repeated", Neighbour),
+        Field(8, "present_mac", "string"),
     )
 
     def __init__(
@@ -106,6 +116,7 @@ class Interface(Message):
         gateway: str = "",
         routes: list[Route] | None = None,
         neighbours: list[Neighbour] | None = None,
+        present_mac: str = "",
     ) -> None:
         self.name: str = name
         self.mac: str = mac
@@ -114,6 +125,7 @@ class Interface(Message):
         self.gateway: str = gateway
         self.routes: list[Route] = routes or []
         self.neighbours: list[Neighbour] = neighbours or []
+        self.present_mac: str = present_mac
 
 
 class ConfigureGuestRequest(Message):
@@ -600,3 +612,72 @@ class ContainerStatsResponse(Message):
         self.memory_events: dict[str, int] = memory_events or {}
         self.pids_current: int = pids_current
         self.pids_limit: int = pids_limit
+
+
+class PrepareSnapshotRequest(Message):
+    __slots__ = ("drop_caches",)
+    FIELDS = (Field(1, "drop_caches", "bool"),)
+
+    def __init__(
+        self,
+        *,
+        drop_caches: bool = False,
+    ) -> None:
+        self.drop_caches: bool = drop_caches
+
+
+class AdoptContainerRequest(Message):
+    __slots__ = ("container_id", "new_container_id", "streams")
+    FIELDS = (
+        Field(1, "container_id", "string"),
+        Field(2, "new_container_id", "string"),
+        Field(3, "streams", "message", "one", Streams),
+    )
+
+    def __init__(
+        self,
+        *,
+        container_id: str = "",
+        new_container_id: str = "",
+        streams: Streams | None = None,
+    ) -> None:
+        self.container_id: str = container_id
+        self.new_container_id: str = new_container_id
+        self.streams: Streams | None = streams
+
+
+class AdoptContainerResponse(Message):
+    __slots__ = ("guest_pid", "running", "user_frozen")
+    FIELDS = (
+        Field(1, "guest_pid", "uint32"),
+        Field(2, "running", "bool"),
+        Field(3, "user_frozen", "bool"),
+    )
+
+    def __init__(
+        self,
+        *,
+        guest_pid: int = 0,
+        running: bool = False,
+        user_frozen: bool = False,
+    ) -> None:
+        self.guest_pid: int = guest_pid
+        self.running: bool = running
+        self.user_frozen: bool = user_frozen
+
+
+class ResumeGuestRequest(Message):
+    __slots__ = ("guest", "machine_id")
+    FIELDS = (
+        Field(1, "guest", "message", "one", ConfigureGuestRequest),
+        Field(2, "machine_id", "bytes"),
+    )
+
+    def __init__(
+        self,
+        *,
+        guest: ConfigureGuestRequest | None = None,
+        machine_id: bytes = b"",
+    ) -> None:
+        self.guest: ConfigureGuestRequest | None = guest
+        self.machine_id: bytes = machine_id
