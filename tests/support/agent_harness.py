@@ -42,17 +42,22 @@ sys.path[:0] = {path!r}
 import os, socket, time
 from vmcell_agent.guest import Places, Transports, serve
 from vmcell_agent.__main__ import BUILTINS
-from vmcell_agent import abi, liveshare, network, process, snapshot, syscalls
+from vmcell_agent import abi, control, liveshare, network, process, snapshot, syscalls
 liveshare.mount = lambda place: syscalls.mount({share!r}, place, "", abi.MS_BIND | abi.MS_REC)
 network.loopback_up()
 with open("/proc/self/oom_score_adj", "w") as file:
     file.write("{oom_score}")
 process.DIAL_SECONDS = 2.0
+control.DIAL_SECONDS = 3.0
 snapshot.VM_DIRECTORY = {vm!r}
 def clock_settime_ns(clock, unix_time_ns):
     with open({clock!r}, "w") as file:
         file.write(str(unix_time_ns))
 time.clock_settime_ns = clock_settime_ns
+def log(line):
+    print(line, file=sys.stderr, flush=True)
+    with open({log!r}, "a") as file:
+        file.write(line + "\\n")
 def dial():
     host = socket.socket(socket.AF_UNIX)
     host.setblocking(False)
@@ -64,12 +69,12 @@ def dial():
         host.close()
         raise
     return host
-control = socket.socket(fileno={control})
+host = socket.socket(fileno={control})
 streams = socket.socket(fileno={streams})
 ports = socket.socket(fileno={ports})
 places = Places({cgroup!r}, {state!r}, {devices!r}, {sysfs!r})
-serve(Transports(control, dial, streams, ports, lambda address: True), places, BUILTINS,
-      lambda line: print(line, file=sys.stderr, flush=True))
+serve(Transports(host, dial, streams, ports, lambda address: True), places, BUILTINS,
+      log)
 """
 
 
@@ -213,9 +218,14 @@ class AgentClient:
 
     def dial(self, stream_id: int) -> socket.socket:
         """Connect the stream `stream_id`."""
+        connection = self.dial_unnamed()
+        connection.sendall(struct.pack("<Q", stream_id))
+        return connection
+
+    def dial_unnamed(self) -> socket.socket:
+        """A connection to the stream port that has not said which stream it is."""
         connection = self._connect()
         connection.settimeout(self.deadline_seconds)
-        connection.sendall(struct.pack("<Q", stream_id))
         return connection
 
     def hang_up(self) -> None:
@@ -414,6 +424,10 @@ class AgentUnderTest:
             listener.settimeout(DEADLINE_SECONDS)
             self.client.be_reset(lambda: listener.accept()[0])
 
+    def logged(self) -> list[str]:
+        """The agent's log so far."""
+        return (self.directory / "log").read_text().splitlines()
+
     def state_left(self) -> list[str]:
         """What lies in the agent's state directory, beside what is the guest's for good."""
         return sorted(set(os.listdir(self.directory / "state")) - {".boot_id"})
@@ -483,6 +497,7 @@ def running_agent() -> Iterator[AgentUnderTest]:
             share=str(directory / "share"),
             vm=str(directory / "vm"),
             clock=str(directory / "clock"),
+            log=str(directory / "log"),
             host=str(directory / "host.sock"),
         )
         process = subprocess.Popen(
