@@ -43,6 +43,7 @@ process        one process, from declaration to exit
 reaper         children that have ended
 errand         short work in a forked child, so that PID 1 never waits
 windows        devices that come after boot
+readdress      an interface that is to be another one
 network        the guest's interfaces
 machine        early mounts, clock, entropy, reset
 holder         pid 1 of a pod's pid namespace
@@ -50,6 +51,8 @@ pod            what the containers of a guest share
 containerfiles  a container's files as the host sees them
 limits         a container's limits, changed while it runs
 container      one container and its processes
+identity       what tells a restored guest from its siblings
+snapshot       the guest stands still to be saved, and goes on
 service        the methods of agent.proto
 control        the ttrpc connection to the host
 guest          everything wired to one loop

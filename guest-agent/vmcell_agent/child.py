@@ -68,6 +68,7 @@ class InitLaunch(Record):
     pid_namespace: int  # pidfd of the pod's holder; -1: a new one for this container
     shared_memory: str  # the pod's tmpfs for mounts of type vmcell-shm
     live_share: str  # the pod's share for mounts of type virtiofs
+    boot_id: str  # the file that is to be the container's boot id
     # Runs instead of a program when set: envd. Imported before the fork's file system changes.
     load_builtin: Callable[[], Callable[[Callable[[], None]], NoReturn]] | None
 
@@ -136,6 +137,8 @@ def _build(init: InitLaunch, launch: Launch) -> None:
     trees = containerfs.clone_trees(
         spec.mounts, shared_memory=init.shared_memory, live_share=init.live_share
     )
+    with attempt("take the guest's boot id"):
+        boot_id = syscalls.clone_tree(init.boot_id)
     containerfs.enter_root(init.root, spec.root_propagation)
     read_only_mounts = containerfs.mount_all(spec.mounts, trees)
     containerfs.make_devices(spec.devices)
@@ -143,6 +146,7 @@ def _build(init: InitLaunch, launch: Launch) -> None:
     if not init.shared_namespaces & abi.CLONE_NEWUTS:
         _name(spec)
     containerfs.write_sysctls(spec.sysctls)
+    containerfs.cover_boot_id(boot_id)
     if launch.stdio.terminal:
         containerfs.bind_console(_open_terminal(launch))
     with attempt(f"make working directory {launch.process.cwd}"):

@@ -90,8 +90,11 @@ class Surroundings:
 class Container:
     """Made whole or not at all; `remove` gives everything back."""
 
-    def __init__(self, around: Surroundings, request: CreateContainerRequest) -> None:
-        """Raises CallerError or HostError; then nothing is left behind."""
+    def __init__(
+        self, around: Surroundings, request: CreateContainerRequest, place: str = ""
+    ) -> None:
+        """`place` is what its directories are called, the id if empty: it stays, the id may change.
+        Raises CallerError or HostError; then nothing is left behind."""
         check_id(request.container_id, "container id")
         builtin = _builtin(around, request.init)
         spec = ocispec.parse_spec(request.spec_json, needs_args=builtin is None)
@@ -99,6 +102,7 @@ class Container:
             raise CallerError("rootfs is missing; name the container's devices")
         self.id = request.container_id
         self.name = f"container {self.id!r}"
+        self.place = place or self.id
         self.spec: ContainerSpec = spec
         self.files = ContainerFiles(around.errands, self.name, request.files)
         self._shared = pod.shared_flags(request.shared_namespaces)
@@ -106,12 +110,13 @@ class Container:
         self._builtin = builtin
         self._is_builder = request.init == BUILDER
         self._shared_memory = self._live_share = ""
-        self._cgroup = Cgroup(f"{around.cgroup_root}/{self.id}")
+        self._cgroup = Cgroup(f"{around.cgroup_root}/{self.place}")
         self._oom: OomWatch | None = None
         self._freezer: Freezer | None = None
         self._limits: Limits | None = None
-        self._root = RootFilesystem(f"{around.state_directory}/{self.id}")
+        self._root = RootFilesystem(f"{around.state_directory}/{self.place}")
         self._processes: dict[str, Process] = {}
+        self._nameless: list[Process] = []  # added ones that live on after an adoption
         process = spec.process
         if builtin is not None:
             # envd switches users itself, so it starts as root; the OOM killer spares it as it does
@@ -153,7 +158,7 @@ class Container:
         if self._shared & abi.CLONE_NEWUTS:
             pod.name_once(self.spec.hostname, self.spec.domainname)
         if self._shared & abi.CLONE_NEWPID:
-            pod.join_pid_namespace(self.id)
+            pod.join_pid_namespace(self.place)
 
     def _declare(
         self,
@@ -163,17 +168,18 @@ class Container:
         *,
         says_ready: bool = False,
     ) -> None:
-        kind = f"process {exec_id!r}" if exec_id else "init"
-        name = f"{kind} of {self.name}"
         self._processes[exec_id] = Process(
             self._around.loop,
             self._around.door,
-            name,
+            self._name_of(exec_id),
             spec,
             streams or Streams(),
             says_ready=says_ready,
             told=None if exec_id else self.files.told,
         )
+
+    def _name_of(self, exec_id: str) -> str:
+        return f"process {exec_id!r} of {self.name}" if exec_id else f"init of {self.name}"
 
     @property
     def init(self) -> Process:
@@ -249,6 +255,7 @@ class Container:
             pid_namespace=self._around.pod.pid_namespace() if shares_pids else -1,
             shared_memory=self._shared_memory,
             live_share=self._live_share,
+            boot_id=self._around.pod.boot_id(),
             load_builtin=self._load_builtin,
         )
 
@@ -309,11 +316,15 @@ class Container:
     def set_frozen(self, frozen: bool, answer: Done) -> None:
         """Freeze or thaw; answers when every process stands still, or goes on again."""
         self._check_init()
+        self.freezer.set(frozen, answer)
+
+    @property
+    def freezer(self) -> Freezer:
         if self._freezer is None:
             from vmcell_agent.freezer import Freezer
 
             self._freezer = Freezer(self._around.loop, self._cgroup, self.name)
-        self._freezer.set(frozen, answer)
+        return self._freezer
 
     def update(self, resources_json: bytes, answer: Done) -> None:
         """Change the limits that `linux.resources` names."""
@@ -324,6 +335,55 @@ class Container:
 
             self._limits = Limits(self._around.errands, self._cgroup, self.name)
         self._limits.update(resources_json, answer)
+
+    # What a snapshot and a restored guest need.
+
+    @property
+    def processes(self) -> list[Process]:
+        """Those that were asked for, and what an adoption has left without a name."""
+        return [*self._processes.values(), *self._nameless]
+
+    @property
+    def file_systems(self) -> list[str]:
+        """Where what the container has written can be written back."""
+        return [path for path in (self._root.path, self._root.upper) if path]
+
+    @property
+    def has_own_hostname(self) -> bool:
+        return not self._shared & abi.CLONE_NEWUTS
+
+    def adopt(self, new_id: str, streams: Streams, dialled: Callable[[], None]) -> None:
+        """Another name, other streams for the init; processes that were added live on without a
+        name. Raises CallerError, and nothing has changed then."""
+        check_id(new_id, "new container id")
+        self.init.adopt_streams(streams, dialled)
+        for exec_id in [name for name in self._processes if name]:
+            self._leave(self._processes.pop(exec_id))
+        self.id = new_id
+        self.name = f"container {new_id!r}"
+        self.init.name = self._name_of("")
+        for named in (self.files, self._oom, self._freezer, self._limits):
+            if named is not None:
+                named.name = self.name
+
+    def _leave(self, process: Process) -> None:
+        if process.state in (DECLARED, ENDED, FAILED):
+            self._close_process(process)
+            return
+        self._nameless.append(process)
+        process.leave(lambda: self._end_nameless(process))
+
+    def _end_nameless(self, process: Process) -> None:
+        if process in self._nameless:  # the removal has closed it before
+            self._nameless.remove(process)
+            self._close_process(process)
+
+    def forget_host(self) -> None:
+        """The host is another one now, and nobody waits for an answer."""
+        for process in self._processes.values():
+            process.forget_host()
+        if self._oom is not None:
+            self._oom.forget_waiters()
 
     def forget(self, exec_id: str) -> None:
         """Forget an added process that is not running; raises CallerError."""
@@ -379,10 +439,11 @@ class Container:
     def close(self) -> None:
         """Forget processes and unmount, whatever runs; raises HostError. Idempotent."""
         self._end_waiting()
-        for process in self._processes.values():
+        nameless, self._nameless = self._nameless, []
+        for process in (*self._processes.values(), *nameless):
             self._close_process(process)
         self.files.close()
-        self._around.pod.leave_pid_namespace(self.id)
+        self._around.pod.leave_pid_namespace(self.place)
         self._root.close()
 
     def _close_process(self, process: Process) -> None:

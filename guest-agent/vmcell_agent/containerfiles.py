@@ -33,12 +33,12 @@ class ContainerFiles:
         """`files` are what the start is to copy in; raises CallerError for what cannot be."""
         copyin.check(files)
         self._errands = errands
-        self._name = name
+        self.name = name
         self._waiting: list[FileCopy] | None = files  # None: they have been handed to the init
         # What CreateContainer has made, without content, and where that is not as asked.
         self._copies: list[FileCopy] = []
         self._targets: dict[str, str] = {}
-        self._namespace = -1
+        self.namespace = -1  # a descriptor, from the start on
         self._queue: list[tuple[list[Renewal], Done]] = []  # the first one is being written
 
     def take(self) -> list[FileCopy]:
@@ -55,7 +55,7 @@ class ContainerFiles:
         if report.kind == "T":
             self._targets[self._copies[report.number].destination] = report.path
         elif report.kind == "N":
-            self._namespace = report.descriptor
+            self.namespace = report.descriptor
 
     def copy_again(self, files: list[FileCopy], answer: Done) -> None:
         """Write files where they were copied to, or change what is still to be copied; raises
@@ -71,7 +71,7 @@ class ContainerFiles:
         self._check_namespace()
         if len(self._queue) >= MAX_WAITING:
             raise CallerError(
-                f"{self._name} has {MAX_WAITING} copies under way", code="resource_exhausted"
+                f"{self.name} has {MAX_WAITING} copies under way", code="resource_exhausted"
             )
         self._queue.append((renewal.plan(self._copies, self._targets, files), answer))
         if len(self._queue) == 1:
@@ -82,7 +82,7 @@ class ContainerFiles:
         from vmcell_agent import renewal
 
         renewals, answer = self._queue[0]
-        namespace = self._namespace
+        namespace = self.namespace
 
         def done(result: bytes | VmcellError) -> None:
             self._queue.pop(0)
@@ -92,7 +92,7 @@ class ContainerFiles:
 
         try:
             self._errands.run(
-                f"copy files into {self._name} again",
+                f"copy files into {self.name} again",
                 lambda: renewal.write(namespace, renewals),
                 done,
                 seconds=DEADLINE_SECONDS,
@@ -112,13 +112,13 @@ class ContainerFiles:
 
         readout.check(path, limit_bytes)
         self._check_namespace()
-        namespace = self._namespace
+        namespace = self.namespace
 
         def done(result: bytes | VmcellError) -> None:
             answer(result if isinstance(result, VmcellError) else readout.unpack(result))
 
         self._errands.run(
-            f"read {path[:160]} of {self._name}",
+            f"read {path[:160]} of {self.name}",
             lambda: readout.read(namespace, path, limit_bytes),
             done,
             seconds=DEADLINE_SECONDS,
@@ -127,15 +127,15 @@ class ContainerFiles:
         )
 
     def _check_namespace(self) -> None:
-        if self._namespace < 0:
+        if self.namespace < 0:
             raise CallerError(
-                f"{self._name} has no files yet; start it first", code="failed_precondition"
+                f"{self.name} has no files yet; start it first", code="failed_precondition"
             )
 
     def close(self) -> None:
         waiting, self._queue = self._queue[1:], self._queue[:1]
         for _, answer in waiting:
-            answer(CallerError(f"{self._name} was removed", code="not_found"))
-        if self._namespace >= 0:
-            os.close(self._namespace)
-            self._namespace = -1
+            answer(CallerError(f"{self.name} was removed", code="not_found"))
+        if self.namespace >= 0:
+            os.close(self.namespace)
+            self.namespace = -1

@@ -36,6 +36,7 @@ _DEFAULT_LINKS = (
     ("/dev/stderr", "/proc/self/fd/2"),
     ("/dev/ptmx", "pts/ptmx"),
 )
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
 # statvfs and mount(2) give these four the same values; a remount must not lose them
 _KEPT_FLAGS = abi.MS_RDONLY | abi.MS_NOSUID | abi.MS_NODEV | abi.MS_NOEXEC
 
@@ -167,6 +168,25 @@ def write_sysctls(sysctls: dict[str, str]) -> None:
                 os.write(fd, value.encode())
             finally:
                 os.close(fd)
+
+
+def cover_boot_id(tree: int) -> None:
+    """Let `tree`, a copy of the mount of one file, be the container's boot id, read-only; a
+    container without a proc file system has none. The sysctls have been written, and /proc/sys is
+    made read-only afterwards: that takes this mount along."""
+    with attempt("cover the container's boot id"):
+        try:
+            fd = os.open(BOOT_ID, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            os.close(tree)
+            return
+        try:
+            if syscalls.filesystem_magic(fd) == abi.PROC_SUPER_MAGIC:
+                syscalls.set_tree_read_only(tree)
+                syscalls.attach_tree(tree, BOOT_ID)
+        finally:
+            os.close(fd)
+            os.close(tree)
 
 
 def remount_read_only(path: str) -> None:

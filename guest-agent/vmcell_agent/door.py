@@ -53,10 +53,14 @@ class Door:
         listener.setblocking(False)
         loop.watch(listener.fileno(), READABLE, self._on_connection)
 
-    def close(self) -> None:
-        """Close the listener and every unnamed connection; idempotent."""
+    def drop_unnamed(self) -> None:
+        """Close every connection that has not said its header."""
         for fd in list(self._unnamed):
             self._drop(fd)
+
+    def close(self) -> None:
+        """Close the listener and every unnamed connection; idempotent."""
+        self.drop_unnamed()
         if self._listener.fileno() >= 0:
             self._loop.unwatch(self._listener.fileno())
             self._listener.close()

@@ -34,7 +34,7 @@ class Freezer:
         self.frozen = False
         self._loop = loop
         self._cgroup = cgroup
-        self._name = name
+        self.name = name
         self._waiters: list[Answer] = []
         self._file: EventsFile | None = None
         self._timer: Timer | None = None
@@ -43,14 +43,14 @@ class Freezer:
         """Freeze or thaw; answers when it is so. Raises CallerError or HostError."""
         if len(self._waiters) >= MAX_WAITERS:
             raise CallerError(
-                f"{self._name} has {MAX_WAITERS} waiters for the freezer already",
+                f"{self.name} has {MAX_WAITERS} waiters for the freezer already",
                 code="resource_exhausted",
             )
         if frozen != self.frozen:
             self._cgroup.freeze(frozen)
             self.frozen = frozen
             other = "frozen" if frozen else "thawed"
-            self._end_waiting(CallerError(f"{self._name} was {other} meanwhile", code="aborted"))
+            self._end_waiting(CallerError(f"{self.name} was {other} meanwhile", code="aborted"))
         if self._file is None:
             path = f"{self._cgroup.path}/cgroup.events"
             self._file = EventsFile(self._loop, path, self._look)
@@ -70,7 +70,7 @@ class Freezer:
     def _deadline(self) -> None:
         verb = "freeze" if self.frozen else "thaw"
         error = HostError(
-            f"{self._name} did not {verb} within {FREEZE_SECONDS:.0f} s", code="deadline_exceeded"
+            f"{self.name} did not {verb} within {FREEZE_SECONDS:.0f} s", code="deadline_exceeded"
         )
         if self.frozen:
             self.frozen = False
@@ -93,4 +93,4 @@ class Freezer:
 
     def close(self) -> None:
         """Who still waits gets not_found. Idempotent."""
-        self._end_waiting(CallerError(f"{self._name} was removed", code="not_found"))
+        self._end_waiting(CallerError(f"{self.name} was removed", code="not_found"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from vmcell_agent.container import Surroundings
-from vmcell_agent.control import ControlConnection
+from vmcell_agent.control import HostConnection
 from vmcell_agent.errand import Errands
 from vmcell_agent.eventloop import Loop
 from vmcell_agent.pod import Pod
@@ -39,10 +39,11 @@ class Places(Record):
 
 
 class Transports(Record):
-    """The connected control stream, the listeners for streams and for port forwards, and who may
-    dial them."""
+    """The connected control stream, how another one is dialled (see control.Redial), the listeners
+    for streams and for port forwards, and who may dial them."""
 
     control: socket.socket
+    dial: Callable[[], socket.socket]
     stream_listener: socket.socket
     port_listener: socket.socket
     accepts_peer: Callable[[object], bool]
@@ -54,7 +55,8 @@ def serve(
     builtins: dict[str, Builtin],
     log: Callable[[str], None],
 ) -> None:
-    """Serve until the host is gone or asks for shutdown; containers are gone when it returns."""
+    """Serve until the host is gone or asks for shutdown; containers are gone when it returns. After
+    a reset of the transport there is another host, and it is served."""
     with ExitStack() as stack:
         loop = Loop()
         stack.callback(loop.close)
@@ -89,7 +91,15 @@ def serve(
             log(f"{reason}; shutting down")
             loop.stop()
 
-        control = ControlConnection(loop, transports.control, service.dispatch, lost)
+        def reset() -> None:
+            log("the host has changed; dialling the new one")
+            door.forget_host()
+            ports.forget_host()
+            service.forget_host()
+
+        control = HostConnection(
+            loop, transports.control, transports.dial, service.dispatch, reset=reset, lost=lost
+        )
         stack.callback(control.close)
         stack.callback(service.close)
         loop.run()

@@ -25,13 +25,13 @@ class Limits:
         """`name` is for errors."""
         self._errands = errands
         self._cgroup = cgroup
-        self._name = name
+        self.name = name
         self._changing = False
 
     def update(self, resources_json: bytes, answer: Callable[[VmcellError | None], None]) -> None:
         """Write what `linux.resources` names, in the order of Cgroup.update; raises CallerError."""
         if self._changing:
-            raise CallerError(f"{self._name} is being updated", code="failed_precondition")
+            raise CallerError(f"{self.name} is being updated", code="failed_precondition")
         wanted = parse_object(resources_json, "resources")
         files = resources.cgroup_files(wanted, self._cgroup.text)
         if wanted.object("memory").flag("checkBeforeUpdate"):
@@ -45,7 +45,7 @@ class Limits:
             self._changing = False
             answer(result if isinstance(result, VmcellError) else None)
 
-        what = f"update the limits of {self._name}"
+        what = f"update the limits of {self.name}"
         self._errands.run(what, work, done, seconds=UPDATE_SECONDS)
         self._changing = True
 
@@ -54,6 +54,6 @@ class Limits:
         usage = self._cgroup.value("memory.current")
         if 0 < limit < usage:
             raise CallerError(
-                f"{memory.path}.limit is {limit}, and {self._name} uses {usage} bytes",
+                f"{memory.path}.limit is {limit}, and {self.name} uses {usage} bytes",
                 code="failed_precondition",
             )

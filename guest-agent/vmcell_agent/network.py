@@ -2,7 +2,8 @@
 
 A device is found by its MAC address, which is the host's own name for it. What a call names is set
 and what it leaves out stays: interfaces that are not named, addresses given before, routes to other
-networks. The routes to a network replace those to the same network by the same interface.
+networks. The routes to a network replace those to the same network by the same interface. One that
+has another MAC address than it is to have, in a restored guest, loses all it had.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class InterfacePlan(Record):
     """What is to become of one interface; all of it is well-formed."""
 
     mac: str
+    present_mac: str  # by which it is found, and which becomes `mac`; "": it has that already
     name: str  # "": as it is
     mtu: int  # 0: as it is
     addresses: list[Prefix]
@@ -102,7 +104,9 @@ def plan(interfaces: list[Interface]) -> list[InterfacePlan]:
 
 
 def _plan(interface: Interface) -> InterfacePlan:
-    mac = interface.mac.lower()
+    mac, present_mac = interface.mac.lower(), interface.present_mac.lower()
+    if present_mac:
+        _check_change(present_mac, mac)
     if interface.name and not re.fullmatch(_NAME, interface.name, re.ASCII):
         raise CallerError(f"interface name {interface.name!r} is none of Linux's")
     if len(interface.addresses) > MAX_ADDRESSES or len(interface.routes) > MAX_ROUTES:
@@ -119,6 +123,7 @@ def _plan(interface: Interface) -> InterfacePlan:
         _family(interface.gateway, f"gateway {interface.gateway!r}")
     return InterfacePlan(
         mac=mac,
+        present_mac=present_mac,
         name=interface.name,
         mtu=interface.mtu,
         addresses=[_prefix(text, "address") for text in interface.addresses],
@@ -127,6 +132,15 @@ def _plan(interface: Interface) -> InterfacePlan:
         routes=[_plan_route(route) for route in interface.routes],
         neighbours=[_plan_neighbour(neighbour) for neighbour in interface.neighbours],
     )
+
+
+def _check_change(present_mac: str, mac: str) -> None:
+    """Raise CallerError unless the one can become the other."""
+    for what, value in (("present_mac", present_mac), ("mac", mac)):
+        if not re.fullmatch(_MAC, value, re.ASCII):
+            raise CallerError(f"{what} of an interface is {value[:64]!r}, no MAC address")
+        if int(value[:2], 16) & 1 or not value.strip("0:"):
+            raise CallerError(f"{what} of an interface is {value}, which is no device's own")
 
 
 def _plan_route(route: Route) -> RoutePlan:
@@ -171,15 +185,35 @@ def _prefix(text: str, what: str) -> Prefix:
 
 def configure(plans: list[InterfacePlan]) -> None:
     """Bring the interfaces up as planned; raises CallerError or HostError."""
-    devices = _devices() if plans else {}
-    for row in plans:
-        if row.mac not in devices:
-            raise CallerError(f"no interface has MAC address {row.mac!r}", code="not_found")
+    found = _find(plans)
+    indexes = [socket.if_nametoindex(name) for name in found]
     with Routes() as routes:
-        _make_way(routes, {devices[row.mac]: row.name for row in plans if row.name})
-        devices = _devices() if plans else {}
-        for row in plans:
-            _configure(routes, row, devices[row.mac])
+        for row, name, index in zip(plans, found, indexes, strict=True):
+            if row.present_mac:
+                from vmcell_agent import readdress  # of a restored guest only
+
+                readdress.strip(routes.send, index, name)
+                readdress.set_mac(routes.send, index, name, row.mac)
+        wanted = zip(plans, found, strict=True)
+        _make_way(routes, {name: row.name for row, name in wanted if row.name})
+        for row, index in zip(plans, indexes, strict=True):
+            _configure(routes, row, index)
+
+
+def _find(plans: list[InterfacePlan]) -> list[str]:
+    """Name of the interface that each of the plans means; raises CallerError."""
+    devices = _devices() if plans else {}
+    found = []
+    for row in plans:
+        # After a call that went wrong half-way it may have its new address already.
+        name = devices.get(row.present_mac) or devices.get(row.mac)
+        if name is None:
+            mac = row.present_mac or row.mac
+            raise CallerError(f"no interface has MAC address {mac!r}", code="not_found")
+        if name in found:
+            raise CallerError(f"two interfaces of the request are the device {name}")
+        found.append(name)
+    return found
 
 
 def _make_way(routes: Routes, wanted: dict[str, str]) -> None:
@@ -192,8 +226,8 @@ def _make_way(routes: Routes, wanted: dict[str, str]) -> None:
             routes.send(netlink.set_link(index, name=f"aside{index}"), text)
 
 
-def _configure(routes: Routes, row: InterfacePlan, current: str) -> None:
-    index = socket.if_nametoindex(current)
+def _configure(routes: Routes, row: InterfacePlan, index: int) -> None:
+    current = socket.if_indextoname(index)
     name = row.name or current
     if name != current:
         routes.send(netlink.set_link(index, name=name), f"rename {current} to {name}")

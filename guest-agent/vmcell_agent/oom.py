@@ -30,7 +30,7 @@ class OomWatch:
         """`name` is for errors."""
         self._loop = loop
         self._cgroup = cgroup
-        self._name = name
+        self.name = name
         self._kills = 0
         self._file: EventsFile | None = None
         self._waiters: list[tuple[int, Answer]] = []
@@ -46,7 +46,7 @@ class OomWatch:
         """Answers with the count once it is above `seen`; raises CallerError."""
         if len(self._waiters) >= MAX_WAITERS:
             raise CallerError(
-                f"{self._name} has {MAX_WAITERS} waiters for the OOM killer already",
+                f"{self.name} has {MAX_WAITERS} waiters for the OOM killer already",
                 code="resource_exhausted",
             )
         if self._file is None:
@@ -62,6 +62,10 @@ class OomWatch:
         for answer in ready:
             answer(kills)
 
+    def forget_waiters(self) -> None:
+        """Nobody is there any more to be answered."""
+        self._waiters.clear()
+
     def close(self) -> None:
         """Who still waits gets not_found. Idempotent."""
         if self._file is not None:
@@ -69,4 +73,4 @@ class OomWatch:
             self._file = None
         waiters, self._waiters = self._waiters, []
         for _, answer in waiters:
-            answer(CallerError(f"{self._name} was removed", code="not_found"))
+            answer(CallerError(f"{self.name} was removed", code="not_found"))

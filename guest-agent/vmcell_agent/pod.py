@@ -2,7 +2,8 @@
 
 The guest's own uts and ipc namespaces are the pod's; a pid namespace and a tmpfs for /dev/shm are
 made when the first container asks for them. The pid namespace ends with the last container that
-joined it, the tmpfs with the machine. So does the mount of the host's live directories.
+joined it, the tmpfs with the machine. So do the mount of the host's live directories and the file
+that every container sees as its boot id: the kernel's, until a restored guest gets another one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
-from vmcell_agent import abi, liveshare, machine, syscalls
+from vmcell_agent import abi, containerfs, liveshare, machine, syscalls
 from vmcell_agent.attempt import attempt
 from vmcell_protos.errors import CallerError
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from vmcell_agent.spawn import Spawner
 
 _SHAREABLE = {"ipc": abi.CLONE_NEWIPC, "uts": abi.CLONE_NEWUTS, "pid": abi.CLONE_NEWPID}
-_SHM_DIRECTORY, _SHARE_DIRECTORY = ".shm", ".share"  # no container's id starts with a dot
+# No container's id starts with a dot.
+_SHM_DIRECTORY, _SHARE_DIRECTORY, BOOT_ID_FILE = ".shm", ".share", ".boot_id"
 _SHM_FLAGS = abi.MS_NOSUID | abi.MS_NODEV
 
 
@@ -44,7 +46,7 @@ class Pod:
         self._spawner = spawner
         self._reaper = reaper
         self._state_directory = state_directory
-        self._shm = self._share = ""
+        self._shm = self._share = self._boot_id = ""
         self._named = False
         self._holder: PidHolder | None = None
         self._pid_users: set[str] = set()
@@ -87,6 +89,35 @@ class Pod:
                 liveshare.mount(path)
             self._share = path
         return self._share
+
+    def boot_id(self) -> str:
+        """Path of the file whose content is the boot id of every container. Raises HostError."""
+        if not self._boot_id:
+            with attempt(f"read {containerfs.BOOT_ID}"):
+                fd = os.open(containerfs.BOOT_ID, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    self._write_boot_id(os.read(fd, 64))
+                finally:
+                    os.close(fd)
+        return self._boot_id
+
+    def renew_boot_id(self) -> None:
+        """Another one, in every container at once; raises HostError."""
+        raw = bytearray(os.urandom(16))
+        raw[6], raw[8] = raw[6] & 0x0F | 0x40, raw[8] & 0x3F | 0x80  # RFC 9562: random
+        parts = (raw[0:4], raw[4:6], raw[6:8], raw[8:10], raw[10:16])
+        self._write_boot_id(("-".join(part.hex() for part in parts) + "\n").encode())
+
+    def _write_boot_id(self, text: bytes) -> None:
+        """In place, because containers have a mount of it; of one length, so in one write."""
+        path = f"{self._state_directory}/{BOOT_ID_FILE}"
+        with attempt(f"write {path}"):
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o444)
+            try:
+                os.write(fd, text)
+            finally:
+                os.close(fd)
+        self._boot_id = path
 
     def join_pid_namespace(self, container_id: str) -> None:
         """From here on the pod's pid namespace lives for this container too."""

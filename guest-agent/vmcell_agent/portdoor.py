@@ -46,10 +46,15 @@ class PortDoor:
         self._forwards: set[_Forward] = set()
         self._door = Door(loop, listener, accepts_peer, HEADER_BYTES, self._on_named)
 
-    def close(self) -> None:
-        self._door.close()
+    def forget_host(self) -> None:
+        """Close every connection of a host that is gone."""
+        self._door.drop_unnamed()
         for forward in list(self._forwards):
             forward.close()
+
+    def close(self) -> None:
+        self._door.close()
+        self.forget_host()
 
     def _on_named(self, connection: socket.socket, header: bytes) -> None:
         port = int.from_bytes(header, "little")

@@ -19,6 +19,7 @@ from vmcell_agent.eventloop import READABLE
 from vmcell_agent.record import Record
 from vmcell_agent.spawn import Window
 from vmcell_agent.stdio import StandardStreams
+from vmcell_protos.agent import Streams
 from vmcell_protos.errors import CallerError, HostError, VmcellError
 
 TYPE_CHECKING = False
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from vmcell_agent.report import Report
     from vmcell_agent.spawn import Child
     from vmcell_agent.streamdoor import StreamDoor
-    from vmcell_protos.agent import Streams
 
 DECLARED, DIALLING, SPAWNING, RUNNING = "declared", "dialling", "spawning", "running"
 ENDED, FAILED = "ended", "failed"
@@ -85,11 +85,13 @@ class Process:
         self.pid = 0
         self.exit: Exit | None = None
         self._loop = loop
+        self._door = door
         self._says_ready = says_ready
         self._told = told
         self._stdio = StandardStreams(loop, door, streams, self._changed)
         self._spawn: Callable[[], Child] | None = None
         self._started: Callable[[int | VmcellError], None] | None = None
+        self._start_over: list[Callable[[], None]] = []
         self._waiters: list[Callable[[Exit | VmcellError], None]] = []
         self._child: Child | None = None
         self._ready = False
@@ -107,6 +109,13 @@ class Process:
         self.state = DIALLING
         self._timer = self._loop.call_later(DIAL_SECONDS, self._dial_deadline)
         self._changed()
+
+    def when_not_starting(self, tell: Callable[[], None]) -> None:
+        """Call `tell` once, when no start is under way: at once, or when it is over."""
+        if self._started is None:
+            tell()
+        else:
+            self._start_over.append(tell)
 
     def wait(self, answer: Callable[[Exit | VmcellError], None]) -> None:
         """Answers when the process has ended and its output is handed over."""
@@ -144,6 +153,48 @@ class Process:
     def dropped_bytes(self) -> int:
         """Output that had no reader any more."""
         return self._stdio.dropped_bytes
+
+    # -- standing still, and going on
+
+    def park_streams(self) -> None:
+        self._stdio.park()
+
+    def adopt_streams(self, streams: Streams, dialled: Callable[[], None]) -> None:
+        """While they are parked: the streams that a process is to have from `go_on` on, of which
+        `dialled` tells; for one that is not started yet, those that its start waits for. Raises
+        CallerError."""
+        if self.state != DECLARED:
+            self._stdio.adopt(streams, dialled)
+            return
+        self._stdio.close()
+        self._stdio = StandardStreams(self._loop, self._door, streams, self._changed)
+        self._stdio.park()
+        self.streams = streams
+
+    @property
+    def missing_streams(self) -> list[str]:
+        """Adopted streams that are yet to be dialled before the process can go on."""
+        return [] if self.state == DECLARED else self._stdio.missing
+
+    def go_on(self) -> None:
+        """Idempotent."""
+        self._stdio.go_on()
+
+    def leave(self, ended: Callable[[], None]) -> None:
+        """While the streams are parked: nobody asks for it by its name any more. Its output will be
+        dropped and its input end; `ended` is called at its end, or when it is closed."""
+        gone = CallerError(f"{self.name} was left behind by an adoption", code="not_found")
+        for answer in self._take_waiters():
+            answer(gone)
+        self._stdio.adopt(Streams(), lambda: None)
+        self._waiters.append(lambda _: ended())
+
+    def forget_host(self) -> None:
+        """The host is another one now: nobody dials what was declared, nobody waits any more."""
+        self._stdio.forget_host()
+        self._waiters.clear()
+
+    # -- the end of it
 
     def close(self) -> None:
         """Forget everything; whoever still waits gets an error. Idempotent."""
@@ -247,6 +298,9 @@ class Process:
         answer, self._started = self._started, None
         if answer is not None:
             answer(result)
+        over, self._start_over = self._start_over, []
+        for tell in over:
+            tell()
 
     def _close_channel(self) -> None:
         if self._child is not None:
@@ -265,7 +319,13 @@ class Process:
 
     def _restart_timer(self) -> None:
         self._stop_timer()
-        self._timer = self._loop.call_later(SETTLE_SECONDS, self._give_up_settling)
+        self._timer = self._loop.call_later(SETTLE_SECONDS, self._settling_deadline)
+
+    def _settling_deadline(self) -> None:
+        if self._stdio.parked:  # no reader could take anything
+            self._restart_timer()
+        else:
+            self._give_up_settling()
 
     def _give_up_settling(self) -> None:
         for answer in self._take_waiters():

@@ -8,6 +8,10 @@ dropped (a program must not die of a reader that left), input is not.
     MOVING    --sink gone, output--------------->  DRAINING
     MOVING    --sink gone, input---------------->  ENDED
     DRAINING  --end of source------------------->  ENDED
+    DRAINING  --another sink-------------------->  MOVING
+
+Beside that a pump may be parked: it looks at neither descriptor, so an end that breaks meanwhile is
+not noticed and what is pending stays pending. While it is parked its ends may be replaced.
 """
 
 from __future__ import annotations
@@ -55,7 +59,48 @@ class Pump:
         self._ending = False
         self._owed_bytes: int | None = None
         self._until_empty = False
+        self._parked = False
         loop.watch(source, READABLE, self._on_source)
+
+    def park(self) -> None:
+        """Move nothing until `go_on`; idempotent."""
+        if self.state != ENDED:
+            self._parked = True
+            self._loop.unwatch(self._source)
+            self._loop.unwatch(self._sink)
+
+    def go_on(self) -> None:
+        """Move again what is pending, then what comes; idempotent."""
+        if self.state == ENDED or not self._parked:
+            return
+        self._parked = False
+        if self._pending:
+            self._on_sink(0)
+            return
+        self._loop.watch(self._source, READABLE, self._on_source)
+        if self._ending or self._until_empty:
+            self._loop.call_later(0, self._read_to_end)
+
+    def replace_source(self, source: int) -> None:
+        """Read from `source` from now on, which is closed with the pump as the old one is now. The
+        pump is parked and has not ended."""
+        os.close(self._source)
+        self._source = source
+
+    def replace_sink(self, sink: int, end_sink: Callable[[], None]) -> None:
+        """Write to `sink` from now on, what is pending first; the old one is ended. The pump is
+        parked and has not ended."""
+        self._finish_sink()
+        self._sink, self._end_sink = sink, end_sink
+        self.state = MOVING
+
+    def give_up_sink(self) -> None:
+        """Nobody is there to take anything: as if writing had failed."""
+        if self.state == MOVING:
+            self._parked = False
+            self._lose_sink()
+        else:
+            self.go_on()
 
     def finish_input(self) -> None:
         """Hand over what can be read now, then treat the source as ended."""
@@ -122,7 +167,7 @@ class Pump:
             self._on_sink(0)
 
     def _read_to_end(self) -> None:
-        if self.state == MOVING and not self._pending:
+        if self.state == MOVING and not self._pending and not self._parked:
             self._on_source(0)
 
     def _on_sink(self, events: int) -> None:

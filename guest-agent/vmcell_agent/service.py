@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 from vmcell_agent import containerfs, machine, network, ocispec
 from vmcell_agent.container import Container
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vmcell_agent.container import Surroundings
+    from vmcell_agent.snapshot import Snapshot
     from vmcell_agent.windows import Windows
     from vmcell_protos.wire import Message
 
@@ -43,6 +45,7 @@ class AgentService:
         self._around = around
         self._sysfs_directory = sysfs_directory
         self._windows: Windows | None = None
+        self._snapshot: Snapshot | None = None
         self._stop = stop
         self._containers: dict[str, Container] = {}
         self._removing: set[str] = set()
@@ -60,6 +63,13 @@ class AgentService:
             answer(error)
         except OSError as error:
             answer(HostError(f"{method}: {error}", code="internal"))
+
+    def forget_host(self) -> None:
+        """The host is another one now: nobody waits for what the one before has asked."""
+        if self._snapshot is not None:
+            self._snapshot.forget_host()
+        for container in self._containers.values():
+            container.forget_host()
 
     def close(self) -> None:
         """Kill and unmount every container; errors do not stop it. Idempotent."""
@@ -82,17 +92,26 @@ class AgentService:
         )
 
     def configure_guest(self, request: messages.ConfigureGuestRequest, answer: Answer) -> None:
+        self._plan_guest(request)()
+        answer(messages.Empty())
+
+    def _plan_guest(self, request: messages.ConfigureGuestRequest) -> Callable[[], None]:
+        """Judges the request, raising CallerError; what comes back does it, now or later."""
+        asked_ns = time.monotonic_ns()
         plans = network.plan(request.interfaces)
         sysctls = ocispec.sysctl_files(request.sysctls)
-        if request.unix_time_ns:
-            machine.set_clock(request.unix_time_ns)
-        if request.entropy:
-            machine.add_entropy(request.entropy)
-        if request.hostname:
-            self._around.pod.rename(request.hostname)
-        network.configure(plans)
-        containerfs.write_sysctls(sysctls)
-        answer(messages.Empty())
+
+        def set_guest() -> None:
+            if request.unix_time_ns:
+                machine.set_clock(request.unix_time_ns + time.monotonic_ns() - asked_ns)
+            if request.entropy:
+                machine.add_entropy(request.entropy)
+            if request.hostname:
+                self._around.pod.rename(request.hostname)
+            network.configure(plans)
+            containerfs.write_sysctls(sysctls)
+
+        return set_guest
 
     def attach_device(self, request: messages.AttachDeviceRequest, answer: Answer) -> None:
         def attached(result: str | VmcellError) -> None:
@@ -118,6 +137,8 @@ class AgentService:
 
     def shutdown(self, request: messages.Empty, answer: Answer) -> None:
         answer(messages.Empty())
+        if self._snapshot is not None:
+            self._snapshot.let_go()
         running = False
         for container in self._containers.values():
             try:
@@ -129,9 +150,37 @@ class AgentService:
                 self._around.log(f"container {container.id}: {error}")
         self._around.loop.call_later(_TERM_SECONDS if running else 0, self._stop)
 
+    # -- a guest that is saved and restored
+
+    def prepare_snapshot(self, request: messages.PrepareSnapshotRequest, answer: Answer) -> None:
+        if self._snapshot is None:
+            from vmcell_agent.snapshot import Snapshot  # boot does not need it
+
+            self._snapshot = Snapshot(self._around, self._containers, self._plan_guest)
+        self._snapshot.prepare(request.drop_caches, _empty_or_error(answer))
+
+    def adopt_container(self, request: messages.AdoptContainerRequest, answer: Answer) -> None:
+        container = self._container(request.container_id)
+        answer(self._known_snapshot("AdoptContainer").adopt(container, request))
+
+    def resume_guest(self, request: messages.ResumeGuestRequest, answer: Answer) -> None:
+        self._known_snapshot("ResumeGuest").resume(request, _empty_or_error(answer))
+
+    def _known_snapshot(self, method: str) -> Snapshot:
+        if self._snapshot is None:
+            raise CallerError(
+                f"{method}: the guest was not saved by PrepareSnapshot", code="failed_precondition"
+            )
+        return self._snapshot
+
+    def _check_goes_on(self) -> None:
+        if self._snapshot is not None:
+            self._snapshot.check_goes_on()
+
     # -- containers
 
     def create_container(self, request: messages.CreateContainerRequest, answer: Answer) -> None:
+        self._check_goes_on()
         if request.container_id in self._containers:
             raise CallerError(
                 f"container {request.container_id!r} exists already", code="already_exists"
@@ -140,8 +189,19 @@ class AgentService:
             raise CallerError(
                 f"the guest has {MAX_CONTAINERS} containers already", code="resource_exhausted"
             )
-        self._containers[request.container_id] = Container(self._around, request)
+        place = self._free_place(request.container_id)
+        self._containers[request.container_id] = Container(self._around, request, place)
         answer(messages.Empty())
+
+    def _free_place(self, container_id: str) -> str:
+        """What the directories of a new container are called: one that was adopted keeps those of
+        the id it was made with."""
+        taken = {container.place for container in self._containers.values()}
+        place, number = container_id, 1
+        while place in taken:
+            number += 1
+            place = f"{container_id}~{number}"  # no container's id has such a character
+        return place
 
     def _container(self, container_id: str) -> Container:
         found = self._containers.get(container_id)
@@ -178,9 +238,11 @@ class AgentService:
         container.update(request.resources_json, _empty_or_error(answer))
 
     def freeze_container(self, request: messages.ContainerRef, answer: Answer) -> None:
+        self._check_goes_on()
         self._container(request.container_id).set_frozen(True, _empty_or_error(answer))
 
     def thaw_container(self, request: messages.ContainerRef, answer: Answer) -> None:
+        self._check_goes_on()
         self._container(request.container_id).set_frozen(False, _empty_or_error(answer))
 
     def wait_oom(self, request: messages.WaitOomRequest, answer: Answer) -> None:
@@ -209,10 +271,13 @@ class AgentService:
     # -- processes
 
     def add_process(self, request: messages.AddProcessRequest, answer: Answer) -> None:
+        self._check_goes_on()
         self._container(request.container_id).add(request)
         answer(messages.Empty())
 
     def start_process(self, request: messages.ProcessRef, answer: Answer) -> None:
+        self._check_goes_on()
+
         def started(result: int | VmcellError) -> None:
             if isinstance(result, int):
                 answer(messages.StartProcessResponse(guest_pid=result))
@@ -303,6 +368,9 @@ _METHODS: dict[str, tuple[type[Message], Callable[[AgentService, Any, Answer], N
     "ConfigureGuest": (messages.ConfigureGuestRequest, AgentService.configure_guest),
     "AttachDevice": (messages.AttachDeviceRequest, AgentService.attach_device),
     "DetachDevice": (messages.DetachDeviceRequest, AgentService.detach_device),
+    "PrepareSnapshot": (messages.PrepareSnapshotRequest, AgentService.prepare_snapshot),
+    "AdoptContainer": (messages.AdoptContainerRequest, AgentService.adopt_container),
+    "ResumeGuest": (messages.ResumeGuestRequest, AgentService.resume_guest),
     "CreateContainer": (messages.CreateContainerRequest, AgentService.create_container),
     "AddProcess": (messages.AddProcessRequest, AgentService.add_process),
     "StartProcess": (messages.ProcessRef, AgentService.start_process),

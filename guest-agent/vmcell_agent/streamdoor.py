@@ -42,6 +42,10 @@ class StreamDoor:
         """Expect that id no longer; nothing happens when it is not expected."""
         self._expected.pop(stream_id, None)
 
+    def forget_host(self) -> None:
+        """Close the connections of a host that is gone and that nobody has taken yet."""
+        self._door.drop_unnamed()
+
     def close(self) -> None:
         """Close the listener and every unnamed connection; idempotent."""
         self._door.close()

@@ -45,6 +45,7 @@ _setdomainname = _prototype("setdomainname", ctypes.c_char_p, ctypes.c_size_t)
 _statfs = _prototype("statfs", ctypes.c_char_p, ctypes.c_char_p)
 _fstatfs = _prototype("fstatfs", ctypes.c_int, ctypes.c_char_p)
 _reboot = _prototype("reboot", ctypes.c_int)
+_syncfs = _prototype("syncfs", ctypes.c_int)
 
 
 def mount(source: str, target: str, fstype: str = "", flags: int = 0, data: str = "") -> None:
@@ -137,6 +138,11 @@ def capset(effective: int, permitted: int, inheritable: int) -> None:
     high = [bits >> 32 for bits in (effective, permitted, inheritable)]
     header = abi.CAP_HEADER.pack(abi.LINUX_CAPABILITY_VERSION_3, 0)
     _capset(header, abi.CAP_DATA.pack(*low, *high))
+
+
+def syncfs(fd: int) -> None:
+    """syncfs(2): everything of the file system that `fd` lies on is on its disk."""
+    _syncfs(fd)
 
 
 def setdomainname(name: str) -> None:

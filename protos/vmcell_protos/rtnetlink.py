@@ -21,10 +21,10 @@ NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = 0x100, 0x200, 0x400, 0x8
 NLM_F_DUMP = 0x300
 NLA_TYPE_MASK = 0x3FFF
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
-RTM_NEWADDR, RTM_GETADDR = 20, 22
+RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_GETNEIGH = 28, 30
-IFLA_IFNAME, IFLA_MTU, IFLA_AF_SPEC = 3, 4, 26
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_AF_SPEC = 1, 3, 4, 26
 IFLA_INET6_ADDR_GEN_MODE, IN6_ADDR_GEN_MODE_NONE = 8, 1
 IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
 IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 2, 0x200
@@ -78,6 +78,17 @@ def set_link(index: int, *, name: str = "", mtu: int = 0, up: bool = False) -> b
     return message(RTM_NEWLINK, 0, body)
 
 
+def set_link_down(index: int) -> bytes:
+    """RTM_NEWLINK; the kernel forgets routes by the link and its neighbours."""
+    return message(RTM_NEWLINK, 0, IFINFOMSG.pack(socket.AF_UNSPEC, 0, index, 0, IFF_UP))
+
+
+def set_mac(index: int, mac: bytes) -> bytes:
+    """RTM_NEWLINK: another hardware address."""
+    body = IFINFOMSG.pack(socket.AF_UNSPEC, 0, index, 0, 0) + attribute(IFLA_ADDRESS, mac)
+    return message(RTM_NEWLINK, 0, body)
+
+
 def without_link_local(index: int) -> bytes:
     """RTM_NEWLINK: a link that is about to come up gets no IPv6 address of its own."""
     mode = attribute(IFLA_INET6_ADDR_GEN_MODE, bytes([IN6_ADDR_GEN_MODE_NONE]))
@@ -108,6 +119,24 @@ def add_address(
     body += attribute(IFA_LOCAL, packed) + attribute(IFA_ADDRESS, packed)
     body += attribute(IFA_FLAGS, U32.pack(flags))
     return message(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, body)
+
+
+def list_addresses() -> bytes:
+    """RTM_GETADDR of all interfaces: answered by a RTM_NEWADDR for each, then NLMSG_DONE."""
+    body = bytes(IFADDRMSG.size)
+    length = NLMSGHDR.size + len(body)
+    return NLMSGHDR.pack(length, RTM_GETADDR, NLM_F_REQUEST | NLM_F_DUMP, 1, 0) + body
+
+
+def delete_address(row: bytes) -> bytes:
+    """RTM_DELADDR of the address that the RTM_NEWADDR with the body `row` tells of; raises
+    ValueError."""
+    found = attributes(row[IFADDRMSG.size :])
+    body = row[: IFADDRMSG.size]
+    for kind in (IFA_LOCAL, IFA_ADDRESS):
+        if kind in found:
+            body += attribute(kind, found[kind])
+    return message(RTM_DELADDR, 0, body)
 
 
 def add_route(

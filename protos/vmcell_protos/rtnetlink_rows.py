@@ -12,7 +12,7 @@ from struct import Struct
 
 from vmcell_protos import rtnetlink as nl
 
-IFLA_ADDRESS, IFLA_MASTER, IFLA_LINKINFO, IFLA_INFO_KIND = 1, 10, 18, 1
+IFLA_MASTER, IFLA_LINKINFO, IFLA_INFO_KIND = 10, 18, 1
 IFF_LOOPBACK, IFF_NOARP = 0x8, 0x80
 ARPHRD_ETHER = 1
 RTA_MULTIPATH, RTA_TABLE = 9, 15
@@ -92,7 +92,7 @@ def parse_link(body: bytes) -> Link:
     return Link(
         index=index,
         name=_text(found.get(nl.IFLA_IFNAME, b"")),
-        mac=_mac(found.get(IFLA_ADDRESS, b"")),
+        mac=_mac(found.get(nl.IFLA_ADDRESS, b"")),
         mtu=_number(found, nl.IFLA_MTU),
         flags=flags,
         hardware=hardware,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from agent_harness import AgentUnderTest, make_busybox_tree, make_erofs, running_agent
+from guest_interfaces import two_interfaces
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +25,10 @@ def agent(busybox_image: Path) -> Iterator[AgentUnderTest]:
         running.attach_lower(busybox_image)
         running.attach_upper()
         yield running
+
+
+@pytest.fixture
+def namespace() -> Iterator[str]:
+    """A network namespace with two interfaces of addresses MAC and MAC_2, their peers up."""
+    with two_interfaces() as name:
+        yield name

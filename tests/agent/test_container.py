@@ -61,7 +61,7 @@ def test_killed_init_is_137_and_its_processes_die(agent: AgentUnderTest) -> None
     assert Path(f"{agent.cgroup}/c1/cgroup.procs").read_text() == ""
     init.delete()
     assert not Path(f"{agent.cgroup}/c1").exists()
-    assert list((agent.directory / "state").iterdir()) == []
+    assert agent.state_left() == []
 
 
 def test_20_mb_through_stdin_come_back_whole(agent: AgentUnderTest) -> None:
@@ -432,7 +432,7 @@ def test_mistakes_get_one_sentence_and_leave_nothing(agent: AgentUnderTest) -> N
         )
     with pytest.raises(VmcellError, match="no container 'x'"):
         agent.client.call("WaitProcess", messages.ProcessRef(container_id="x"))
-    assert list((agent.directory / "state").iterdir()) == []
+    assert agent.state_left() == []
     assert [path for path in Path(agent.cgroup).iterdir() if path.is_dir()] == []
     init = agent.create(container_spec(process_spec("sleep", "1000"))).start()
     with pytest.raises(VmcellError, match="kill it first"):
@@ -457,7 +457,7 @@ def test_a_removal_that_failed_half_way_can_be_asked_for_again(agent: AgentUnder
         init.delete()
     (mounts / "in-the-way").rmdir()
     init.delete()
-    assert list((agent.directory / "state").iterdir()) == []
+    assert agent.state_left() == []
 
 
 def test_shutdown_asks_first_and_then_kills(agent: AgentUnderTest) -> None:

@@ -95,7 +95,7 @@ def test_a_copy_that_would_not_be_a_file_is_refused(
         init.start()
     assert words in str(error.value)
     init.delete()
-    assert list((hostile_agent.directory / "state").iterdir()) == []
+    assert hostile_agent.state_left() == []
 
 
 @pytest.mark.root

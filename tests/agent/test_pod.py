@@ -96,7 +96,7 @@ def test_containers_side_by_side_share_the_network_and_nothing_else(crowd: Agent
     assert told(crowd, client, "touch /dev/shm/mine") == ""
     assert told(crowd, server, "ls /dev/shm") == ""
     end(server, client)
-    assert list((crowd.directory / "state").iterdir()) == []
+    assert crowd.state_left() == []
 
 
 @pytest.mark.root
@@ -215,7 +215,7 @@ def test_sixteen_containers_and_not_one_more(crowd: AgentUnderTest) -> None:
     assert error.value.code == "resource_exhausted"
     for init in inits:
         init.delete()
-    assert list((crowd.directory / "state").iterdir()) == []
+    assert crowd.state_left() == []
     assert [path for path in Path(crowd.cgroup).iterdir() if path.is_dir()] == []
 
 
@@ -261,7 +261,7 @@ def test_a_disk_that_is_the_whole_root(crowd: AgentUnderTest, tmp_path: Path) ->
     init.delete()
     disk = os.path.realpath(crowd.directory / "devices/vdb")
     assert run("debugfs", "-R", "cat /etc/new", disk) == "copied"  # nothing was written to it
-    assert list((crowd.directory / "state").iterdir()) == []
+    assert crowd.state_left() == []
 
 
 @pytest.mark.root
@@ -281,7 +281,7 @@ def test_a_disk_that_is_the_whole_root(crowd: AgentUnderTest, tmp_path: Path) ->
 def test_a_root_that_cannot_be(crowd: AgentUnderTest, rootfs: messages.Rootfs, words: str) -> None:
     with pytest.raises(VmcellError, match=words):
         crowd.create(container_spec(process_spec("true")), rootfs=rootfs)
-    assert list((crowd.directory / "state").iterdir()) == []
+    assert crowd.state_left() == []
     assert [path for path in Path(crowd.cgroup).iterdir() if path.is_dir()] == []
 
 

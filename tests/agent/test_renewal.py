@@ -94,7 +94,7 @@ def test_a_file_is_replaced_and_stays_what_it_was(
     init.signal(signal.SIGKILL)
     assert init.wait() == 137
     init.delete()
-    assert list((agent.directory / "state").iterdir()) == []
+    assert agent.state_left() == []
 
 
 @pytest.mark.root
@@ -291,7 +291,7 @@ def test_what_an_ended_program_has_left_can_be_read(agent: AgentUnderTest) -> No
     assert len(agent.open_files()) < len(before)
     with pytest.raises(VmcellError, match="no container 'c1'"):
         read(agent, "/dev/termination-log")
-    assert list((agent.directory / "state").iterdir()) == []
+    assert agent.state_left() == []
 
 
 @pytest.mark.root

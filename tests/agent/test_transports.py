@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable, Iterator
 
 import pytest
+from agent_loop import run_until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,22 +20,6 @@ from vmcell_protos.agent import Empty
 from vmcell_protos.errors import CallerError, VmcellError
 from vmcell_protos.ttrpc import MAX_DATA_BYTES, REQUEST, ClientConnection, encode_frame
 from vmcell_protos.wire import Message
-
-
-def run_until(loop: Loop, condition: Callable[[], bool]) -> None:
-    """Run the loop until `condition` holds; fails after five seconds."""
-    deadline = loop.call_later(5, loop.stop)
-
-    def check() -> None:
-        if condition():
-            loop.stop()
-        else:
-            loop.call_later(0.001, check)
-
-    loop.call_later(0, check)
-    loop.run()
-    deadline.cancel()
-    assert condition()
 
 
 @pytest.fixture

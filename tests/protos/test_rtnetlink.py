@@ -177,6 +177,24 @@ def test_a_neighbour_as_sent_is_a_neighbour_as_told(index: int, address: str, ma
     assert told == rows.Neighbour(index, nl.NUD_PERMANENT, address, mac.hex(":"))
 
 
+@given(st.integers(1, (1 << 31) - 1), ADDRESSES, st.integers(0, 32))
+def test_what_deletes_an_address_tells_of_it(index: int, address: str, length: int) -> None:
+    ((_, _, row),) = nl.messages(nl.add_address(index, address, length))
+    ((kind, _, body),) = nl.messages(nl.delete_address(row))
+    assert kind == nl.RTM_DELADDR
+    assert rows.parse_address(body) == rows.Address(index, address, length)
+    with pytest.raises(ValueError, match="netlink attribute"):
+        nl.delete_address(row[:-1])
+
+
+def test_a_link_is_taken_down_and_gets_another_address() -> None:
+    ((_, _, down),) = nl.messages(nl.set_link_down(7))
+    assert nl.IFINFOMSG.unpack_from(down)[2:] == (7, 0, nl.IFF_UP)
+    ((kind, _, body),) = nl.messages(nl.set_mac(7, bytes.fromhex("020000000107")))
+    assert kind == nl.RTM_NEWLINK
+    assert rows.parse_link(body).mac == "02:00:00:00:01:07"
+
+
 def test_a_route_to_anywhere_and_its_end() -> None:
     for anywhere in ("0.0.0.0", "::"):
         for request in (nl.add_route(3, anywhere, 0), nl.delete_route(3, anywhere, 0)):

@@ -1,7 +1,8 @@
 """A real agent on this host: PID 1 of a pid and mount namespace, driven over unix sockets.
 
 It runs the code a guest runs, from the control protocol to execve, with the transports a guest has
-not: two unix sockets instead of vsock, loop devices instead of pmem and virtio-blk.
+not: unix sockets instead of vsock, loop devices instead of pmem and virtio-blk. What would act on
+this machine itself (the wall clock, the page cache) goes to files of the test's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,21 +39,42 @@ BUSYBOX = "/bin/busybox"
 _DRIVER = """
 import sys
 sys.path[:0] = {path!r}
-import os, socket
+import os, socket, time
 from vmcell_agent.guest import Places, Transports, serve
 from vmcell_agent.__main__ import BUILTINS
-from vmcell_agent import abi, liveshare, network, process, syscalls
+from vmcell_agent import abi, control, liveshare, network, process, snapshot, syscalls
 liveshare.mount = lambda place: syscalls.mount({share!r}, place, "", abi.MS_BIND | abi.MS_REC)
 network.loopback_up()
 with open("/proc/self/oom_score_adj", "w") as file:
     file.write("{oom_score}")
 process.DIAL_SECONDS = 2.0
-control = socket.socket(fileno={control})
+control.DIAL_SECONDS = 3.0
+snapshot.VM_DIRECTORY = {vm!r}
+def clock_settime_ns(clock, unix_time_ns):
+    with open({clock!r}, "w") as file:
+        file.write(str(unix_time_ns))
+time.clock_settime_ns = clock_settime_ns
+def log(line):
+    print(line, file=sys.stderr, flush=True)
+    with open({log!r}, "a") as file:
+        file.write(line + "\\n")
+def dial():
+    host = socket.socket(socket.AF_UNIX)
+    host.setblocking(False)
+    try:
+        host.connect({host!r})
+    except BlockingIOError:
+        pass
+    except OSError:
+        host.close()
+        raise
+    return host
+host = socket.socket(fileno={control})
 streams = socket.socket(fileno={streams})
 ports = socket.socket(fileno={ports})
 places = Places({cgroup!r}, {state!r}, {devices!r}, {sysfs!r})
-serve(Transports(control, streams, ports, lambda address: True), places, BUILTINS,
-      lambda line: print(line, file=sys.stderr, flush=True))
+serve(Transports(host, dial, streams, ports, lambda address: True), places, BUILTINS,
+      log)
 """
 
 
@@ -196,10 +218,29 @@ class AgentClient:
 
     def dial(self, stream_id: int) -> socket.socket:
         """Connect the stream `stream_id`."""
-        connection = self._connect()
-        connection.settimeout(self.deadline_seconds)
+        connection = self.dial_unnamed()
         connection.sendall(struct.pack("<Q", stream_id))
         return connection
+
+    def dial_unnamed(self) -> socket.socket:
+        """A connection to the stream port that has not said which stream it is."""
+        connection = self._connect()
+        connection.settimeout(self.deadline_seconds)
+        return connection
+
+    def hang_up(self) -> None:
+        """The agent sees an end of file; to close with answers unread would be a reset."""
+        with suppress(OSError):  # the agent was first
+            self._control.shutdown(socket.SHUT_WR)
+
+    def be_reset(self, control: Callable[[], socket.socket]) -> None:
+        """The connection breaks as a transport's reset breaks it; `control` gives the next one."""
+        self._control.sendall(self._protocol.call(SERVICE, "Hello", b"")[1])
+        select.select([self._control], [], [], self.deadline_seconds)  # unread when it is closed
+        self._control.close()
+        self._protocol = ClientConnection()
+        self._replies.clear()
+        self._control = control()
 
     def close(self) -> None:
         self._control.close()
@@ -371,6 +412,26 @@ class AgentUnderTest:
         connection.sendall(struct.pack("<H", port))
         return connection
 
+    def listen_as_host(self) -> socket.socket:
+        """Where the agent dials after a reset; the caller closes it."""
+        path = self.directory / "host.sock"
+        path.unlink(missing_ok=True)
+        return _listen(path)
+
+    def restored(self) -> None:
+        """What a restored guest sees: the control connection reset, and another host there."""
+        with self.listen_as_host() as listener:
+            listener.settimeout(DEADLINE_SECONDS)
+            self.client.be_reset(lambda: listener.accept()[0])
+
+    def logged(self) -> list[str]:
+        """The agent's log so far."""
+        return (self.directory / "log").read_text().splitlines()
+
+    def state_left(self) -> list[str]:
+        """What lies in the agent's state directory, beside what is the guest's for good."""
+        return sorted(set(os.listdir(self.directory / "state")) - {".boot_id"})
+
     def attach_lower(self, image: Path, name: str = "pmem1") -> None:
         """Let the agent see `image` as /dev/`name`."""
         self._attach(image, name, "--read-only")
@@ -434,6 +495,10 @@ def running_agent() -> Iterator[AgentUnderTest]:
             devices=str(directory / "devices"),
             sysfs=str(directory / "sys"),
             share=str(directory / "share"),
+            vm=str(directory / "vm"),
+            clock=str(directory / "clock"),
+            log=str(directory / "log"),
+            host=str(directory / "host.sock"),
         )
         process = subprocess.Popen(
             ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--propagation", "private",
@@ -443,8 +508,8 @@ def running_agent() -> Iterator[AgentUnderTest]:
         )  # fmt: skip
         for end in (theirs, streams, ports):
             end.close()
-        stack.callback(_stop, process, ours)
         client = AgentClient(ours, lambda: _dial(directory / "streams.sock"))
+        stack.callback(_stop, process, client)
         yield AgentUnderTest(client, stack, process, directory, cgroup)
 
 
@@ -462,11 +527,12 @@ def _dial(address: Path) -> socket.socket:
     return connection
 
 
-def _stop(process: subprocess.Popen[bytes], control: socket.socket) -> None:
+def _stop(process: subprocess.Popen[bytes], client: AgentClient) -> None:
     """The end of the control connection ends the agent; what hangs is killed and fails the test."""
-    control.close()
+    client.hang_up()
     try:
         process.wait(timeout=10)
+        client.close()
     finally:
         process.kill()
         process.wait(timeout=10)
