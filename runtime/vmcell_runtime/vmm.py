@@ -113,9 +113,11 @@ def _make(shim: socket.socket) -> Machine | None:
 
 
 def _read_all(fd: int) -> bytes:
-    """The whole file, or just more than a state may have."""
-    with open(fd, "rb", closefd=False) as file:
-        return file.read(MAX_STATE_BYTES + 1)
+    """The whole file, wherever it was last read, or just more than a state may have."""
+    found = b""
+    while len(found) <= MAX_STATE_BYTES and (more := os.pread(fd, MAX_STATE_BYTES, len(found))):
+        found += more
+    return found
 
 
 def _on_shim(shim: socket.socket, machine: Machine, _events: int) -> None:

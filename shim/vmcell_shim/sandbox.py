@@ -145,7 +145,7 @@ class Sandbox:
         verb = "booting" if saved is None else f"restoring snapshot {saved.id} as"
         self._journal.info(f"{verb} {self.id}: {size.vcpus} vCPUs, {size.memory_mib} MiB")
         self.memory_mib, self.vcpus = size.memory_mib, size.vcpus
-        self._make_cgroup(spec)
+        self._make_cgroup(spec, saved)
         nets = self.network.open(plan.network, spec, self.id, bundle)
         if plan.shares or self.is_pod:
             # What a pod's members will share is not known yet.
@@ -166,9 +166,15 @@ class Sandbox:
             f"kernel booted in {hello.kernel_boot_ms} ms"
         )
 
-    def _make_cgroup(self, spec: Json) -> None:
-        """The cgroup that the spec of the container or pod names, for all processes of the VM."""
+    def _make_cgroup(self, spec: Json, saved: OpenSnapshot | None) -> None:
+        """The cgroup that the spec of the container or pod names, for all processes of the VM.
+
+        `ctr containers restore` copies the spec of the container that was saved, with the name of
+        that one's cgroup: this one's is called like itself.
+        """
         path = parse_cgroups_path(take(spec, "linux.cgroupsPath", str, ""))
+        if saved is not None and os.path.basename(path) == saved.manifest.container_id:
+            path = os.path.join(os.path.dirname(path), self.id)
         if not path:
             return
         self.files.cgroup = path

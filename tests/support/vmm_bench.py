@@ -72,6 +72,7 @@ class Bench:
     def restore(self, snapshot: Path, *more_fds: int, **fields: object) -> VmmHandle:
         """A paused VMM made from a snapshot; descriptors as for `launch`."""
         with (snapshot / "memory").open("rb") as memory, (snapshot / "state").open("rb") as state:
+            state.read()  # wherever it was last read
             saved = SavedFiles(memory.fileno(), state.fileno())
             return self._launch(b"", more_fds, fields, saved)
 

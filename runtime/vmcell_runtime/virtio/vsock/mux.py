@@ -8,6 +8,7 @@ new ones. All calls under the transport's lock, on the event loop's thread.
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import time
 from collections import deque
@@ -104,8 +105,10 @@ class Mux:
     def reset_transport(self) -> None:
         """Tells the driver that all its connections are gone (§ 5.10.6.6): they were another's.
 
-        A driver that offered no buffer for events, as before it is ready, has no connections.
+        A driver that offered no buffer for events, as before it is ready, has no connections. What
+        the guest has not closed yet it still knows by its ports, so the next ones are others.
         """
+        self._next_host_port = FIRST_HOST_PORT | secrets.randbelow(FIRST_HOST_PORT)
         chain = self._events.pop()
         if chain is not None:
             spans.write(self._memory, chain.writable, packet.EVENT_TRANSPORT_RESET)
