@@ -414,14 +414,25 @@ def test_a_guest_that_no_host_answers_ends(agent: AgentUnderTest) -> None:
     assert init.pid
 
 
+def forward_that_echoes(agent: AgentUnderTest, port: int) -> socket.socket:
+    """A port forward to a program that may not listen yet."""
+    deadline = time.monotonic() + 10
+    while True:
+        forward = agent.forward(port)
+        with suppress(OSError):  # closed, because nobody listens
+            forward.sendall(b"ping")
+            if forward.recv(4) == b"ping":
+                return forward
+        forward.close()
+        assert time.monotonic() < deadline
+
+
 @pytest.mark.root
 def test_connections_that_the_host_before_had_are_dropped(agent: AgentUnderTest) -> None:
     """One that has not said which stream it is, and a port forward."""
     init = started(agent, "echo up; exec nc -l -p 4000 -e cat")
     unnamed = agent.client.dial_unnamed()
-    forward = agent.forward(4000)
-    forward.sendall(b"ping")
-    assert forward.recv(4) == b"ping"
+    forward = forward_that_echoes(agent, 4000)
     save(agent, init)
     for connection in (unnamed, forward):
         with connection, suppress(ConnectionResetError):
