@@ -192,7 +192,7 @@ class Snapshot:
             return
         frozen = [row for row in self._to_thaw if row.freezer.frozen]
         self._to_thaw = []
-        self._set_frozen(frozen, False, lambda second: self._log(second))
+        self._set_frozen(frozen, False, self._log)
         self._end(RUNNING, error)
 
     def _log(self, error: VmcellError | None) -> None:

@@ -55,7 +55,7 @@ def adopt(
         container_id=init.ref.container_id, new_container_id=new_id, streams=streams
     )
     payload = agent.client.call("AdoptContainer", request)
-    adopted = Running(agent.client, new_id, "", streams)
+    adopted = agent.keep(Running(agent.client, new_id, "", streams))
     adopted.pid = init.pid
     return adopted, messages.AdoptContainerResponse.decode(payload)
 
@@ -86,14 +86,6 @@ def told(agent: AgentUnderTest, init: Running, script: str, exec_id: str = "look
     return out.decode()
 
 
-def until_it_waits_for_a_reader(agent: AgentUnderTest) -> None:
-    """The pipe is full, and so is all behind it."""
-    (pid,) = Path(f"{agent.cgroup}/c1/cgroup.procs").read_text().split()
-    deadline = time.monotonic() + 10
-    while "pipe_write" not in (shown := Path(f"/proc/{pid}/wchan").read_text()):
-        assert time.monotonic() < deadline, shown
-
-
 @pytest.mark.root
 def test_a_restored_container_lives_under_its_new_name(agent: AgentUnderTest) -> None:
     init = started(agent, ECHOING, stdin=True)
@@ -120,7 +112,6 @@ def test_a_restored_container_lives_under_its_new_name(agent: AgentUnderTest) ->
     adopted.delete()
     assert agent.state_left() == []
     assert not Path(f"{agent.cgroup}/c1").exists()
-    adopted.close()
 
 
 @pytest.mark.root
@@ -133,7 +124,7 @@ def test_the_old_name_is_free_for_another(agent: AgentUnderTest) -> None:
         adopt(agent, init, "again")
     resume(agent)
     spec = container_spec(process_spec("sh", "-c", TICKING))
-    second = create_container(agent.client, "c1", spec, upper="vdb").start()
+    second = agent.keep(create_container(agent.client, "c1", spec, upper="vdb")).start()
     for row, name in ((adopted, "clone"), (second, "c1")):
         assert told(agent, row, "echo hi") == "hi\n"
         row.signal(signal.SIGKILL)
@@ -149,7 +140,7 @@ def test_what_was_pending_goes_to_the_new_reader(agent: AgentUnderTest) -> None:
     guest is gone; from there on each byte comes once and in order."""
     count = "n=0; while [ $n -lt 90000 ]; do n=$((n+1)); echo $n; done; exec sleep 1000"
     init = agent.create(container_spec(process_spec("sh", "-c", count))).start()
-    until_it_waits_for_a_reader(agent)
+    agent.until_it_waits_for_a_reader("c1")
     agent.client.call("PrepareSnapshot", messages.PrepareSnapshotRequest())
     stream, read = init.sockets["stdout"], b""
     while select.select([stream], [], [], 0)[0]:
@@ -163,7 +154,6 @@ def test_what_was_pending_goes_to_the_new_reader(agent: AgentUnderTest) -> None:
     rest = adopted.read_until(b"90000\n")
     assert read
     assert read + rest == whole
-    adopted.close()
 
 
 @pytest.mark.root
@@ -179,7 +169,6 @@ def test_input_that_had_arrived_is_not_lost(agent: AgentUnderTest) -> None:
     resume(agent)
     adopted.sockets["stdin"].sendall(b"x" * 250_000)
     adopted.read_until(b"300000\n")
-    adopted.close()
 
 
 @pytest.mark.root
@@ -207,7 +196,6 @@ def test_a_terminal_gets_another_stream(agent: AgentUnderTest) -> None:
     resume(agent)
     init.sockets["stdout"].sendall(b"again\n")
     init.read_until(b"again\r\n")
-    init.close()
 
 
 @pytest.mark.root
@@ -242,7 +230,6 @@ def test_a_stream_it_never_had_ends_at_once(agent: AgentUnderTest) -> None:
     resume(agent)
     assert adopted.read("stdin") == b""
     assert not select.select([adopted.sockets["stdout"]], [], [], 0.1)[0]
-    adopted.close()
 
 
 @pytest.mark.root
@@ -292,7 +279,6 @@ def test_a_container_of_the_users_stays_frozen(agent: AgentUnderTest) -> None:
         agent.add(adopted, process_spec("true"), "late")
     agent.client.call("ThawContainer", messages.ContainerRef(container_id="clone"))
     adopted.read_until(b"tick\n")
-    adopted.close()
 
 
 @pytest.mark.root
@@ -309,7 +295,6 @@ def test_a_container_that_was_not_started_is_started_by_its_new_owner(
     resume(agent)
     assert adopted.start().read() == b"hi\n"
     assert adopted.wait() == 0
-    adopted.close()
 
 
 @pytest.mark.root
@@ -324,7 +309,6 @@ def test_an_init_that_has_ended_tells_its_end_to_the_new_owner(agent: AgentUnder
     assert adopted.read() == b""
     assert adopted.wait() == 7
     adopted.delete()
-    adopted.close()
 
 
 @pytest.mark.root
@@ -379,7 +363,6 @@ def test_streams_that_nobody_dials_leave_the_guest_as_it_is(agent: AgentUnderTes
     dial(agent, again)
     resume(agent)
     again.read_until(b"tick\n")
-    again.close()
 
 
 @pytest.mark.root
@@ -397,7 +380,6 @@ def test_another_reset_while_the_guest_waits_to_go_on(agent: AgentUnderTest) -> 
     dial(agent, last)
     resume(agent)
     last.read_until(b"tick\n")
-    last.close()
 
 
 @pytest.mark.root
@@ -417,7 +399,6 @@ def test_a_guest_is_saved_and_restored_many_times(agent: AgentUnderTest) -> None
             before = agent.open_files()
     init.read_until(b"tick\n")
     assert agent.open_files() == before
-    init.close()
 
 
 @pytest.mark.root
@@ -433,14 +414,25 @@ def test_a_guest_that_no_host_answers_ends(agent: AgentUnderTest) -> None:
     assert init.pid
 
 
+def forward_that_echoes(agent: AgentUnderTest, port: int) -> socket.socket:
+    """A port forward to a program that may not listen yet."""
+    deadline = time.monotonic() + 10
+    while True:
+        forward = agent.forward(port)
+        with suppress(OSError):  # closed, because nobody listens
+            forward.sendall(b"ping")
+            if forward.recv(4) == b"ping":
+                return forward
+        forward.close()
+        assert time.monotonic() < deadline
+
+
 @pytest.mark.root
 def test_connections_that_the_host_before_had_are_dropped(agent: AgentUnderTest) -> None:
     """One that has not said which stream it is, and a port forward."""
     init = started(agent, "echo up; exec nc -l -p 4000 -e cat")
     unnamed = agent.client.dial_unnamed()
-    forward = agent.forward(4000)
-    forward.sendall(b"ping")
-    assert forward.recv(4) == b"ping"
+    forward = forward_that_echoes(agent, 4000)
     save(agent, init)
     for connection in (unnamed, forward):
         with connection, suppress(ConnectionResetError):

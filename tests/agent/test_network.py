@@ -335,5 +335,6 @@ def test_pid_1_imports_nothing_heavy() -> None:
     assert not loaded & heavy
     assert "typing" not in loaded  # see vmcell_agent.record
     later = {"windows", "holder", "renewal", "readout", "oom", "freezer", "limits"}
+    later |= {"snapshot", "identity", "readdress"}
     assert not loaded & {f"vmcell_agent.{name}" for name in later}
     assert not any(name.startswith("vmcell_agent.envd") for name in loaded)

@@ -424,6 +424,14 @@ class AgentUnderTest:
             listener.settimeout(DEADLINE_SECONDS)
             self.client.be_reset(lambda: listener.accept()[0])
 
+    def until_it_waits_for_a_reader(self, container_id: str) -> None:
+        """The one process of that container has filled its pipe, and all that is behind it."""
+        (pid,) = Path(f"{self.cgroup}/{container_id}/cgroup.procs").read_text().split()
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while "pipe_write" not in (shown := Path(f"/proc/{pid}/wchan").read_text()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{container_id} waits in {shown!r}")
+
     def logged(self) -> list[str]:
         """The agent's log so far."""
         return (self.directory / "log").read_text().splitlines()
@@ -452,15 +460,16 @@ class AgentUnderTest:
     def create(self, spec: dict[str, Any], **how: Any) -> Running:
         """Create a container named c1, c2, …; not started yet. `how`: see create_container."""
         self._containers += 1
-        running = create_container(self.client, f"c{self._containers}", spec, **how)
+        return self.keep(create_container(self.client, f"c{self._containers}", spec, **how))
+
+    def keep(self, running: Running) -> Running:
+        """Its streams are closed with the agent."""
         self._stack.callback(running.close)
         return running
 
     def add(self, init: Running, process: dict[str, Any], exec_id: str, **how: Any) -> Running:
         """Declare a process in a running container; not started yet."""
-        running = declare_process(self.client, init, process, exec_id, **how)
-        self._stack.callback(running.close)
-        return running
+        return self.keep(declare_process(self.client, init, process, exec_id, **how))
 
 
 def _folder_of(package: str) -> str:
