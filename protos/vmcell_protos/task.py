@@ -468,6 +468,54 @@ class CheckpointTaskRequest(Message):
         self.options: Any | None = options
 
 
+class RuncCheckpointOptions(Message):
+    __slots__ = (
+        "cgroups_mode",
+        "empty_namespaces",
+        "exit",
+        "external_unix_sockets",
+        "file_locks",
+        "image_path",
+        "open_tcp",
+        "terminal",
+        "work_path",
+    )
+    FIELDS = (
+        Field(1, "exit", "bool"),
+        Field(2, "open_tcp", "bool"),
+        Field(3, "external_unix_sockets", "bool"),
+        Field(4, "terminal", "bool"),
+        Field(5, "file_locks", "bool"),
+        Field(6, "empty_namespaces", "string", "repeated"),
+        Field(7, "cgroups_mode", "string"),
+        Field(8, "image_path", "string"),
+        Field(9, "work_path", "string"),
+    )
+
+    def __init__(
+        self,
+        *,
+        exit: bool = False,
+        open_tcp: bool = False,
+        external_unix_sockets: bool = False,
+        terminal: bool = False,
+        file_locks: bool = False,
+        empty_namespaces: list[str] | None = None,
+        cgroups_mode: str = "",
+        image_path: str = "",
+        work_path: str = "",
+    ) -> None:
+        self.exit: bool = exit
+        self.open_tcp: bool = open_tcp
+        self.external_unix_sockets: bool = external_unix_sockets
+        self.terminal: bool = terminal
+        self.file_locks: bool = file_locks
+        self.empty_namespaces: list[str] = empty_namespaces or []
+        self.cgroups_mode: str = cgroups_mode
+        self.image_path: str = image_path
+        self.work_path: str = work_path
+
+
 class UpdateTaskRequest(Message):
     __slots__ = ("annotations", "id", "resources")
     FIELDS = (

@@ -18,29 +18,58 @@ from vmcell_protos.agent import (
 from vmcell_protos.errors import CallerError
 from vmcell_protos.wellknown import Empty
 from vmcell_shim.oci_json import take
+from vmcell_shim.sizing import MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, MIN_VCPUS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmcell_protos.agent import Streams
+    from vmcell_protos.task import CreateTaskRequest
     from vmcell_shim.guest import Guest
     from vmcell_shim.oci_json import Json
     from vmcell_shim.snapshot_store import OpenSnapshot
     from vmcell_shim.spec import GuestPlan
 
 
-def check_alike(saved: OpenSnapshot, container_id: str, terminal: bool, *, in_pod: bool) -> None:
-    """CallerError unless a container with such streams can go on from the snapshot."""
+def check_alike(
+    saved: OpenSnapshot, request: CreateTaskRequest, plan: GuestPlan, *, in_pod: bool
+) -> None:
+    """CallerError unless the container that is asked for can go on from the snapshot."""
+    size = saved.manifest
+    if not (
+        MIN_VCPUS <= size.vcpus <= MAX_VCPUS and MIN_MEMORY_MIB <= size.memory_mib <= MAX_MEMORY_MIB
+    ):
+        raise CallerError(
+            f"snapshot {saved.id} is of {size.vcpus} vCPUs and {size.memory_mib} MiB; a microVM "
+            f"has {MIN_VCPUS} to {MAX_VCPUS} and {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB} MiB"
+        )
+    if plan.shares:
+        raise CallerError(
+            f"{request.id} cannot go on from snapshot {saved.id} with live directories; leave "
+            "its bind mounts of directories out",
+            code="unimplemented",
+        )
     if in_pod:
         raise CallerError(
-            f"{container_id} of a pod cannot go on from snapshot {saved.id}: a snapshot is of a "
+            f"{request.id} of a pod cannot go on from snapshot {saved.id}: a snapshot is of a "
             "whole microVM; run it alone",
             code="unimplemented",
         )
-    if terminal != saved.manifest.terminal:
+    if request.terminal != saved.manifest.terminal:
         there, here = ("with", "without") if saved.manifest.terminal else ("without", "with")
         raise CallerError(
-            f"snapshot {saved.id} is of a container {there} a terminal, and {container_id} is to "
+            f"snapshot {saved.id} is of a container {there} a terminal, and {request.id} is to "
             f"run {here} one",
+            code="failed_precondition",
+        )
+
+
+def check_interfaces(saved: OpenSnapshot, count: int) -> None:
+    """CallerError unless the container has as many network interfaces as the snapshot."""
+    there = len(saved.manifest.macs)
+    if count != there:
+        raise CallerError(
+            f"snapshot {saved.id} has {there} network interfaces and the container {count}; give "
+            "it a network of as many",
             code="failed_precondition",
         )
 

@@ -16,8 +16,9 @@ import time
 from typing import NamedTuple
 
 from vmcell_protos.errors import CallerError, HostError
+from vmcell_protos.task import RuncCheckpointOptions
 from vmcell_shim.digests import snapshot_digests
-from vmcell_shim.snapshot_manifest import DISK, MEMORY, STATE, Manifest, SavedFile
+from vmcell_shim.snapshot_manifest import DISK, MEMORY, STATE, Manifest, SavedFile, check_id
 from vmcell_shim.snapshot_store import SnapshotDraft
 from vmcell_shim.sparse import copy_sparse
 
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from vmcell_shim.rootfs import RootImages
 
 OPTIONS_TYPE = "io.vmcell.v1.CheckpointOptions"
+# What ctr sends to every runtime. Its other fields ask for what a snapshot of a whole VM does
+# anyway: open connections, sockets, terminals and file locks are the guest's own.
+RUNC_OPTIONS_TYPE = "containerd.runc.v1.CheckpointOptions"
+_CRIU_ONLY = ("image_path", "work_path", "empty_namespaces", "cgroups_mode")
 AS_BEFORE, RUN, PAUSE, EXIT = "as-before", "run", "pause", "exit"
 _THEN = (RUN, PAUSE)
 
@@ -48,10 +53,25 @@ def parse_options(options: Any | None) -> CheckpointOptions:
         return CheckpointOptions()
     if options.type_url.endswith(OPTIONS_TYPE):
         return _own_options(options.value)
+    if options.type_url.endswith(RUNC_OPTIONS_TYPE):
+        return _runc_options(options.value)
     raise CallerError(
-        f"Checkpoint brings options {options.type_url[:100]!r}; it takes {OPTIONS_TYPE} as JSON",
+        f"Checkpoint brings options {options.type_url[:100]!r}; it takes {OPTIONS_TYPE} as JSON "
+        f"or {RUNC_OPTIONS_TYPE}",
         code="invalid_argument",
     )
+
+
+def _runc_options(value: bytes) -> CheckpointOptions:
+    asked = RuncCheckpointOptions.decode(value)
+    for name in _CRIU_ONLY:
+        if found := getattr(asked, name):
+            raise CallerError(
+                f"Checkpoint asks for {name} {found!r}, which is CRIU's; a microVM's snapshot has "
+                "no such option",
+                code="unimplemented",
+            )
+    return CheckpointOptions(then=EXIT if asked.exit else AS_BEFORE)
 
 
 def _own_options(value: bytes) -> CheckpointOptions:
@@ -62,6 +82,8 @@ def _own_options(value: bytes) -> CheckpointOptions:
         raise CallerError(f"the options of Checkpoint are no {OPTIONS_TYPE}: {error}") from error
     if not isinstance(found.snapshot_id, str) or not isinstance(found.drop_caches, bool):
         raise CallerError(f"the options of Checkpoint are no {OPTIONS_TYPE}: {tree}")
+    if found.snapshot_id:
+        check_id(found.snapshot_id)
     if found.then not in _THEN:
         raise CallerError(f"then is {found.then!r} in Checkpoint; it takes {' or '.join(_THEN)}")
     return found
@@ -82,8 +104,8 @@ class Subject(NamedTuple):
 
 
 class Checkpoint:
-    """One snapshot in the making. `stand_still` and `write`, then the guest may go on, then
-    `finish`; `discard` at any time before that leaves nothing."""
+    """One snapshot in the making: `save`, then the guest may go on, then `finish`. The draft stays
+    its maker's, to be committed or discarded."""
 
     def __init__(
         self, subject: Subject, draft: SnapshotDraft, config: ShimConfig, journal: Journal
@@ -136,13 +158,13 @@ class Checkpoint:
             os.close(reader)
 
     def finish(self) -> None:
-        """The snapshot is there. Raises VmcellError, and nothing is then."""
+        """The draft is a whole snapshot, for its commit(). Raises VmcellError."""
         subject = self._subject
         has_disk = bool(subject.images.disk)
         names = [STATE, MEMORY, *([DISK] if has_disk else [])]
         try:
             files: dict[str, SavedFile] = self._draft.saved_files(names, self._digests)
-            self._draft.commit(
+            self._draft.seal(
                 Manifest(
                     created_unix_ns=time.time_ns(),
                     container_id=subject.container_id,
@@ -166,6 +188,3 @@ class Checkpoint:
 
     def _images(self) -> tuple[str, ...]:
         return tuple(self._digests.of_path(path) for path in self._subject.images.lowers)
-
-    def discard(self) -> None:
-        self._draft.discard()

@@ -23,17 +23,27 @@ if TYPE_CHECKING:
 _NAME = "of the checkpoint image"
 _PACKED_SUFFIX = ".packed"
 _MANIFEST_LIMIT_BYTES = 1 << 20
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
 def export_snapshot(snapshot: OpenSnapshot, directory: str) -> None:
-    """Into an empty directory. Raises HostError."""
+    """Into an empty directory. Raises HostError; the directory is empty then as before."""
     files = {STATE: snapshot.state_fd, MEMORY: snapshot.memory_fd, DISK: snapshot.disk_fd}
+    made: list[str] = []
     try:
-        _write(os.path.join(directory, MANIFEST), render(snapshot.manifest))
+        made.append(_write(os.path.join(directory, MANIFEST), render(snapshot.manifest)))
         for name, fd in files.items():
             if fd >= 0:
-                _pack(fd, os.path.join(directory, name + _PACKED_SUFFIX))
+                path = os.path.join(directory, name + _PACKED_SUFFIX)
+                writer = os.open(path, _NEW, 0o600)
+                made.append(path)
+                try:
+                    pack(fd, writer)
+                finally:
+                    os.close(writer)
     except OSError as error:
+        for path in made:
+            os.unlink(path)
         raise HostError(
             f"cannot write the checkpoint to {directory}: {error.strerror}",
             code="resource_exhausted",
@@ -65,18 +75,16 @@ def import_snapshot(directory: str, draft: SnapshotDraft, digests: Digests) -> O
         raise
 
 
-def _write(path: str, content: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as file:
-        file.write(content)
-
-
-def _pack(reader: int, path: str) -> None:
-    writer = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        pack(reader, writer)
-    finally:
-        os.close(writer)
+def _write(path: str, content: bytes) -> str:
+    """The path, of a new file with that content; nothing of it is left by an OSError."""
+    with open(os.open(path, _NEW, 0o600), "wb") as file:
+        try:
+            file.write(content)
+            file.flush()
+        except BaseException:
+            os.unlink(path)
+            raise
+    return path
 
 
 def _unpack(directory: str, name: str, draft: SnapshotDraft, length: int) -> None:

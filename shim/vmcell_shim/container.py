@@ -40,7 +40,7 @@ from vmcell_shim.adoption import adopt, check_alike
 from vmcell_shim.client import ConnectionLost
 from vmcell_shim.events import timestamp
 from vmcell_shim.footprint import Footprint
-from vmcell_shim.lifecycle import CREATED, CREATING, PAUSED, RUNNING, SAVING, STOPPED
+from vmcell_shim.lifecycle import CREATED, CREATING, PAUSED, RUNNING, SAVING
 from vmcell_shim.oci_json import parse_object, read_object, take, take_rows
 from vmcell_shim.oom_watch import OomWatch
 from vmcell_shim.process import KILLED_STATUS, SIGKILL, Process
@@ -179,7 +179,7 @@ class Container:
         self, saved: OpenSnapshot | None, plan: GuestPlan, spec: Json, deadline: float
     ) -> None:
         if saved is not None:
-            check_alike(saved, self.id, self.init.stdio.terminal, in_pod=self.sandbox.is_pod)
+            check_alike(saved, self._request, plan, in_pod=self.sandbox.is_pod)
         source = parse_mounts(self._request.rootfs, plan.root_path, plan.read_only_root)
         self._footprint.open(self.bundle)
         saved_root = SavedRoot(saved, self._config) if saved is not None else None
@@ -372,7 +372,7 @@ class Container:
             else:
                 self.guest.pause()
         except BaseException:
-            self._settle_pause("pause_failed")
+            self.init.advance_unless_ended("pause_failed")
             raise
         self.init.advance("paused")
         self._events.publish(TaskPaused(container_id=self.id))
@@ -386,7 +386,7 @@ class Container:
             else:
                 self.guest.resume()
         except BaseException:
-            self._settle_pause("resume_failed")
+            self.init.advance_unless_ended("resume_failed")
             raise
         self.init.advance("resumed")
         self._events.publish(TaskResumed(container_id=self.id))
@@ -395,27 +395,19 @@ class Container:
     def _send_held(self) -> None:
         held, self._held_signals = self._held_signals, []
         for signal in held:
-            self._signal(self.init, signal, everyone=False)
+            try:
+                self._signal(self.init, signal, everyone=False)
+            except VmcellError as error:
+                # One before it may have ended the process.
+                self._journal.warning(f"signal {signal} held for {self.id} is lost: {error}")
 
-    def end_save(self, *, paused: bool, was_paused: bool) -> None:
-        """From state `saving` it goes on, or stands still as if paused. Raises VmcellError."""
-        if self.init.state == STOPPED:
-            return
-        if not paused:
-            if self.guest.stands_still:
-                self.guest.resume()
-            self._settle_pause("saved")
+    def end_save(self, *, goes_on: bool, was_paused: bool) -> None:
+        """State `saving` is over: it goes on, or stands still as if paused."""
+        settled = self.init.advance_unless_ended("saved" if goes_on else "saved_and_paused")
+        if settled and goes_on:
             self._send_held()
-            return
-        if not self.guest.stands_still:
-            self.guest.pause()
-        self._settle_pause("saved_and_paused")
-        if not was_paused:
+        elif settled and not was_paused:
             self._events.publish(TaskPaused(container_id=self.id))
-
-    def _settle_pause(self, operation: str) -> None:
-        if self.init.state != STOPPED:
-            self.init.advance(operation)
 
     def _ask_guest(self, method: str) -> None:
         self.guest.call(method, self._footprint.ref(), Empty, _FREEZE_ANSWER_S)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
+from contextlib import suppress
 
 from vmcell_shim.sandbox_files import make_directory
 from vmcell_shim.sparse import content_digest
@@ -55,17 +57,24 @@ class Digests:
         try:
             with open(os.path.join(self._directory, name), encoding="utf-8") as file:
                 identity, digest = json.load(file)
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, TypeError, RecursionError):
+            return None
+        if not isinstance(digest, str):
             return None
         return identity, digest
 
     def _remember(self, name: str, identity: list[int], digest: str) -> None:
         make_directory(self._directory)
         path = os.path.join(self._directory, name)
-        partial = f"{path}.{os.getpid()}"
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump([identity, digest], file)
-        os.rename(partial, path)
+        partial = f"{path}.{os.getpid()}.{threading.get_native_id()}"
+        try:
+            with open(partial, "w", encoding="utf-8") as file:
+                json.dump([identity, digest], file)
+            os.rename(partial, path)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(partial)
+            raise
 
 
 def snapshot_digests(config: ShimConfig) -> Digests:

@@ -211,10 +211,11 @@ class Guest:
         also of a guest that was paused. Raises VmcellError: it goes on then as before."""
         vmm = self._running()
         vmm.resume()
+        # Before it is asked: one that does not answer may have frozen them.
+        self._wake = ResumeGuestRequest()
         try:
             request = PrepareSnapshotRequest(drop_caches=drop_caches)
             self.call("PrepareSnapshot", request, Empty, _PREPARE_S)
-            self._wake = ResumeGuestRequest()
             vmm.pause()
         except VmcellError:
             try:
@@ -225,13 +226,15 @@ class Guest:
 
     def wake(self) -> None:
         """Containers that stand still for a snapshot go on: in a restored guest as somebody else,
-        in the one that was saved as before, at the right time. Raises VmcellError."""
-        request, self._wake = self._wake or ResumeGuestRequest(), None
+        in the one that was saved as before, at the right time. Raises VmcellError; the next call
+        tries again."""
+        request = self._wake or ResumeGuestRequest()
         guest = request.guest or ConfigureGuestRequest()
         guest.unix_time_ns = time.time_ns()
         guest.entropy = os.urandom(_ENTROPY_BYTES)
         request.guest = guest
         self.call("ResumeGuest", request, Empty, _WAKE_S)
+        self._wake = None
 
     @property
     def stands_still(self) -> bool:

@@ -60,6 +60,15 @@ class Process:
             self._condition.notify_all()
             return before
 
+    def advance_unless_ended(self, operation: str) -> bool:
+        """Applies `operation` to a process that may have ended meanwhile; False then. Raises
+        CallerError."""
+        with self._condition:
+            if self.state in (STOPPED, DELETED):
+                return False
+            self.advance(operation)
+            return True
+
     def finish(self, exit_status: int, announce: Callable[[], None]) -> bool:
         """The process has ended; False when that was known already.
 

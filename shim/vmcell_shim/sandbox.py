@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from vmcell_protos.agent import Rootfs
 from vmcell_protos.errors import HostError, VmcellError
+from vmcell_shim.adoption import check_interfaces
 from vmcell_shim.cgroup import create_cgroup, remove_cgroup
 from vmcell_shim.cgroup_limits import host_limits, parse_cgroups_path
 from vmcell_shim.guest import Guest, Plugged
@@ -147,6 +148,8 @@ class Sandbox:
         self.memory_mib, self.vcpus = size.memory_mib, size.vcpus
         self._make_cgroup(spec, saved)
         nets = self.network.open(plan.network, spec, self.id, bundle)
+        if saved is not None:
+            check_interfaces(saved, len(nets))
         if plan.shares or self.is_pod:
             # What a pod's members will share is not known yet.
             self._share = Share(self.files.directory, self._share_lost)
@@ -224,6 +227,11 @@ class Sandbox:
             vmm_log=self.files.vmm_log,
             saved=saved,
         )
+
+    @property
+    def has_live_directories(self) -> bool:
+        """It has a file system device, whose daemon knows what no snapshot does."""
+        return self._share is not None
 
     def _open_share(self) -> int:
         assert self._share is not None

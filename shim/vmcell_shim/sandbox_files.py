@@ -98,6 +98,18 @@ class SandboxFiles:
         paths = (os.path.join(self.directory, name) for name in names)
         return [os.readlink(path) for path in paths if os.path.islink(path)]
 
+    def own(self, path: str) -> None:
+        """From here on `path` goes with the sandbox, whoever removes it. Raises HostError."""
+        self.owned.append(path)
+        try:
+            self.save()
+        except OSError as error:
+            raise HostError(f"cannot note {path} in {self.directory}: {error}") from error
+
+    def disown(self, path: str) -> None:
+        """It is gone, or somebody else's; state.json says so when it is written next."""
+        self.owned.remove(path)
+
     def save(self) -> None:
         """Writes state.json anew; a reader sees the old or the new one, never half."""
         state = {

@@ -26,11 +26,9 @@ def open_saved(snapshot_id: str, checkpoint: str, config: ShimConfig) -> OpenSna
     Raises CallerError, HostError.
     """
     digests = snapshot_digests(config)
-    if checkpoint and snapshot_id:
-        raise CallerError(
-            f"Create names a checkpoint and the annotation snapshot {snapshot_id!r}; give one"
-        )
     if checkpoint:
+        # The annotation may be there as well: a checkpoint brings its container's spec along, and
+        # that container may have gone on from a snapshot itself.
         draft = SnapshotDraft(config.snapshot_dir, f"import-{secrets.token_hex(8)}")
         try:
             return import_snapshot(checkpoint, draft, digests)

@@ -6,15 +6,17 @@ told to the container meanwhile is held, but for SIGKILL. Digests are made after
 
 from __future__ import annotations
 
+import os
 import secrets
 
-from vmcell_protos.errors import CallerError
+from vmcell_protos.errors import CallerError, HostError
 from vmcell_shim.checkpoint import AS_BEFORE, EXIT, PAUSE, Checkpoint, Subject
 from vmcell_shim.checkpoint_image import export_snapshot
 from vmcell_shim.digests import snapshot_digests
-from vmcell_shim.lifecycle import PAUSED
+from vmcell_shim.lifecycle import DELETED, PAUSED, STOPPED
 from vmcell_shim.process import SIGKILL
-from vmcell_shim.snapshot_store import SnapshotDraft, open_snapshot, remove_snapshot
+from vmcell_shim.snapshot_manifest import ID
+from vmcell_shim.snapshot_store import SnapshotDraft, open_directory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,33 +37,76 @@ def save_container(
 
     Raises VmcellError: the container goes on then as it was, and nothing of the snapshot is left.
     """
-    if container.sandbox.is_pod:
+    if not options.snapshot_id and not os.path.isdir(directory):
         raise CallerError(
-            f"cannot save {container.id}: it shares its microVM with the other containers of a "
-            "pod; save one that is alone in its own",
-            code="unimplemented",
+            f"Checkpoint of {container.id} names neither a snapshot nor a directory: {directory!r}"
         )
-    snapshot_id = options.snapshot_id or f"export-{secrets.token_hex(8)}"
     subject = _subject(container)
+    snapshot_id = options.snapshot_id or f"export-{secrets.token_hex(8)}"
     draft = SnapshotDraft(config.snapshot_dir, snapshot_id)
-    checkpoint = Checkpoint(subject, draft, config, journal)
     try:
-        _save(container, checkpoint, options)
-        checkpoint.finish()
-    finally:
-        checkpoint.discard()
-    if not options.snapshot_id:
+        checkpoint = Checkpoint(subject, draft, config, journal)
+        was_paused = container.init.advance("save") == PAUSED
+        files = container.sandbox.files
         try:
-            _export(snapshot_id, directory, config)
+            _save(container, checkpoint, draft, options, was_paused=was_paused)
+            checkpoint.finish()
+            _publish(draft, "" if options.snapshot_id else directory, config)
         finally:
-            remove_snapshot(config.snapshot_dir, snapshot_id)
+            files.disown(draft.directory)
+    finally:
+        draft.discard()
     if options.then == EXIT:
+        _end(container)
+
+
+def _publish(draft: SnapshotDraft, directory: str, config: ShimConfig) -> None:
+    """The snapshot is where it was wanted. Raises VmcellError."""
+    if directory:
+        snapshot = open_directory(draft.directory, draft.id, snapshot_digests(config))
+        try:
+            export_snapshot(snapshot, directory)
+        finally:
+            snapshot.close()
+        return
+    try:
+        draft.commit()
+    except OSError as error:
+        raise HostError(f"cannot finish snapshot {draft.id}: {error}") from error
+
+
+def _end(container: Container) -> None:
+    try:
         container.kill(container.init, SIGKILL, everyone=True)
+    except CallerError as error:
+        if error.code != "not_found":
+            raise
+        # It has ended by itself, which is what was asked for.
+
+
+def _refuse_what_has_no_copy(container: Container) -> None:
+    reason = ""
+    if container.sandbox.is_pod:
+        reason = (
+            "it shares its microVM with the other containers of a pod; save one that is alone in "
+            "its own"
+        )
+    elif container.sandbox.has_live_directories:
+        reason = "it has live directories of the host, which a snapshot cannot hold"
+    elif container.images is not None and container.images.block_device:
+        reason = (
+            f"its root is the disk {container.images.block_device} itself; use the overlayfs, "
+            "erofs or native snapshotter"
+        )
+    if reason:
+        raise CallerError(f"cannot save {container.id}: {reason}", code="unimplemented")
 
 
 def _subject(container: Container) -> Subject:
+    _refuse_what_has_no_copy(container)
     if container.images is None:
         raise CallerError(f"task {container.id} is not made yet", code="failed_precondition")
+    parent = container.from_snapshot
     return Subject(
         container_id=container.id,
         guest=container.guest,
@@ -70,24 +115,40 @@ def _subject(container: Container) -> Subject:
         memory_mib=container.sandbox.memory_mib,
         macs=container.sandbox.macs,
         terminal=container.init.stdio.terminal,
-        parent=container.from_snapshot,
+        # What was imported has no id on this host.
+        parent=parent if ID.fullmatch(parent) else "",
     )
 
 
-def _save(container: Container, checkpoint: Checkpoint, options: CheckpointOptions) -> None:
-    was_paused = container.init.advance("save") == PAUSED
+def _save(
+    container: Container,
+    checkpoint: Checkpoint,
+    draft: SnapshotDraft,
+    options: CheckpointOptions,
+    *,
+    was_paused: bool,
+) -> None:
     stay = options.then in (PAUSE, EXIT) or (options.then == AS_BEFORE and was_paused)
     try:
+        container.sandbox.files.own(draft.directory)
         checkpoint.save(drop_caches=options.drop_caches)
     except BaseException:
-        container.end_save(paused=was_paused, was_paused=was_paused)
+        _end_save(container, paused=was_paused, was_paused=was_paused)
         raise
-    container.end_save(paused=stay, was_paused=was_paused)
+    _end_save(container, paused=stay, was_paused=was_paused)
 
 
-def _export(snapshot_id: str, directory: str, config: ShimConfig) -> None:
-    snapshot = open_snapshot(config.snapshot_dir, snapshot_id, snapshot_digests(config))
+def _end_save(container: Container, *, paused: bool, was_paused: bool) -> None:
+    """It goes on, or stands still as if paused; so it does too where it cannot be made to go on,
+    which raises VmcellError."""
+    guest, goes_on = container.guest, False
     try:
-        export_snapshot(snapshot, directory)
+        if container.init.state in (STOPPED, DELETED):
+            return
+        if paused and not guest.stands_still:
+            guest.pause()
+        elif not paused and guest.stands_still:
+            guest.resume()
+        goes_on = not paused
     finally:
-        snapshot.close()
+        container.end_save(goes_on=goes_on, was_paused=was_paused)

@@ -84,7 +84,7 @@ def parse(document: bytes, name: str) -> Manifest:
             raise ValueError("its format is no number")
         if version not in READABLE:
             raise CallerError(
-                f"snapshot {name} has format {version}; this version of vmcell reads "
+                f"{MANIFEST} of snapshot {name} has format {version}; this version of vmcell reads "
                 f"{', '.join(map(str, READABLE))}: make it again with this one",
                 code="failed_precondition",
             )

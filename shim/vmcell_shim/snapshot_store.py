@@ -1,7 +1,8 @@
 """Snapshots on this host: a directory each, whole or not there, root's alone.
 
 <snapshot_dir>/<id>/ holds manifest.json, state.json, memory and disk. It is made under a name that
-begins with a dot and renamed when all is written, digested and on the disk. Whoever opens one gets
+begins with a dot and renamed when all is written, digested and on the disk. That name says which
+process makes it: what a dead one has left goes when the next is made. Whoever opens one gets
 descriptors of exactly the bytes whose digests the manifest has: another file put in its place
 afterwards is not what they read.
 """
@@ -9,12 +10,14 @@ afterwards is not what they read.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import time
 from dataclasses import dataclass
 
 from vmcell_protos.errors import CallerError, HostError
+from vmcell_shim.living import identify, start_ticks
 from vmcell_shim.sandbox_files import make_directory
 from vmcell_shim.snapshot_manifest import (
     DISK,
@@ -27,6 +30,7 @@ from vmcell_shim.snapshot_manifest import (
     parse,
     render,
 )
+from vmcell_shim.sparse import write_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
     from vmcell_shim.digests import Digests
 
 _READ_ONLY = 0o400
+# What is being made or removed: whose, and by which process (pid, start time).
+_HIDDEN = re.compile(r"\.[a-z0-9-]+\.([0-9]+)-([0-9]+)\.[0-9]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +69,12 @@ class SnapshotDraft:
         self.id = snapshot_id
         if os.path.exists(self._path):
             raise CallerError(f"snapshot {snapshot_id} exists already", code="already_exists")
-        self.directory = os.path.join(root, f".{snapshot_id}.{os.getpid()}.{time.monotonic_ns()}")
+        self.directory = _hidden(root, snapshot_id)
         try:
             make_directory(self.directory)
+            sweep(root)
         except OSError as error:
+            self.discard()
             raise HostError(f"cannot make {self.directory}: {error.strerror}") from error
 
     def create(self, name: str) -> int:
@@ -93,15 +101,19 @@ class SnapshotDraft:
         finally:
             os.close(fd)
 
-    def commit(self, manifest: Manifest) -> None:
-        """The snapshot is there. CallerError if another of its id came first; OSError."""
+    def seal(self, manifest: Manifest) -> None:
+        """Its directory is a whole snapshot. Raises OSError."""
         fd = self.create(MANIFEST)
         try:
-            os.write(fd, render(manifest))
+            write_all(fd, render(manifest))
             os.fchmod(fd, _READ_ONLY)
             os.fsync(fd)
         finally:
             os.close(fd)
+        _sync_directory(self.directory)
+
+    def commit(self) -> None:
+        """What is sealed is there under its id. CallerError if another came first; OSError."""
         try:
             os.rename(self.directory, self._path)
         except FileExistsError as error:
@@ -136,7 +148,7 @@ def remove_snapshot(root: str, snapshot_id: str) -> None:
     CallerError for what is no id, HostError."""
     check_id(snapshot_id)
     path = os.path.join(root, snapshot_id)
-    gone = os.path.join(root, f".{snapshot_id}.removed.{os.getpid()}.{time.monotonic_ns()}")
+    gone = _hidden(root, snapshot_id)
     try:
         os.rename(path, gone)
         shutil.rmtree(gone)
@@ -144,6 +156,22 @@ def remove_snapshot(root: str, snapshot_id: str) -> None:
         return
     except OSError as error:
         raise HostError(f"cannot remove snapshot {snapshot_id}: {error}") from error
+
+
+def sweep(root: str) -> None:
+    """Removes what processes that have ended were making or removing. Raises OSError."""
+    for name in os.listdir(root):
+        found = _HIDDEN.fullmatch(name)
+        if found and start_ticks(int(found[1])) != int(found[2]):
+            # Another one may be at it too.
+            shutil.rmtree(os.path.join(root, name), ignore_errors=True)
+
+
+def _hidden(root: str, snapshot_id: str) -> str:
+    """A path that is no snapshot's, and this process's alone."""
+    maker = identify(os.getpid())
+    name = f".{snapshot_id}.{maker.pid}-{maker.start_ticks}.{time.monotonic_ns()}"
+    return os.path.join(root, name)
 
 
 def open_directory(path: str, name: str, digests: Digests) -> OpenSnapshot:

@@ -61,15 +61,15 @@ def content_digest(fd: int) -> str:
 def pack(reader: int, writer: int) -> None:
     """What is in `reader`, without its zeros, to the end of `writer`. Raises OSError."""
     length = os.fstat(reader).st_size
-    _write(writer, MAGIC + length.to_bytes(8, "little"))
+    write_all(writer, MAGIC + length.to_bytes(8, "little"))
     for offset, piece in _pieces(reader, length):
-        _write(writer, _RECORD.pack(offset, len(piece)) + piece)
-    _write(writer, _RECORD.pack(length, 0))
+        write_all(writer, _RECORD.pack(offset, len(piece)) + piece)
+    write_all(writer, _RECORD.pack(length, 0))
 
 
 def unpack(reader: int, writer: int, length: int) -> None:
-    """The opposite: a file of `length` bytes. OSError, or CallerError (data_loss) for what `pack`
-    has not written or what has another length."""
+    """The opposite: a file of `length` bytes. OSError, or CallerError (data_loss) for whatever
+    `pack` would not have written of the file that comes out."""
     head = _read(reader, len(MAGIC) + 8)
     if head != MAGIC + length.to_bytes(8, "little"):
         raise _damaged(f"it does not begin as a packed file of {length} bytes")
@@ -77,11 +77,14 @@ def unpack(reader: int, writer: int, length: int) -> None:
     behind = 0
     while True:
         offset, count = _RECORD.unpack(_read(reader, _RECORD.size))
-        if offset < behind or offset + count > length or count > PIECE_BYTES:
-            raise _damaged(f"a piece of {count} bytes at {offset} cannot be")
-        if not count:
+        if offset == length and not count:
             break
-        _write(writer, _read(reader, count), offset)
+        if offset < behind or offset % PIECE_BYTES or count != min(PIECE_BYTES, length - offset):
+            raise _damaged(f"a piece of {count} bytes at {offset} cannot be")
+        piece = _read(reader, count)
+        if piece == _ZEROS[:count]:
+            raise _damaged(f"the piece at {offset} is nothing but zeros")
+        write_all(writer, piece, offset)
         behind = offset + count
     if os.read(reader, 1):
         raise _damaged("there is more behind its end")
@@ -114,7 +117,8 @@ def _extents(fd: int, length: int) -> Iterator[tuple[int, int]]:
         yield start, position
 
 
-def _write(fd: int, data: bytes, offset: int = -1) -> None:
+def write_all(fd: int, data: bytes, offset: int = -1) -> None:
+    """All of `data`, at `offset` or where the file stands. Raises OSError."""
     view = memoryview(data)
     while view:
         done = os.write(fd, view) if offset < 0 else os.pwrite(fd, view, offset)
