@@ -23,6 +23,8 @@ from vmcell_tools.matrix.installation import DRIVERS
 from vmcell_tools.matrix.running import Column, Result
 
 PATIENCE_S = 120
+# For what the stand-in never has, the metrics of a sandbox.
+CALL_PATIENCE_S = 15
 # What the service in tests/support/envd_node.py does not have: routes and options of the control
 # plane that need more than an envd. A line goes when its route comes.
 NOT_YET = {
@@ -147,6 +149,7 @@ def test_the_newest_sdk_on_real_envds(tmp_path: Path) -> None:
             "E2B_API_URL": service.api_url,
             "E2B_SANDBOX_URL": service.sandbox_url,
             "E2B_API_KEY": service.key,
+            "VMCELL_MATRIX_PATIENCE_S": str(CALL_PATIENCE_S),
         }
         done = subprocess.run(
             [sys.executable, str(DRIVERS / "python_e2b.py")],
