@@ -40,6 +40,7 @@ dev_ssh          keys and the shared connection
 dev_sync         checkout, builds and configuration as they are on the host
 dev_vm           up, down, status
 dev_run          one command in the dev VM
+dev_faults       guests and kernels that the software CPU lost
 leak_check       what sandboxes have on a machine
 dev_service      images and the E2B service in the dev VM
 volume_client    a team's volumes, by a running API
