@@ -16,6 +16,7 @@ python_wheels    packages from PyPI, exactly those of a lock file
 interpreter_image  what the code interpreter's image is made of
 oci_image        our OCI images
 image_import     built images into containerd
+setup_templates  the templates that every node has
 go_programs      containerd 2.x and nerdctl, compiled for the tests
 message_codegen  protobuf messages from .proto files
 grpc_stubs       gRPC stubs for containerd
