@@ -45,17 +45,20 @@ demo: artifacts
 # the dev VM, one at a time. BUILT keeps the lanes from making the same thing twice at once.
 BESIDE := test-plain test-root $(if $(wildcard /dev/kvm),test-kvm)
 IN_THE_DEV_VM := $(if $(wildcard /dev/kvm),,test-kvm) test-vm
-LANES := $(MAKE) --no-print-directory -k BUILT=1
+# Imported natively into the dev VM's disk before it starts; without this, in the VM when needed.
+DEV_IMAGES := small base
+LANES := $(MAKE) --no-print-directory -k BUILT=1 DEV_IMAGES="$(DEV_IMAGES) code-interpreter-v1"
 
 test: venv artifacts containerd2 interpreter-image
 	@$(BIN)/python tests/support/run_lanes.py build/lanes \
-		"vm=$(LANES) $(IN_THE_DEV_VM)" \
-		"plain-root-kvm=nice -n 10 $(LANES) $(BESIDE)"
+		'vm=$(LANES) $(IN_THE_DEV_VM)' \
+		'plain-root-kvm=nice -n 10 $(LANES) $(BESIDE)'
 
 ifndef BUILT
 test-plain test-root test-kvm test-vm: venv
 test-root dev-up: containerd2
 test-vm: interpreter-image
+test-vm: DEV_IMAGES += code-interpreter-v1
 dev-up: artifacts
 endif
 
@@ -88,7 +91,8 @@ test-api-cases: venv
 	VMCELL_API_CASES=5000 $(PYTEST) tests/api/test_api_cases.py
 
 dev-up:
-	@$(BIN)/vmcell dev up --store $${VMCELL_DEV_NAME:-make} --api-port 0 --data-port 0
+	@$(BIN)/vmcell dev up --store $${VMCELL_DEV_NAME:-make} --api-port 0 --data-port 0 \
+		$(addprefix --image ,$(DEV_IMAGES))
 
 test-vm: dev-up
 	$(PYTEST) -m vm --timeout 900; status=$$?; $(BIN)/vmcell dev down; exit $$status

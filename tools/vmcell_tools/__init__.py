@@ -34,6 +34,7 @@ dev_state        files and processes of a dev VM on the host
 dev_kernel       Debian's cloud kernel, unpacked
 dev_initramfs    the newc archive format
 dev_store        a disk that outlives dev VMs
+dev_seed         images on that disk before a VM has it
 dev_containerd   containerd, CRI and the pods' network in a dev VM
 dev_image        what goes into a dev VM's initramfs
 dev_qemu         command lines of QEMU and virtiofsd
