@@ -28,6 +28,7 @@ COLOURS = {"ok": "green", "refused": "yellow", "FAILED": "red"}
     help="Default: the service in the dev VM, which is started.",
 )
 @click.option("--sandbox-url", envvar="VMCELL_SANDBOX_URL", help="Its data plane; with --api-url.")
+@click.option("--volume-url", envvar="E2B_VOLUME_API_URL", help="Its volumes; with --api-url.")
 @click.option("--key", envvar="E2B_API_KEY", help="With --api-url.", show_envvar=True)
 @click.option("--only", "words", multiple=True, help="Clients whose name holds this; repeatable.")
 @click.option(
@@ -47,6 +48,7 @@ COLOURS = {"ok": "green", "refused": "yellow", "FAILED": "red"}
 def matrix(
     api_url: str | None,
     sandbox_url: str | None,
+    volume_url: str | None,
     key: str | None,
     words: tuple[str, ...],
     pages: tuple[Path, ...],
@@ -77,8 +79,10 @@ def matrix(
                 columns = _columns(clients, services, kept, progress)
         elif sandbox_url and key:
             where = where or "a service of its own"
-            one = OneService(service=Service(api_url=api_url, sandbox_url=sandbox_url, key=key))
-            columns = _columns(clients, one, kept, progress)
+            service = Service(
+                api_url=api_url, sandbox_url=sandbox_url, volume_url=volume_url or "", key=key
+            )
+            columns = _columns(clients, OneService(service=service), kept, progress)
         else:
             raise CallerError("--api-url goes with --sandbox-url and --key")
     for page in pages:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from vmcell_protos.errors import HostError
 from vmcell_tools.build_cache import BuildCache
+from vmcell_tools.dev_ssh import forward_port
+from vmcell_tools.dev_vm import running_vm
 from vmcell_tools.image_import import archive_digest
 from vmcell_tools.oci_image import find_oci_image
 from vmcell_tools.progress import Progress
@@ -23,6 +25,7 @@ VMCELL = [sys.executable, "-m", "vmcell_tools"]
 NAME = os.environ.get("VMCELL_DEV_NAME", "default")
 STORE = "make" if NAME == "default" else NAME
 UP = [*VMCELL, "dev", "up", "--store", STORE, "--api-port", "0", "--data-port", "0"]
+VOLUME_PORT = 3001
 READY_WITHIN_S = 180
 IMPORT_WITHIN_S = 600
 
@@ -88,6 +91,7 @@ class ServiceInVm:
 
     api_url: str
     sandbox_url: str
+    volume_url: str
     key: str
 
 
@@ -107,8 +111,10 @@ def bring_up_service(team: str, images: tuple[str, ...], progress: Progress) -> 
     progress.step("starting noded, the API and nginx in the dev VM")
     api_url = f"http://127.0.0.1:{status['api_port']}"
     start_service(api_url)
+    volume_port = forward_port(running_vm(NAME).directory, VOLUME_PORT)
     return ServiceInVm(
         api_url=api_url,
         sandbox_url=f"http://127.0.0.1:{status['data_port']}",
+        volume_url=f"http://127.0.0.1:{volume_port}",
         key=create_key(team),
     )

@@ -100,6 +100,8 @@ def _variables(
     }
     if client.finds_by == "urls":
         variables |= {"E2B_API_URL": service.api_url, "E2B_SANDBOX_URL": service.sandbox_url}
+        if service.volume_url:
+            variables["E2B_VOLUME_API_URL"] = service.volume_url
     elif client.finds_by == "domain":
         variables |= {
             "E2B_DOMAIN": front.domain,

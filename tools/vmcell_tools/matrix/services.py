@@ -26,11 +26,13 @@ DOWN_WITHIN_S = 120
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """Where the API and the data plane are, and a key for them; `patience_s` for one call."""
+    """Where the API, the data plane and the files of volumes are ("": nowhere), and a key for
+    them; `patience_s` for one call."""
 
     api_url: str
     sandbox_url: str
     key: str
+    volume_url: str = ""
     patience_s: int = 60
     client_within_s: int = 600
 
@@ -77,6 +79,7 @@ class DevVmServices:
         return Service(
             api_url=self._found.api_url,
             sandbox_url=self._found.sandbox_url,
+            volume_url=self._found.volume_url,
             key=self._found.key,
             patience_s=DEV_VM_PATIENCE_S,
             client_within_s=DEV_VM_CLIENT_WITHIN_S,
