@@ -40,9 +40,29 @@ interpreter-image: venv
 demo: artifacts
 	@$(BIN)/vmcell demo
 
-test: test-plain test-root test-kvm test-vm
+# The vm lane is the longest and leaves half of two processors idle, so the others run beside it,
+# niced: a guest's deadlines are nearer than theirs. Where there is no /dev/kvm the kvm lane needs
+# the dev VM, one at a time. BUILT keeps the lanes from making the same thing twice at once.
+BESIDE := test-plain test-root $(if $(wildcard /dev/kvm),test-kvm)
+IN_THE_DEV_VM := $(if $(wildcard /dev/kvm),,test-kvm) test-vm
+# Imported natively into the dev VM's disk before it starts; without this, in the VM when needed.
+DEV_IMAGES := small base
+LANES := $(MAKE) --no-print-directory -k BUILT=1 DEV_IMAGES="$(DEV_IMAGES) code-interpreter-v1"
 
-test-plain: venv
+test: venv artifacts containerd2 interpreter-image
+	@$(BIN)/python tests/support/run_lanes.py build/lanes \
+		'vm=$(LANES) $(IN_THE_DEV_VM)' \
+		'plain-root-kvm=nice -n 10 $(LANES) $(BESIDE)'
+
+ifndef BUILT
+test-plain test-root test-kvm test-vm: venv
+test-root dev-up: containerd2
+test-vm: interpreter-image
+test-vm: DEV_IMAGES += code-interpreter-v1
+dev-up: artifacts
+endif
+
+test-plain:
 	$(PYTEST) -m 'not kvm and not vm and not root'
 
 # Where Go or its module proxy is missing, the tests that want these programs are skipped by name.
@@ -50,11 +70,11 @@ containerd2: venv
 	@if command -v go >/dev/null; then $(BIN)/vmcell dev containerd; else false; fi || \
 		echo "containerd 2.x and nerdctl are not built; their tests will be skipped"
 
-test-root: venv containerd2
+test-root:
 	$(PYTEST) -m 'root and not vm'
 
 # On a machine without /dev/kvm the same tests run inside the dev VM.
-test-kvm: venv
+test-kvm:
 	@if [ -e /dev/kvm ]; then \
 		$(PYTEST) -m 'kvm and not vm'; \
 	else \
@@ -70,10 +90,11 @@ test-long: venv
 test-api-cases: venv
 	VMCELL_API_CASES=5000 $(PYTEST) tests/api/test_api_cases.py
 
-dev-up: artifacts containerd2
-	@$(BIN)/vmcell dev up --store make --api-port 0 --data-port 0
+dev-up:
+	@$(BIN)/vmcell dev up --store $${VMCELL_DEV_NAME:-make} --api-port 0 --data-port 0 \
+		$(addprefix --image ,$(DEV_IMAGES))
 
-test-vm: interpreter-image dev-up
+test-vm: dev-up
 	$(PYTEST) -m vm --timeout 900; status=$$?; $(BIN)/vmcell dev down; exit $$status
 
 clean:

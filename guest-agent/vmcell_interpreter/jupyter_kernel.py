@@ -90,9 +90,10 @@ class JupyterKernel:
             raise KernelFailed(f"The directory {self._cwd!r} does not exist")
         try:
             await self._launch()
-            await asyncio.wait_for(self._answered(), START_S)
-            if self._program.prepare:
-                await self._run_silently(self._program.prepare)
+            async with asyncio.timeout(START_S):
+                await self._answered()
+                if self._program.prepare:
+                    await self._run_silently(self._program.prepare)
         except TimeoutError:
             await self.stop(f"The {self._program.language} kernel did not answer in {START_S} s")
             raise KernelFailed(self._ended) from None
@@ -189,12 +190,24 @@ class JupyterKernel:
         while True:
             self._heard.put_nowait((channel, await read()))
 
+    async def _ask(self, kind: str, content: dict[str, Any]) -> str:
+        """Sends a request on the shell channel; the id that answers to it carry.
+
+        Not by `AsyncKernelClient.execute`: it sends past the asyncio socket. ZeroMQ tells of an
+        arrival once (zmq_getsockopt(3), ZMQ_FD), and a send takes that notice in; where an answer
+        came at the moment of such a send, nobody reads the socket ever again.
+        """
+        assert self._client is not None
+        session, socket = self._client.session, self._client.shell_channel.socket
+        message = session.msg(kind, content)
+        await socket.send_multipart(session.serialize(message))
+        return str(message["header"]["msg_id"])
+
     async def _answered(self) -> None:
         """Asks for its info until both channels have carried something."""
         missing = {"iopub", "shell"}
-        assert self._client is not None
         while missing:
-            self._client.kernel_info()
+            await self._ask("kernel_info_request", {})
             with suppress(TimeoutError):
                 async with asyncio.timeout(ASK_AGAIN_S):
                     while missing:
@@ -214,8 +227,16 @@ class JupyterKernel:
         """What the kernel says about one run, until it is over or the kernel is."""
         if self._ended or self._client is None:
             return
-        asked = self._client.execute(
-            code, silent=silent, store_history=not silent, allow_stdin=False
+        asked = await self._ask(
+            "execute_request",
+            {
+                "code": code,
+                "silent": silent,
+                "store_history": not silent,
+                "user_expressions": {},
+                "allow_stdin": False,
+                "stop_on_error": True,
+            },
         )
         idle = answered = False
         while not (idle and answered):

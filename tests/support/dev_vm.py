@@ -6,10 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import tomllib
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from vmcell_tools.dev_service import VMCELL
 
@@ -35,6 +39,56 @@ class Result:
         return self.stderr.decode(errors="replace")
 
 
+class LeakWatch:
+    """A leak check that stays in the dev VM: its start is most of what one costs there.
+
+    Started when it is first asked, and again when the VM that it was in is gone.
+    """
+
+    WITHIN_S = 120.0
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self) -> str:
+        """An inventory, as JSON."""
+        return self._answer() or self._answer() or pytest.fail("the leak check ends, see above")
+
+    def close(self) -> None:
+        """Ends it; idempotent."""
+        process, self._process = self._process, None
+        if process is not None:
+            with suppress(BrokenPipeError):
+                process.communicate(timeout=60)
+
+    def _answer(self) -> str:
+        """Empty when there is none: it has died, or was ended after WITHIN_S."""
+        if self._process is None:
+            words = [sys.executable, "-m", "vmcell_tools.leak_check", "--each-line"]
+            self._process = subprocess.Popen(
+                [*VMCELL, "dev", "run", "--", *words],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        deadline = threading.Timer(self.WITHIN_S, process.terminate)
+        deadline.start()
+        try:
+            process.stdin.write("\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            deadline.cancel()
+        if not line:
+            self.close()
+        return line
+
+
 @dataclass(frozen=True, kw_only=True)
 class DevVm:
     """A dev VM that is up; `out` is the folder the VM writes its logs to (/mnt/out inside)."""
@@ -43,6 +97,7 @@ class DevVm:
     out: Path
     api_url: str
     sandbox_url: str
+    watch: LeakWatch = field(default_factory=LeakWatch)
 
     def run(self, *command: str, stdin: bytes = b"", timeout_s: int = 120) -> Result:
         """Runs `command` as root in the VM; a command over its deadline fails the test."""
@@ -90,7 +145,7 @@ class DevVm:
 
     def inventory(self) -> dict[str, list[str]]:
         """What sandboxes have on the VM right now (vmcell_tools.leak_check)."""
-        found = json.loads(self.check(sys.executable, "-m", "vmcell_tools.leak_check"))
+        found = json.loads(self.watch.ask())
         assert isinstance(found, dict)
         return found
 

@@ -1,44 +1,22 @@
 """Guests that the software CPU lost, and the one repetition of a test that met one.
 
-Under QEMU's software CPU a Linux in a microVM ends now and then with a triple fault that no test
-asked for, and, more rarely, the dev VM's own kernel panics (docs/dev-vm.md, "What the software CPU
-gets wrong"). A test that fails while that happens is run once more, in a new dev VM after a panic,
-and says so; one that fails for another reason, or again, has failed. On a CPU with hardware KVM
-nothing is repeated.
+A test that fails while one is lost (vmcell_tools.dev_faults) is run once more, in a new dev VM
+after a panic, and says so; one that fails for another reason, or again, has failed. On a CPU with
+hardware KVM nothing is repeated.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 from pathlib import Path
 
 import pytest
 from _pytest.runner import runtestprotocol
 
+from vmcell_tools.dev_faults import faults, panics
 from vmcell_tools.dev_service import VMCELL
 from vmcell_tools.dev_state import load
-
-_FAULT = re.compile(r'time="([^"]+)" [^\n]*VMM (\d+) ended: triple_fault')
-_PANIC = re.compile(r"(\[ *\d+\.\d+\]) (Kernel panic) - not syncing")
-CONSOLE = "console.log"
-
-
-def faults(out: Path) -> set[tuple[str, str]]:
-    """(time, VMM's pid) of each guest that ended so, by the logs in the dev VM's share."""
-    found: set[tuple[str, str]] = set()
-    for log in out.rglob("*.log"):
-        found |= set(_FAULT.findall(log.read_text(errors="replace")))
-    return found
-
-
-def panics(out: Path) -> set[tuple[str, str]]:
-    """(time, "Kernel panic") of the dev VM's own kernel, which has one at most."""
-    try:
-        return set(_PANIC.findall((out / CONSOLE).read_text(errors="replace")))
-    except FileNotFoundError:
-        return set()
 
 
 def run_once_or_twice(item: pytest.Item, nextitem: pytest.Item | None) -> bool:

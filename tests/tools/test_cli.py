@@ -24,6 +24,7 @@ HEAVY = ("rich", "grpc", "subprocess", "vmcell_tools.dev_vm", "vmcell_tools.oci_
 @pytest.fixture(autouse=True)
 def _nothing_of_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("VMCELL_DEV_NAME", raising=False)
     # Sockets stand in this one, and tmp_path may be too long for them.
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="vmcell-") as short:
         monkeypatch.setenv("XDG_RUNTIME_DIR", short)
@@ -94,6 +95,7 @@ def test_python_m_is_the_same_command() -> None:
         (("dev", "up", "--memory-mib", "1"), "memory of 1 MiB"),
         (("dev", "up", "--accel", "warp"), "accelerator 'warp'"),
         (("dev", "up", "--store", "../x"), "store key '../x'"),
+        (("dev", "up", "--image", "small"), "--store KEY"),
         (("image", "build", "games"), "no image 'games'"),
         (("image", "import", "games"), "no image 'games'"),
     ],

@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -16,13 +17,19 @@ import pytest
 from envd_node import envd_service
 
 from vmcell_protos.errors import CallerError, HostError
-from vmcell_tools.matrix import table
+from vmcell_tools.build_cache import BuildCache
+from vmcell_tools.matrix import running, table
 from vmcell_tools.matrix.clients import CLIENTS, chosen
 from vmcell_tools.matrix.domain_front import DOMAIN, domain_front
 from vmcell_tools.matrix.installation import DRIVERS
+from vmcell_tools.matrix.keeping import KeptResults
 from vmcell_tools.matrix.running import Column, Result
+from vmcell_tools.matrix.services import Service
+from vmcell_tools.progress import Progress
 
 PATIENCE_S = 120
+# For what the stand-in never has, the metrics of a sandbox.
+CALL_PATIENCE_S = 15
 # What the service in tests/support/envd_node.py does not have: routes and options of the control
 # plane that need more than an envd. A line goes when its route comes.
 NOT_YET = {
@@ -136,6 +143,103 @@ def test_the_front_hands_each_name_to_its_server(tmp_path: Path) -> None:
             server.server_close()
 
 
+class LosingServices:
+    """Services whose machine is lost as often as `losses` has reasons."""
+
+    def __init__(self, *losses: str) -> None:
+        self.losses = list(losses)
+        self.made = 0
+
+    def get(self) -> Service:
+        self.made += 1
+        return Service(api_url="http://127.0.0.1:1", sandbox_url="http://127.0.0.1:2", key="e2b_0")
+
+    def lost(self) -> str:
+        return self.losses.pop(0) if self.losses else ""
+
+
+FAILS_AT_FIRST = """\
+import json, pathlib, sys
+runs = pathlib.Path(sys.argv[1])
+runs.write_text(runs.read_text() + "x" if runs.exists() else "x")
+outcome = sys.argv[2].split(",")[len(runs.read_text()) - 1]
+if outcome != "silent":
+    print(json.dumps({"call": "a", "outcome": outcome, "detail": "", "ms": 1}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "losses", "wanted", "again"),
+    [
+        ("failed,ok", ["the kernel panicked"], "ok", "the kernel panicked"),
+        ("silent,ok", ["the kernel panicked"], "ok", "the kernel panicked"),
+        ("failed,failed", ["one", "two"], "failed", "one"),
+        ("failed,ok", [], "failed", ""),
+        ("ok,failed", ["a guest was lost, and no call noticed"], "ok", ""),
+    ],
+)
+def test_a_client_whose_machine_was_lost_is_run_once_more(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    outcomes: str,
+    losses: list[str],
+    wanted: str,
+    again: str,
+) -> None:
+    driver = [sys.executable, "-c", FAILS_AT_FIRST, str(tmp_path / "runs"), outcomes]
+    monkeypatch.setattr(running, "install", lambda client, cache, progress: tmp_path)
+    monkeypatch.setattr(running, "command", lambda client, environment: driver)
+    services = LosingServices(*losses)
+    progress = Progress("test", quiet=True)
+    found = running.run_client(CLIENTS[0], services, BuildCache(tmp_path), progress)
+    assert [result.outcome for result in found.results] == [wanted]
+    assert found.again == again
+    assert services.made == 1 + bool(again)
+    assert found.day
+
+
+def test_a_driver_without_a_call_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "install", lambda client, cache, progress: tmp_path)
+    monkeypatch.setattr(running, "command", lambda client, environment: ["sh", "-c", "echo no >&2"])
+    progress = Progress("test", quiet=True)
+    with pytest.raises(HostError, match="made no call:\nno"):
+        running.run_client(CLIENTS[0], LosingServices(), BuildCache(tmp_path), progress)
+
+
+def test_kept_results_are_found_again_for_the_same_client_only(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    kept = KeptResults(path)
+    first = column(("a", "failed", "oops"))
+    first.again, first.day = "lost", "2026-01-31"
+    second = column(("b", "ok", ""), number=14)
+    for found in (first, second):
+        kept.add(found)
+    read = KeptResults(path)
+    assert read.find(CLIENTS[0]) == first
+    assert read.find(CLIENTS[14]) == second
+    assert read.find(CLIENTS[1]) is None
+    assert read.find(replace(CLIENTS[0], version="0")) is None
+    for wrong in ("no JSON", "{}x", '[{"client": 1}]', "[1]"):
+        path.write_text(wrong)
+        with pytest.raises(CallerError, match="holds no results"):
+            KeptResults(path)
+    with pytest.raises(HostError, match="cannot write"):
+        KeptResults(tmp_path / "no" / "folder").add(first)
+    assert KeptResults(None).find(CLIENTS[0]) is None
+
+
+def test_a_page_tells_of_repetitions_and_days() -> None:
+    found = [column(("a", "ok", "")), column(("a", "ok", ""), number=1)]
+    found[0].day = found[1].day = "2026-01-31"
+    assert table.days(found) == "2026-01-31"
+    found[1].day, found[1].again = "2026-02-01", "it panicked"
+    assert table.days(found) == "2026-01-31 to 2026-02-01"
+    for text in (table.markdown(found, "here"), table.summary(found, "here")):
+        assert f"Run twice: {CLIENTS[1].column}: it panicked." in text
+
+
 @pytest.mark.root
 @pytest.mark.timeout(300)
 def test_the_newest_sdk_on_real_envds(tmp_path: Path) -> None:
@@ -147,6 +251,7 @@ def test_the_newest_sdk_on_real_envds(tmp_path: Path) -> None:
             "E2B_API_URL": service.api_url,
             "E2B_SANDBOX_URL": service.sandbox_url,
             "E2B_API_KEY": service.key,
+            "VMCELL_MATRIX_PATIENCE_S": str(CALL_PATIENCE_S),
         }
         done = subprocess.run(
             [sys.executable, str(DRIVERS / "python_e2b.py")],

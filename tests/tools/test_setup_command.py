@@ -46,9 +46,10 @@ def test_setup_with_a_domain_and_back(tmp_path: Path) -> None:
     told = _in_a_copy(
         tmp_path,
         f"""
-        {setup} --json
+        rm -f /run/containerd/containerd.sock
+        {setup} --without-code-interpreter --json
         echo ----
-        {setup} --json
+        {setup} --without-templates --json
         echo ----
         openssl verify -CAfile /etc/vmcell/tls/ca.pem /etc/vmcell/tls/server.pem
         mkdir -p /run/vmcell/nginx
@@ -63,8 +64,12 @@ def test_setup_with_a_domain_and_back(tmp_path: Path) -> None:
     lines = json.loads(first)
     for name in ("nginx.conf", "vmcell.service", "vmcell-nginx.service", "api.toml", "ca.pem"):
         assert any(line.startswith(("wrote", "made")) and name in line for line in lines), name
+    (template,) = (line for line in lines if line.startswith("template"))
+    assert template.startswith("template base: ")
+    assert template.endswith("start it, then run: vmcell image import base")
     assert any("E2B_DOMAIN=sbx.test:8443" in line for line in lines)
-    assert not [line for line in json.loads(second) if line.startswith(("wrote", "made"))]
+    again = ("wrote", "made", "template")
+    assert not [line for line in json.loads(second) if line.startswith(again)]
     assert "server.pem: OK" in checks
     assert "test is successful" in checks
     assert "-m vmcell_api.serve --no-nginx" in checks

@@ -27,7 +27,7 @@ from vmcell_tools.progress import Progress
 
 
 @pytest.fixture(scope="session")
-def dev_vm() -> DevVm:
+def dev_vm() -> Iterator[DevVm]:
     """The dev VM, up, with both images imported; `make test-vm` takes it down again."""
     subprocess.run(UP, check=True, timeout=600)
     status = json.loads(subprocess.check_output([*VMCELL, "dev", "status", "--json"]))
@@ -40,7 +40,8 @@ def dev_vm() -> DevVm:
     with Progress("vm lane") as progress:
         import_image("small", ("default", "vmcell"), progress)
         import_image("base", ("vmcell",), progress)
-    return vm
+    yield vm
+    vm.watch.close()
 
 
 @pytest.fixture

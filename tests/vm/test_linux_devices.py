@@ -11,7 +11,7 @@ from dev_vm import DevVm
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
 PROGRAM = Path(__file__).parents[1] / "support" / "linux_devices" / "host.py"
-TRANSFER_BYTES = 4 << 20
+TRANSFER_BYTES = 2 << 20
 DRIVERS = {
     "virtio0": "virtio_pmem 15",
     "virtio1": "virtio_blk 15",

@@ -19,8 +19,6 @@ RUN_ELSEWHERE = {
     ".venv/bin/vmcell serve": "tests/vm/e2b_clients, by its fixture",
     ".venv/bin/vmcell key create --team me": "tests/vm/e2b_clients, by its fixture",
     "python examples/first_sandbox.py": "tests/vm/test_readme.py, by make demo",
-    ".venv/bin/vmcell image build code-interpreter-v1": "a step of make test",
-    ".venv/bin/vmcell image import code-interpreter-v1": "tests/vm/e2b_clients/test_interpreter.py",
     ".venv/bin/vmcell dev up": "tests/vm/test_dev_vm.py",
     ".venv/bin/vmcell dev down": "the last step of make test",
 }

@@ -16,6 +16,7 @@ python_wheels    packages from PyPI, exactly those of a lock file
 interpreter_image  what the code interpreter's image is made of
 oci_image        our OCI images
 image_import     built images into containerd
+setup_templates  the templates that every node has
 go_programs      containerd 2.x and nerdctl, compiled for the tests
 message_codegen  protobuf messages from .proto files
 grpc_stubs       gRPC stubs for containerd
@@ -33,6 +34,7 @@ dev_state        files and processes of a dev VM on the host
 dev_kernel       Debian's cloud kernel, unpacked
 dev_initramfs    the newc archive format
 dev_store        a disk that outlives dev VMs
+dev_seed         images on that disk before a VM has it
 dev_containerd   containerd, CRI and the pods' network in a dev VM
 dev_image        what goes into a dev VM's initramfs
 dev_qemu         command lines of QEMU and virtiofsd
@@ -40,6 +42,7 @@ dev_ssh          keys and the shared connection
 dev_sync         checkout, builds and configuration as they are on the host
 dev_vm           up, down, status
 dev_run          one command in the dev VM
+dev_faults       guests and kernels that the software CPU lost
 leak_check       what sandboxes have on a machine
 dev_service      images and the E2B service in the dev VM
 volume_client    a team's volumes, by a running API

@@ -34,6 +34,12 @@ def dev() -> None:
 @click.option("--deadline", default=180.0, show_default=True, help="Seconds until it must be up.")
 @click.option("--lifetime", default=14400, show_default=True, help="Seconds until it powers off.")
 @click.option("--store", help="Keep containerd's images on a disk of that key; default: in memory.")
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    help="With --store: have this built image in containerd when the VM starts; repeatable.",
+)
 @json_option
 def dev_up(
     name: str,
@@ -46,6 +52,7 @@ def dev_up(
     deadline: float,
     lifetime: int,
     store: str | None,
+    images: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Start the dev VM, or say that it is up already."""
@@ -64,6 +71,7 @@ def dev_up(
         deadline_s=deadline,
         lifetime_s=lifetime,
         store=store,
+        images=images,
     )
     with Progress("vmcell dev") as progress:
         vm, started = dev_vm.up(request, progress)

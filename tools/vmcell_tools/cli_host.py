@@ -48,6 +48,12 @@ def doctor(as_json: bool) -> None:
     metavar="NAME[:PORT]",
     help="Also make a local CA and serve https://api.NAME and https://<port>-<id>.NAME.",
 )
+@click.option(
+    "--without-code-interpreter",
+    is_flag=True,
+    help="Leave out the template code-interpreter-v1, half a gigabyte.",
+)
+@click.option("--without-templates", is_flag=True, help="Leave out the template base as well.")
 @click.option("--uninstall", is_flag=True, help="Remove what setup wrote.")
 @json_option
 def setup(
@@ -58,18 +64,22 @@ def setup(
     packages: bool,
     containerd: bool,
     tls_domain: str | None,
+    without_code_interpreter: bool,
+    without_templates: bool,
     uninstall: bool,
     as_json: bool,
 ) -> None:
-    """Write /etc/vmcell/config.toml, put the shim on containerd's PATH, and write units and nginx's
-    configuration for the E2B service (none of them is started).
+    """Write /etc/vmcell/config.toml, put the shim on containerd's PATH, write units and nginx's
+    configuration for the E2B service (none of them is started), and make the templates base and
+    code-interpreter-v1: their images are built unless they are, and imported.
 
     What Kubernetes needs in containerd's configuration is written to /etc/vmcell/containerd; only
     --containerd changes /etc/containerd/config.toml, and keeps a backup.
     """
     from pathlib import Path
 
-    from vmcell_tools import containerd_setup, ingress_setup, setup_host
+    from vmcell_tools import containerd_setup, ingress_setup, setup_host, setup_templates
+    from vmcell_tools.build_cache import BuildCache
     from vmcell_tools.progress import Progress
 
     root = Path("/")
@@ -92,6 +102,10 @@ def setup(
         done += ingress_setup.install(root)
         if tls_domain is not None:
             done += ingress_setup.trust_advice(root, tls_domain)
+        left_out = 2 if without_templates else 1 if without_code_interpreter else 0
+        templates = setup_templates.TEMPLATES[: len(setup_templates.TEMPLATES) - left_out]
+        with Progress("vmcell setup") as progress:
+            done += setup_templates.install_templates(templates, BuildCache.default(), progress)
         done = [*(done or ["nothing to do"]), containerd_setup.advice(root)]
     if as_json:
         print_json(done)

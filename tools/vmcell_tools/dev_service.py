@@ -9,12 +9,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from vmcell_protos.errors import HostError
 from vmcell_tools.build_cache import BuildCache
+from vmcell_tools.dev_ssh import forward_port
+from vmcell_tools.dev_vm import running_vm
 from vmcell_tools.image_import import archive_digest
 from vmcell_tools.oci_image import find_oci_image
 from vmcell_tools.progress import Progress
@@ -22,8 +22,10 @@ from vmcell_tools.progress import Progress
 VMCELL = [sys.executable, "-m", "vmcell_tools"]
 # The disk of containerd that outlives dev VMs, shared by the demo and the tests; another dev VM
 # than the usual one has a disk of its own.
-STORE = os.environ.get("VMCELL_DEV_NAME", "make")
+NAME = os.environ.get("VMCELL_DEV_NAME", "default")
+STORE = "make" if NAME == "default" else NAME
 UP = [*VMCELL, "dev", "up", "--store", STORE, "--api-port", "0", "--data-port", "0"]
+VOLUME_PORT = 3001
 READY_WITHIN_S = 180
 IMPORT_WITHIN_S = 600
 
@@ -89,14 +91,14 @@ class ServiceInVm:
 
     api_url: str
     sandbox_url: str
+    volume_url: str
     key: str
 
 
-@contextmanager
-def service_in_dev_vm(team: str, progress: Progress) -> Iterator[ServiceInVm]:
-    """The dev VM up, the base image in it, the service running and a fresh key for `team`.
+def bring_up_service(team: str, images: tuple[str, ...], progress: Progress) -> ServiceInVm:
+    """The dev VM up, the images in it, the service running and a fresh key for `team`.
 
-    The VM stays up afterwards. Raises HostError for what does not come up.
+    Raises HostError for what does not come up.
     """
     progress.step("bringing the dev VM up")
     # Standard output is the caller's, who may print JSON there.
@@ -104,15 +106,15 @@ def service_in_dev_vm(team: str, progress: Progress) -> Iterator[ServiceInVm]:
     if up.returncode:
         raise HostError("the dev VM did not come up; its message is above")
     status = json.loads(subprocess.check_output([*VMCELL, "dev", "status", "--json"]))
-    import_image("base", ("vmcell",), progress)
+    for image in images:
+        import_image(image, ("vmcell",), progress)
     progress.step("starting noded, the API and nginx in the dev VM")
     api_url = f"http://127.0.0.1:{status['api_port']}"
     start_service(api_url)
-    try:
-        yield ServiceInVm(
-            api_url=api_url,
-            sandbox_url=f"http://127.0.0.1:{status['data_port']}",
-            key=create_key(team),
-        )
-    finally:
-        stop_service()
+    volume_port = forward_port(running_vm(NAME).directory, VOLUME_PORT)
+    return ServiceInVm(
+        api_url=api_url,
+        sandbox_url=f"http://127.0.0.1:{status['data_port']}",
+        volume_url=f"http://127.0.0.1:{volume_port}",
+        key=create_key(team),
+    )

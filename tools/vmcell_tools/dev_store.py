@@ -33,6 +33,11 @@ class Store:
     path: Path
     lock: int
 
+    @property
+    def images(self) -> Path:
+        """Where dev_seed remembers what is in it; gone with it."""
+        return self.path.with_suffix(".images")
+
 
 def check_key(key: str) -> None:
     """CallerError for a key that cannot be a file name."""
@@ -97,6 +102,7 @@ def _clean_now(path: Path) -> bool:
 
 
 def _make(path: Path, lock: int) -> None:
+    path.with_suffix(".images").unlink(missing_ok=True)
     os.ftruncate(lock, 0)
     os.ftruncate(lock, SIZE_BYTES)
     try:
@@ -114,4 +120,5 @@ def _drop_old(home: Path) -> None:
         if lock is not None:
             with suppress(FileNotFoundError):
                 old.unlink()
+            old.with_suffix(".images").unlink(missing_ok=True)
             os.close(lock)

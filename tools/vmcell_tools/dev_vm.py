@@ -21,6 +21,7 @@ from vmcell_protos.errors import CallerError, HostError
 from vmcell_runtime.kvm.host_kind import host_kind
 from vmcell_shim import virtiofsd
 from vmcell_tools import dev_ssh, dev_sync
+from vmcell_tools.build_cache import BuildCache
 from vmcell_tools.dev_config import vm_configuration
 from vmcell_tools.dev_image import (
     GUEST_API_PORT,
@@ -38,6 +39,7 @@ from vmcell_tools.dev_qemu import (
     qemu_command,
     virtiofsd_command,
 )
+from vmcell_tools.dev_seed import seed
 from vmcell_tools.dev_state import (
     DevVm,
     ProcessId,
@@ -72,6 +74,7 @@ class Request:
     deadline_s: float
     lifetime_s: int
     store: str | None = None
+    images: tuple[str, ...] = ()
 
 
 def up(request: Request, progress: Progress) -> tuple[DevVm, bool]:
@@ -132,6 +135,8 @@ def _check(request: Request) -> None:
     state_directory(request.name)
     if request.store is not None:
         check_key(request.store)
+    elif request.images:
+        raise CallerError("--image puts images on a disk, which --store KEY names")
 
 
 def _check_ports(request: Request) -> None:
@@ -168,6 +173,8 @@ def _start(request: Request, progress: Progress) -> DevVm:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     with opened_store(request.store, progress) as store:
+        if store is not None and request.images:
+            seed(store, request.images, BuildCache.default(), progress)
         machine, ssh_port = _prepare(request, directory, store, progress)
         deadline = time.monotonic() + request.deadline_s
         boot = partial(_boot, machine, directory, ssh_port, store, progress)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from vmcell_protos.errors import HostError
 from vmcell_tools.build_cache import BuildCache
 from vmcell_tools.build_step import run_step
-from vmcell_tools.oci_image import IMAGES, find_oci_image
+from vmcell_tools.oci_image import IMAGES, OciImage, find_oci_image
 from vmcell_tools.progress import Progress
 
 CONTAINERD_SOCKET = Path("/run/containerd/containerd.sock")
@@ -38,18 +38,31 @@ def import_image(
     image = find_oci_image(name, cache, progress)
     if image is None:
         raise HostError(f"image {name!r} is not built; run: vmcell image build {name}")
-    if not CONTAINERD_SOCKET.is_socket():
-        raise HostError(f"containerd does not run here ({CONTAINERD_SOCKET}); see: vmcell doctor")
+    import_archive(image, namespaces, progress)
+    return image.reference
+
+
+def import_archive(
+    image: OciImage,
+    namespaces: Sequence[str],
+    progress: Progress,
+    socket: Path = CONTAINERD_SOCKET,
+) -> list[str]:
+    """Like `import_image` for a finished archive; the namespaces that had not the same already."""
+    if not socket.is_socket():
+        raise HostError(f"containerd does not run here ({socket}); see: vmcell doctor")
     digest = archive_digest(image.archive)
+    done = []
     for namespace in namespaces:
-        if _digests(namespace).get(image.reference) == digest:
+        if _digests(namespace, socket).get(image.reference) == digest:
             continue
         progress.step(f"importing {image.reference} into namespace {namespace}")
         run_step(
-            ["ctr", "--namespace", namespace, "images", "import", image.archive],
+            [*_ctr(namespace, socket), "images", "import", image.archive],
             deadline_s=IMPORT_DEADLINE_S,
         )
-    return image.reference
+        done.append(namespace)
+    return done
 
 
 def list_images(cache: BuildCache, progress: Progress) -> list[ImageRow]:
@@ -82,10 +95,12 @@ def archive_digest(archive: Path) -> str:
     return str(manifest["digest"])
 
 
-def _digests(namespace: str) -> dict[str, str]:
+def _ctr(namespace: str, socket: Path) -> list[str]:
+    return ["ctr", "--address", str(socket), "--namespace", namespace]
+
+
+def _digests(namespace: str, socket: Path = CONTAINERD_SOCKET) -> dict[str, str]:
     """Reference → digest of the images of a namespace (columns 1 and 3 of `ctr images list`)."""
-    shown = run_step(
-        ["ctr", "--namespace", namespace, "images", "list"], deadline_s=LIST_DEADLINE_S
-    )
+    shown = run_step([*_ctr(namespace, socket), "images", "list"], deadline_s=LIST_DEADLINE_S)
     rows = (line.split() for line in shown.splitlines()[1:])
     return {row[0]: row[2] for row in rows if len(row) > 2}

@@ -1,6 +1,6 @@
 """Runs in the dev VM: a Linux guest whose devices come and go, that is paused and has a balloon.
 
-Arguments: kernel, base image. Prints JSON.
+Arguments: kernel, base image, rounds of plugging. Prints JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from vmcell_runtime.config import BlkConfig, MachineConfig, PmemConfig, VsockCon
 
 GUEST = Path(__file__).with_name("guest.py")
 PORT = 1024
-ROUNDS = 20
 MEMORY_MIB = 256
 BALLOON_MIB = 128
 PAUSE_S = 2.0
@@ -92,12 +91,12 @@ def open_files(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
-def try_hotplug(guest: Guest, spare: range, folder: Path) -> dict[str, Any]:
+def try_hotplug(guest: Guest, spare: range, folder: Path, rounds: int) -> dict[str, Any]:
     """A pmem and a blk, bound, read and let go of, again and again at changing windows."""
     empty = guest.ask("bind", spare[3])
     before = open_files(guest.vmm.pid)
     wrong, seconds = [], []
-    for number in range(ROUNDS):
+    for number in range(rounds):
         start = time.monotonic()
         places = {"pmem": spare[number % 24], "blk": spare[(number + 14) % 24]}
         for kind, window in places.items():
@@ -197,7 +196,7 @@ def try_balloon(guest: Guest) -> dict[str, Any]:
 
 
 def main() -> None:
-    kernel, base_image = sys.argv[1:3]
+    kernel, base_image, rounds = sys.argv[1:4]
     with ExitStack() as opened:
         folder = Path(opened.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
         script = GUEST.read_bytes()
@@ -235,7 +234,7 @@ def main() -> None:
             result["boot_s"] = round(time.monotonic() - start, 2)
             spare = config.spare_window_numbers
             result["pause"] = try_pause(guest, "kvm-clock")
-            result["hotplug"] = try_hotplug(guest, spare, folder)
+            result["hotplug"] = try_hotplug(guest, spare, folder, int(rounds))
             result["shared"] = try_shared_line(guest, spare, folder)
             result["balloon"] = try_balloon(guest)
             result["pause_by_tsc"] = try_pause(guest, "tsc")

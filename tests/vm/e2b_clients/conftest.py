@@ -7,11 +7,9 @@ from collections.abc import Iterator
 import pytest
 from dev_vm import DevVm
 
-from vmcell_tools.dev_service import create_key, start_service, stop_service
+from vmcell_tools.dev_service import VOLUME_PORT, create_key, start_service, stop_service
 from vmcell_tools.dev_ssh import forward_port
 from vmcell_tools.dev_vm import running_vm
-
-VOLUME_PORT = 3001
 
 
 @pytest.fixture(scope="package")

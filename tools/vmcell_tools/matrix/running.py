@@ -1,13 +1,12 @@
-"""All clients of the matrix against one service, one after the other."""
+"""One client of the matrix against a service."""
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -17,21 +16,11 @@ from vmcell_tools.build_cache import BuildCache
 from vmcell_tools.matrix.clients import Client
 from vmcell_tools.matrix.domain_front import DOMAIN, Address, DomainFront, domain_front
 from vmcell_tools.matrix.installation import DRIVERS, command, install, missing_tool
+from vmcell_tools.matrix.services import Service, Services
 from vmcell_tools.progress import Progress
 
 OUTCOMES = ("ok", "refused", "failed", "absent")
 TOLD_LINES = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Service:
-    """Where the API and the data plane are, and a key for them; `patience_s` for one call."""
-
-    api_url: str
-    sandbox_url: str
-    key: str
-    patience_s: int = 60
-    client_within_s: int = 600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,34 +35,44 @@ class Result:
 
 @dataclass(kw_only=True)
 class Column:
-    """One client's results in the order of its calls; `skipped` says why there are none."""
+    """One client's results in the order of its calls; `skipped` says why there are none, `again`
+    why it was run twice, `day` is that of the run (2026-01-31)."""
 
     client: Client
     results: list[Result] = field(default_factory=list)
     skipped: str = ""
+    again: str = ""
+    day: str = ""
 
 
-def run_matrix(
-    clients: Sequence[Client], service: Service, cache: BuildCache, progress: Progress
-) -> list[Column]:
-    """Runs each client's driver; raises HostError when one could not be installed or run."""
-    columns = []
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmcell-matrix-")))
-        front = stack.enter_context(
-            domain_front(folder, _address(service.api_url), _address(service.sandbox_url))
-        )
-        for client in clients:
-            skipped = missing_tool(client)
-            if skipped is None:
-                environment = install(client, cache, progress)
-                progress.step(f"calls of {client.column}")
-                results = _run_driver(client, environment, service, front, progress)
-                columns.append(Column(client=client, results=results))
-            else:
-                progress.note(f"{client.column} is left out: {skipped}")
-                columns.append(Column(client=client, skipped=skipped))
-    return columns
+def run_client(client: Client, services: Services, cache: BuildCache, progress: Progress) -> Column:
+    """Makes a client's calls; raises HostError when it could not be installed or run.
+
+    Calls that failed while the service's machine was lost are made once more, all of them.
+    """
+    skipped = missing_tool(client)
+    if skipped is not None:
+        progress.note(f"{client.column} is left out: {skipped}")
+        return Column(client=client, skipped=skipped)
+    environment = install(client, cache, progress)
+    again = ""
+    while True:
+        service = services.get()
+        progress.step(f"calls of {client.column}")
+        try:
+            results = _run_driver(client, environment, service, progress)
+        except HostError:
+            lost = services.lost()
+            if again or not lost:
+                raise
+        else:
+            lost = services.lost()
+            failed = any(result.outcome == "failed" for result in results)
+            if again or not (lost and failed):
+                day = datetime.date.today().isoformat()
+                return Column(client=client, results=results, again=again, day=day)
+        again = lost
+        progress.note(f"{client.column} is run again: {lost}")
 
 
 def _address(url: str) -> Address:
@@ -101,6 +100,8 @@ def _variables(
     }
     if client.finds_by == "urls":
         variables |= {"E2B_API_URL": service.api_url, "E2B_SANDBOX_URL": service.sandbox_url}
+        if service.volume_url:
+            variables["E2B_VOLUME_API_URL"] = service.volume_url
     elif client.finds_by == "domain":
         variables |= {
             "E2B_DOMAIN": front.domain,
@@ -120,10 +121,16 @@ def _variables(
 
 
 def _run_driver(
-    client: Client, environment: Path, service: Service, front: DomainFront, progress: Progress
+    client: Client, environment: Path, service: Service, progress: Progress
 ) -> list[Result]:
     words = command(client, environment)
-    with tempfile.TemporaryFile("w+") as errors:
+    with (
+        tempfile.TemporaryDirectory(prefix="vmcell-matrix-") as folder,
+        domain_front(
+            Path(folder), _address(service.api_url), _address(service.sandbox_url)
+        ) as front,
+        tempfile.TemporaryFile("w+") as errors,
+    ):
         process = subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,

@@ -60,7 +60,7 @@ def _sentence(result: Result) -> str:
 
 def markdown(columns: Sequence[Column], where: str) -> str:
     """The tables and, below them, what the service or the client said; `where` names the run."""
-    parts = [f"Last run: {where}."]
+    parts = [f"Last run: {where}.", *_repetitions(columns)]
     marked: dict[str, int] = {}
     for group, members in groups_of(columns).items():
         titles = [group, *(short_name(column) for column in members)]
@@ -75,6 +75,18 @@ def markdown(columns: Sequence[Column], where: str) -> str:
     if marked:
         parts.append("\n".join(f"{number}. {text}" for text, number in marked.items()))
     return "\n\n".join(parts) + "\n"
+
+
+def _repetitions(columns: Sequence[Column]) -> list[str]:
+    """One paragraph for the clients that were run twice, none without any."""
+    names = [f"{column.client.column}: {column.again}" for column in columns if column.again]
+    return [f"Run twice: {'; '.join(names)}."] if names else []
+
+
+def days(columns: Sequence[Column]) -> str:
+    """That of the run, or the first and the last one."""
+    found = sorted({column.day for column in columns if column.day})
+    return " to ".join(dict.fromkeys((found[0], found[-1]))) if found else "never"
 
 
 def short_name(column: Column) -> str:
@@ -97,6 +109,8 @@ def as_json(columns: Sequence[Column]) -> list[dict[str, object]]:
         {
             **asdict(column.client),
             "skipped": column.skipped,
+            "again": column.again,
+            "day": column.day,
             "results": [asdict(result) for result in column.results],
         }
         for column in columns
@@ -107,6 +121,7 @@ def summary(columns: Sequence[Column], where: str) -> str:
     """One row per client: how many of its calls had each outcome."""
     lines = [
         f"Last run: {where}.",
+        *_repetitions(columns),
         "",
         "| client | ok | refused by name | failed | not in this version |",
         "|---|---|---|---|---|",
