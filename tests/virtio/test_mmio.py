@@ -16,7 +16,7 @@ from turning_loop import TurningLoop
 from vmcell_protos.errors import GuestError
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.virtio import status
-from vmcell_runtime.virtio.device import Activation
+from vmcell_runtime.virtio.device import Activation, PlainDevice
 from vmcell_runtime.virtio.queue import RingLayout
 from vmcell_runtime.virtio.rng import Rng
 from vmcell_runtime.virtio.window import SpareWindow
@@ -25,7 +25,7 @@ DEVICE_FEATURE = 1 << 5
 RING_REGISTERS = (0x38, 0x44, 0x80, 0x84, 0x90, 0x94, 0xA0, 0xA4)
 
 
-class Recorder:
+class Recorder(PlainDevice):
     """A device with two queues that notes what its transport tells it."""
 
     device_id = 42
@@ -33,7 +33,6 @@ class Recorder:
     queue_sizes = (8, 16)
     max_chain_bytes = 4096
     config = bytes(range(1, 13))
-    in_kernel = False
 
     def __init__(self) -> None:
         self.activation: Activation | None = None

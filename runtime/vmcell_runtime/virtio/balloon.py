@@ -17,7 +17,7 @@ from vmcell_protos.errors import CallerError, GuestError
 from vmcell_runtime.config import MIN_MEMORY_MIB
 from vmcell_runtime.memory import PAGE_BYTES, GuestMemory
 from vmcell_runtime.virtio import abi, spans
-from vmcell_runtime.virtio.device import Activation
+from vmcell_runtime.virtio.device import Activation, PlainDevice
 from vmcell_runtime.virtio.queue import Chain
 
 # Feature bits, § 5.5.3
@@ -34,7 +34,7 @@ PAGES_PER_MIB = (1 << 20) // PAGE_BYTES  # the device's pages have 4 KiB whateve
 _ACTUAL_OFFSET = 4
 
 
-class Balloon:
+class Balloon(PlainDevice):
     """Owns nothing on the host. `set_wanted` and the sizes are for the loop's thread.
 
     What the guest says it has given back is its word only; what left the host is what it named.
@@ -44,7 +44,6 @@ class Balloon:
     features = F_DEFLATE_ON_OOM | F_REPORTING
     queue_sizes = (64, 64, 64)
     max_chain_bytes = MAX_REPORT_BYTES
-    in_kernel = False
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory

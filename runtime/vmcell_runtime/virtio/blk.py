@@ -20,7 +20,7 @@ from collections.abc import Callable
 from vmcell_protos.errors import CallerError, GuestError
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.virtio import abi, spans
-from vmcell_runtime.virtio.device import Activation
+from vmcell_runtime.virtio.device import Activation, PlainDevice
 from vmcell_runtime.virtio.queue import Chain
 from vmcell_runtime.virtio.spans import Spans
 
@@ -66,7 +66,7 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 _libc.fallocate.restype = ctypes.c_int
 
 
-class Blk:
+class Blk(PlainDevice):
     """One disk. Owns `fd`; `serial` is shown by GET_ID.
 
     `fd` is opened O_RDONLY when `read_only`, else O_RDWR, or it is a CallerError.
@@ -75,7 +75,6 @@ class Blk:
     device_id = abi.DEVICE_ID_BLOCK
     queue_sizes = (256,)
     max_chain_bytes = MAX_DATA_BYTES + _HEADER.size + 1
-    in_kernel = False
 
     def __init__(self, memory: GuestMemory, fd: int, *, read_only: bool, serial: str) -> None:
         self._memory = memory

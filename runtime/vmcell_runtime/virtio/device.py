@@ -8,8 +8,9 @@ lock of its own, but in `activate` and `reset` it reaches the loop by `call_soon
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, ParamSpec, Protocol, runtime_checkable
+from typing import NamedTuple, ParamSpec, Protocol
 
+from vmcell_protos.errors import CallerError
 from vmcell_runtime.virtio.queue import Queue
 
 P = ParamSpec("P")
@@ -66,7 +67,7 @@ class VirtioDevice(Protocol):
 
     @property
     def config(self) -> bytes:
-        """The configuration space; drivers write to that of a `ConfigWriter` only."""
+        """The configuration space."""
 
     @property
     def in_kernel(self) -> bool:
@@ -84,49 +85,54 @@ class VirtioDevice(Protocol):
     def close(self) -> None:
         """Releases what it owns; on the loop's thread after the loop's end, idempotent."""
 
-
-@runtime_checkable
-class ConfigWriter(Protocol):
-    """A device with fields that its driver writes."""
-
     def write_config(self, offset: int, data: bytes) -> bool:
         """The driver wrote `data` at `offset`; False if there is no such field to write."""
-
-
-@runtime_checkable
-class FeatureQueues(Protocol):
-    """A device whose last queues exist only with features the driver may leave out."""
 
     def queue_count(self, features: int) -> int:
         """How many queues, counted from the first, a driver with these features sets up."""
 
-
-@runtime_checkable
-class Remembering(Protocol):
-    """A device with a memory of its own beside its queues."""
-
     def remembered(self) -> dict[str, int]:
-        """What a successor must know, as numbers below 2**64 by name."""
+        """What a successor must know beside the queues, as numbers below 2**64 by name."""
 
     def remember(self, own: dict[str, int]) -> None:
         """Takes over from a predecessor; CallerError if that cannot have been one."""
 
-
-@runtime_checkable
-class KernelDriven(Protocol):
-    """A device whose queues the host's kernel works on by itself, and that can be told to wait."""
-
-    def suspend(self) -> tuple[tuple[int, int], ...]:
-        """Nothing touches guest memory any more; (next to take, next to give back) of each queue
-        of the activation, none without one."""
+    def suspend(self) -> tuple[tuple[int, int], ...] | None:
+        """Nothing of the device touches guest memory any more: (next to take, next to give back) of
+        each queue of the activation, None if they are where their `position` is."""
 
     def proceed(self) -> None:
         """The opposite of `suspend`."""
 
+    def tell_restored(self) -> None:
+        """An activation was taken over from another process: what it was connected to is gone."""
 
-@runtime_checkable
-class Reconnecting(Protocol):
-    """A device whose driver must hear that what it was connected to is gone."""
+
+class PlainDevice:
+    """What a device is that says nothing else: worked on by the event loop alone, with a
+    configuration nobody writes, all of its queues always, and no memory of its own."""
+
+    in_kernel = False
+    queue_sizes: tuple[int, ...] = ()
+
+    def write_config(self, offset: int, data: bytes) -> bool:
+        return False
+
+    def queue_count(self, features: int) -> int:
+        return len(self.queue_sizes)
+
+    def remembered(self) -> dict[str, int]:
+        return {}
+
+    def remember(self, own: dict[str, int]) -> None:
+        if own:
+            raise CallerError(f"the saved device remembers {sorted(own)}, this one nothing")
+
+    def suspend(self) -> tuple[tuple[int, int], ...] | None:
+        return None
+
+    def proceed(self) -> None:
+        return
 
     def tell_restored(self) -> None:
-        """Once, after an activation was taken over from another process; under the lock."""
+        return

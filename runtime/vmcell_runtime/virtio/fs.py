@@ -20,7 +20,7 @@ from vmcell_protos.errors import CallerError, HostError
 from vmcell_runtime.loop import HANGUP, EventLoop
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.virtio import abi, spans
-from vmcell_runtime.virtio.device import Activation
+from vmcell_runtime.virtio.device import Activation, PlainDevice
 from vmcell_runtime.virtio.queue import Chain, Queue
 from vmcell_runtime.virtio.unanswered import FUSE_IN_HEADER, FUSE_OUT_HEADER, left_over
 from vmcell_runtime.virtio.vhost_net import RING_FEATURES
@@ -31,7 +31,7 @@ REQUEST_QUEUES = 1
 _CONFIG = struct.Struct(f"<{TAG_BYTES}sI")
 
 
-class Fs:
+class Fs(PlainDevice):
     """One shared directory. Owns `front_end`; `call_fd`, the interrupt line's, stays its owner's.
 
     Making one negotiates with the daemon: HostError if it cannot serve. `report` gets a line when

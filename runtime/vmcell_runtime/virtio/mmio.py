@@ -25,11 +25,6 @@ from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.virtio import abi, status
 from vmcell_runtime.virtio.device import (
     Activation,
-    ConfigWriter,
-    FeatureQueues,
-    KernelDriven,
-    Reconnecting,
-    Remembering,
     VirtioDevice,
 )
 from vmcell_runtime.virtio.queue import Queue, RingLayout
@@ -133,8 +128,6 @@ class MmioTransport:
         self._interrupt_lock = threading.Lock()
         self._interrupt_status = 0
         self._config_generation = 0
-        self._config_writer = device if isinstance(device, ConfigWriter) else None
-        self._feature_queues = device if isinstance(device, FeatureQueues) else None
         self._offered = device.features | abi.F_VERSION_1 | abi.F_EVENT_IDX
         self.ignored_accesses = 0
         self._link: _ActivationLink | None = None
@@ -200,9 +193,11 @@ class MmioTransport:
             )
         with self._lock:
             device = self._device
-            positions = [queue.position for queue in self._queues] if self._link else []
-            if isinstance(device, KernelDriven):
-                positions = list(device.suspend())
+            suspended = device.suspend()
+            if suspended is not None:
+                positions = list(suspended)
+            else:
+                positions = [queue.position for queue in self._queues] if self._link else []
             positions += [(0, 0)] * (len(self._queue_registers) - len(positions))
             return TransportState(
                 device_id=device.device_id,
@@ -225,14 +220,13 @@ class MmioTransport:
                     )
                     for row, position in zip(self._queue_registers, positions, strict=True)
                 ),
-                own=device.remembered() if isinstance(device, Remembering) else {},
+                own=device.remembered(),
             )
 
     def go_on(self) -> None:
         """The opposite of `save` where this process goes on by itself."""
         with self._lock:
-            if isinstance(self._device, KernelDriven):
-                self._device.proceed()
+            self._device.proceed()
 
     def load(self, state: TransportState) -> None:
         """Takes over from a transport of the same kind, before any vCPU runs.
@@ -251,8 +245,7 @@ class MmioTransport:
                 row.size, row.ready = saved.size, saved.ready
                 row.descriptor_gpa, row.driver_gpa = saved.descriptor_gpa, saved.driver_gpa
                 row.device_gpa = saved.device_gpa
-            if isinstance(self._device, Remembering):
-                self._device.remember(state.own)
+            self._device.remember(state.own)
             if self._status == status.RUNNING:
                 try:
                     self._take_over(state)
@@ -289,8 +282,7 @@ class MmioTransport:
 
     def _take_over(self, state: TransportState) -> None:
         self._activate(tuple((row.next_avail, row.used_index) for row in state.queues))
-        if isinstance(self._device, Reconnecting):
-            self._device.tell_restored()
+        self._device.tell_restored()
 
     def close(self) -> None:
         """Takes the notifications off the loop, closes them and the device; idempotent.
@@ -405,9 +397,8 @@ class MmioTransport:
         return True
 
     def _write_config(self, offset: int, size: int, value: int) -> bool:
-        if self._config_writer is None:
-            return False
-        return self._config_writer.write_config(offset, value.to_bytes(size, "little"))
+        data = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
+        return self._device.write_config(offset, data)
 
     def _write_features(self, value: int) -> bool:
         if self._status != status.DRIVER or self._driver_features_select > 1:
@@ -482,9 +473,7 @@ class MmioTransport:
     def _activate(self, positions: tuple[tuple[int, int], ...]) -> None:
         """Hands the device its queues; `positions` of a predecessor's, none for a new start."""
         link = self._link = _ActivationLink(self)
-        count = len(self._queue_registers)
-        if self._feature_queues is not None:
-            count = self._feature_queues.queue_count(self._driver_features)
+        count = self._device.queue_count(self._driver_features)
         queues = tuple(
             self._freeze(registers, max_size)
             for registers, max_size in zip(

@@ -19,7 +19,7 @@ from vmcell_protos.errors import CallerError, GuestError, HostError
 from vmcell_runtime.loop import EventLoop
 from vmcell_runtime.memory import GuestMemory, Span
 from vmcell_runtime.virtio import abi, host_abi, spans
-from vmcell_runtime.virtio.device import Activation
+from vmcell_runtime.virtio.device import Activation, PlainDevice
 from vmcell_runtime.virtio.host_ioctl import ioctl_bytes, ioctl_number
 from vmcell_runtime.virtio.queue import BUDGET_CHAINS, Chain, Queue
 from vmcell_runtime.virtio.vhost_net import RING_FEATURES, VhostNet
@@ -58,7 +58,7 @@ _TUN_OFFLOADS = {
 }
 
 
-class Net:
+class Net(PlainDevice):
     """One interface. Owns `tap_fd` (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR, non-blocking) and `vhost`.
 
     `mac` is 6 bytes and the only source address the guest may use.

@@ -11,7 +11,7 @@ import struct
 from vmcell_protos.errors import GuestError
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.virtio import abi, spans
-from vmcell_runtime.virtio.device import Activation
+from vmcell_runtime.virtio.device import Activation, PlainDevice
 from vmcell_runtime.virtio.queue import Chain
 
 REQUEST_FLUSH = 0
@@ -20,14 +20,13 @@ RESPONSE_BAD = 1  # anything but 0 is an error to the driver
 _WORD = struct.Struct("<I")
 
 
-class Pmem:
+class Pmem(PlainDevice):
     """One read-only image at `gpa`, `length_bytes` long. Owns nothing on the host."""
 
     device_id = abi.DEVICE_ID_PMEM
     features = 0
     queue_sizes = (64,)
     max_chain_bytes = 4096
-    in_kernel = False
 
     def __init__(self, memory: GuestMemory, gpa: int, length_bytes: int) -> None:
         self._memory = memory

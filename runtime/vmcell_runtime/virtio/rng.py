@@ -6,13 +6,13 @@ import os
 
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.virtio import abi, spans
-from vmcell_runtime.virtio.device import Activation
+from vmcell_runtime.virtio.device import Activation, PlainDevice
 from vmcell_runtime.virtio.queue import Chain
 
 MAX_REQUEST_BYTES = 64 << 10
 
 
-class Rng:
+class Rng(PlainDevice):
     """Owns nothing on the host."""
 
     device_id = abi.DEVICE_ID_ENTROPY
@@ -20,7 +20,6 @@ class Rng:
     queue_sizes = (16,)
     max_chain_bytes = MAX_REQUEST_BYTES
     config = b""
-    in_kernel = False
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory

@@ -12,7 +12,7 @@ from vmcell_protos.errors import HostError
 from vmcell_runtime.loop import EventLoop
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.virtio import abi
-from vmcell_runtime.virtio.device import Activation
+from vmcell_runtime.virtio.device import Activation, PlainDevice
 from vmcell_runtime.virtio.queue import BUDGET_CHAINS
 from vmcell_runtime.virtio.vsock import packet
 from vmcell_runtime.virtio.vsock.mux import TX, Listeners, Mux
@@ -22,7 +22,7 @@ CONNECT_TIMEOUT_NS = 10_000_000_000
 LAST_FLUSH_NS = 2_000_000_000
 
 
-class Vsock:
+class Vsock(PlainDevice):
     """A guest's only socket to the host. Owns every host socket it was given.
 
     `connect` and `listen` are for the event loop's thread.
@@ -32,7 +32,6 @@ class Vsock:
     features = 0  # streams only, which needs no feature bit
     queue_sizes = (256, 256, 16)  # receive, transmit, events
     max_chain_bytes = packet.MAX_PAYLOAD_BYTES + packet.HEADER_BYTES
-    in_kernel = False
 
     def __init__(self, memory: GuestMemory, loop: EventLoop, guest_cid: int) -> None:
         self._memory = memory
