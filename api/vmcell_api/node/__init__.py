@@ -14,10 +14,17 @@ start_command  the start command of a template or image, and when it is ready
 sandbox_files  resolv.conf, hosts and hostname for a guest
 volume_use     which sandboxes have which volumes
 sandbox        a sandbox, as labels and back
+snapshot_records  what is known of each snapshot, and its end
 metrics        what sandboxes used over time
 teardown       removing a sandbox, however much of it there is
 build          making a sandbox
 deadlines      a timer on the monotonic clock
+registry       every sandbox with its lock and deadline
+removal        removing, until it is gone
+suspension     saving a machine
+pauses         pause and resume
+rollbacks      back to a snapshot
+survey         what an earlier noded left
 node           every sandbox of the host and the verbs on them
 zygote         the node's zygote, kept while noded runs
 door           the gRPC service on noded's socket
