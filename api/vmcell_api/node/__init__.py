@@ -25,8 +25,10 @@ suspension     saving a machine
 pauses         pause and resume
 rollbacks      back to a snapshot
 survey         what an earlier noded left
+memory_use     memory of the host that a sandbox has
 node           every sandbox of the host and the verbs on them
 zygote         the node's zygote, kept while noded runs
+snapshot_messages  snapshots and memory on the wire
 door           the gRPC service on noded's socket
 blob_store     blobs, images and unpacked layers
 image_json     config and manifest of an image that is built

@@ -18,6 +18,7 @@ from vmcell_api.metric_sample import MetricSample
 from vmcell_api.node.build import MachineLife, SandboxBuilder, SandboxRequest
 from vmcell_api.node.containerd import Containerd
 from vmcell_api.node.deadlines import Deadlines
+from vmcell_api.node.memory_use import ProcessMemory, read_memory
 from vmcell_api.node.metrics import MetricSampler
 from vmcell_api.node.pauses import Pauses
 from vmcell_api.node.registry import Entry, Registry
@@ -226,6 +227,14 @@ class Node:
             end_unix_ms=end_unix_ms,
             newest_only=newest_only,
         )
+
+    def memory(self, sandbox_id: str) -> tuple[Sandbox, Sequence[ProcessMemory]]:
+        """A running sandbox and what its processes have of the host's memory."""
+        sandbox = self.get(sandbox_id)
+        if not sandbox.is_running:
+            raise CallerError(f"sandbox {sandbox_id} is {sandbox.state}", code="aborted")
+        namespace = self.containerd.namespace
+        return sandbox, read_memory(self._state_dir, namespace, sandbox.container)
 
     # What is on disk.
 
