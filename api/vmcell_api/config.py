@@ -41,6 +41,7 @@ class ApiConfig:
     `build_cache_limit` is a number of steps, `build_places` of builds at once.
     `volumes_dir`: where volumes are; on a file system of its own it bounds what they take together.
     `snapshots_dir`: where shims write snapshots; the same as in the shim's configuration.
+    `undo_minutes`: how long what was before a rollback is kept.
     `volume_bind` and `volume_uid` are the address and the user of the server of their files.
     `start_timeout_s`: how long a sandbox may take from its task's creation to envd's answer.
     """
@@ -81,6 +82,8 @@ class ApiConfig:
     build_cache_limit: int = 256
     volumes_dir: str = "/var/lib/vmcell/volumes"
     snapshots_dir: str = "/var/lib/vmcell/snapshots"
+    snapshots_per_team: int = 100
+    undo_minutes: int = 60
     volume_bind: str = "127.0.0.1:3001"
     volume_uid: int = 99002
     volumes_per_team: int = 100
@@ -103,6 +106,7 @@ class ApiConfig:
         for name in (
             *("slot_count", "start_timeout_s", "max_timeout_s", "workers", "threads"),
             *("requests_per_s", "audit_days", "audit_rows"),
+            *("snapshots_per_team", "undo_minutes"),
             *("max_upload_mib", "build_places", "build_timeout_s", "build_cache_limit"),
         ):
             if getattr(self, name) < 1:

@@ -121,6 +121,11 @@ class NodeSnapshot:
     allocated: int = 0
     files: tuple[SnapshotFile, ...] = ()
 
+    @property
+    def is_undo_point(self) -> bool:
+        """Whether it is what a sandbox was before a rollback."""
+        return self.snapshot_id.startswith("undo-")
+
 
 @dataclass(frozen=True, kw_only=True)
 class NodeInfo:
