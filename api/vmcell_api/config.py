@@ -40,7 +40,7 @@ class ApiConfig:
     `upload_dir` holds what clients upload for templates, `build_dir` the logs of builds;
     `build_cache_limit` is a number of steps, `build_places` of builds at once.
     `volumes_dir`: where volumes are; on a file system of its own it bounds what they take together.
-    `snapshots_dir`: where shims write snapshots; the same as in the shim's configuration.
+    `snapshot_dir`: where shims write snapshots; the same as in the shim's configuration.
     `undo_minutes`: how long what was before a rollback is kept.
     `volume_bind` and `volume_uid` are the address and the user of the server of their files.
     `start_timeout_s`: how long a sandbox may take from its task's creation to envd's answer.
@@ -81,7 +81,7 @@ class ApiConfig:
     build_timeout_s: int = 3600
     build_cache_limit: int = 256
     volumes_dir: str = "/var/lib/vmcell/volumes"
-    snapshots_dir: str = "/var/lib/vmcell/snapshots"
+    snapshot_dir: str = "/var/lib/vmcell/snapshots"
     snapshots_per_team: int = 100
     undo_minutes: int = 60
     volume_bind: str = "127.0.0.1:3001"

@@ -60,7 +60,7 @@ def config(containerd: RealContainerd, tmp_path: Path) -> ApiConfig:
         runtime="io.containerd.runc.v2",
         state_dir=str(tmp_path / "run"),
         volumes_dir=str(tmp_path / "volumes"),
-        snapshots_dir=str(tmp_path / "snapshots"),
+        snapshot_dir=str(tmp_path / "snapshots"),
         node_socket=str(tmp_path / "noded.sock"),
         slot_count=3,
         start_timeout_s=30,

@@ -100,7 +100,7 @@ def _nothing_left(node: Node, containerd: RealContainerd, config: ApiConfig) -> 
 
 def _snapshots(config: ApiConfig) -> list[str]:
     """Directories of snapshots and records, whole or not."""
-    folder = Path(config.snapshots_dir)
+    folder = Path(config.snapshot_dir)
     found = [path.name for path in folder.iterdir() if path.name != ".noded"]
     return sorted(found + [path.name for path in (folder / ".noded").rglob("*.*")])
 
@@ -304,7 +304,7 @@ def test_a_shim_that_saves_elsewhere_is_found_out(
 ) -> None:
     sandbox_id = node.create(_request()).sandbox_id
     double.directory = tmp_path
-    with pytest.raises(HostError, match="not in noded's snapshots_dir"):
+    with pytest.raises(HostError, match="not in noded's snapshot_dir"):
         node.pause(sandbox_id)
     assert node.get(sandbox_id).state == RUNNING
 
@@ -314,7 +314,7 @@ def test_a_damaged_snapshot_leaves_the_sandbox_paused(
 ) -> None:
     sandbox_id = node.create(_request()).sandbox_id
     paused = node.pause(sandbox_id)
-    memory = Path(config.snapshots_dir, paused.snapshot_id, "memory")
+    memory = Path(config.snapshot_dir, paused.snapshot_id, "memory")
     good = memory.read_bytes()
     memory.write_bytes(b"x" + good[1:])
     for _ in range(2):
@@ -387,7 +387,7 @@ def test_sandboxes_of_a_snapshot(node: Node, containerd: RealContainerd, config:
     record = node.snapshot(source.sandbox_id, new_snapshot_id(KEPT))
     assert node.get(source.sandbox_id) == source
     assert containerd.ctr("tasks", "list").split()[-1] == "RUNNING"
-    secret = Path(config.snapshots_dir, ".noded", "vmcell", f"{record.snapshot_id}.json")
+    secret = Path(config.snapshot_dir, ".noded", "vmcell", f"{record.snapshot_id}.json")
     assert secret.stat().st_mode & 0o777 == 0o600
     node.kill(source.sandbox_id)
     assert node.snapshots.get(record.snapshot_id) == record
@@ -521,10 +521,10 @@ def test_a_rollback_that_fails_changes_nothing(
     theirs = node.snapshot(stranger.sandbox_id, new_snapshot_id(KEPT))
     with pytest.raises(CallerError, match="is none of sandbox"):
         node.rollback(source.sandbox_id, theirs.snapshot_id, undo_life_ms=1000)
-    Path(config.snapshots_dir, record.snapshot_id, "disk").write_bytes(b"evil")
+    Path(config.snapshot_dir, record.snapshot_id, "disk").write_bytes(b"evil")
     with pytest.raises(CallerError, match=r"disk of snapshot .* is damaged"):
         node.rollback(source.sandbox_id, record.snapshot_id, undo_life_ms=1000)
-    Path(config.snapshots_dir, record.snapshot_id, "disk").write_bytes(b"disk")
+    Path(config.snapshot_dir, record.snapshot_id, "disk").write_bytes(b"disk")
 
     def fail() -> None:
         raise HostError("no space left on device")
@@ -601,7 +601,7 @@ def test_a_sandbox_whose_snapshot_is_gone_is_lost(
         lost = first.pause(first.create(_request()).sandbox_id)
         other = first.create(_request())
         assert other.slot_number != lost.slot_number
-    Path(config.snapshots_dir, lost.snapshot_id, "manifest.json").unlink()
+    Path(config.snapshot_dir, lost.snapshot_id, "manifest.json").unlink()
     with _opened(config) as second:
         try:
             assert second.list() == [other]

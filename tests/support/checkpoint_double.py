@@ -27,7 +27,7 @@ class CheckpointDouble:
     """Stands at the containerd client's border; `while_saving` runs while the task stands."""
 
     def __init__(self, config: ApiConfig) -> None:
-        self.directory = Path(config.snapshots_dir)
+        self.directory = Path(config.snapshot_dir)
         self.while_saving: Callable[[], None] = lambda: None
         self.saves: list[dict[str, object]] = []
 

@@ -30,7 +30,7 @@ RULES = Egress(allow_internet=False, allow_out=("93.184.216.0/24",))
 SETTINGS = (
     *("containerd_socket", "runtime", "state_dir", "node_socket", "slot_count", "api_uid"),
     *("database_url", "start_timeout_s", "volumes_dir", "upload_dir", "build_dir", "metrics_dir"),
-    "snapshots_dir",
+    "snapshot_dir",
 )
 
 
@@ -52,7 +52,7 @@ def write_config(socket: str, runtime: str, tmp_path: Path) -> ApiConfig:
         start_timeout_s=30,
         api_uid=os.geteuid(),
         volumes_dir=str(tmp_path / "volumes"),
-        snapshots_dir=str(tmp_path / "snapshots"),
+        snapshot_dir=str(tmp_path / "snapshots"),
         upload_dir=str(tmp_path / "uploads"),
         build_dir=str(tmp_path / "builds"),
         metrics_dir="",

@@ -63,7 +63,7 @@ def build_node(config: ApiConfig) -> Node:
         SandboxBuilder(containerd, settings),
         config.state_dir,
         VolumeUse(volumes),
-        SnapshotRecords(containerd, config.snapshots_dir),
+        SnapshotRecords(containerd, config.snapshot_dir),
         metrics_interval_s=config.metrics_interval_s,
     )
 

@@ -1,7 +1,7 @@
 """What noded knows of each snapshot that it asked a shim for.
 
-The shim writes `<snapshots_dir>/<id>/` in one step: it is there and whole, or it is not there.
-Beside it noded keeps `<snapshots_dir>/.noded/<namespace>/<id>.json`, for root only because envd's
+The shim writes `<snapshot_dir>/<id>/` in one step: it is there and whole, or it is not there.
+Beside it noded keeps `<snapshot_dir>/.noded/<namespace>/<id>.json`, for root only because envd's
 token is in it, and a lease that keeps the image's layers. The record is written first and removed
 last, so that whatever noded leaves half-done is found by its record; directories without one are
 not noded's.
@@ -87,10 +87,10 @@ class Manifest:
 class SnapshotRecords:
     """The snapshots of one namespace; thread-safe. The connection stays the caller's."""
 
-    def __init__(self, containerd: Containerd, snapshots_dir: str) -> None:
+    def __init__(self, containerd: Containerd, snapshot_dir: str) -> None:
         self._containerd = containerd
-        self._directory = Path(snapshots_dir)
-        self._folder = Path(snapshots_dir, FOLDER, containerd.namespace)
+        self._directory = Path(snapshot_dir)
+        self._folder = Path(snapshot_dir, FOLDER, containerd.namespace)
         self._lock = threading.Lock()
         self._restoring: dict[str, int] = {}
 
@@ -100,7 +100,7 @@ class SnapshotRecords:
             self._folder.mkdir(parents=True, mode=0o700, exist_ok=True)
         except OSError as error:
             raise HostError(
-                f"cannot make {self._folder}: {error}; name another snapshots_dir"
+                f"cannot make {self._folder}: {error}; name another snapshot_dir"
             ) from (error)
 
     def reserve(self, record: SnapshotRecord) -> None:

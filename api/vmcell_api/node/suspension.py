@@ -81,7 +81,7 @@ class Suspension:
             )
             if not self._records.is_whole(snapshot_id):
                 raise HostError(
-                    f"the shim saved {snapshot_id}, but it is not in noded's snapshots_dir; name "
+                    f"the shim saved {snapshot_id}, but it is not in noded's snapshot_dir; name "
                     "the directory of the shim's configuration",
                     code="internal",
                 )
