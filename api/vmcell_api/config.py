@@ -42,6 +42,7 @@ class ApiConfig:
     `volumes_dir`: where volumes are; on a file system of its own it bounds what they take together.
     `snapshot_dir`: where shims write snapshots; the same as in the shim's configuration.
     `undo_minutes`: how long what was before a rollback is kept.
+    `template_snapshots`: how many templates are restored instead of booted; 0: none.
     `volume_bind` and `volume_uid` are the address and the user of the server of their files.
     `start_timeout_s`: how long a sandbox may take from its task's creation to envd's answer.
     """
@@ -84,6 +85,7 @@ class ApiConfig:
     snapshot_dir: str = "/var/lib/vmcell/snapshots"
     snapshots_per_team: int = 100
     undo_minutes: int = 60
+    template_snapshots: int = 16
     volume_bind: str = "127.0.0.1:3001"
     volume_uid: int = 99002
     volumes_per_team: int = 100
@@ -111,6 +113,8 @@ class ApiConfig:
         ):
             if getattr(self, name) < 1:
                 raise HostError(f"{name} is {getattr(self, name)}; it takes a number above 0")
+        if self.template_snapshots < 0:
+            raise HostError(f"template_snapshots is {self.template_snapshots}; 0 turns them off")
         if self.metrics_interval_s < 0:
             raise HostError(f"metrics_interval_s is {self.metrics_interval_s}; 0 turns them off")
         try:

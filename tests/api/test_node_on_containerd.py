@@ -61,6 +61,7 @@ def config(containerd: RealContainerd, tmp_path: Path) -> ApiConfig:
         state_dir=str(tmp_path / "run"),
         volumes_dir=str(tmp_path / "volumes"),
         snapshot_dir=str(tmp_path / "snapshots"),
+        template_snapshots=0,
         node_socket=str(tmp_path / "noded.sock"),
         slot_count=3,
         start_timeout_s=30,

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,8 @@ from vmcell_api.node.__main__ import build_node
 from vmcell_api.node.build import SandboxRequest
 from vmcell_api.node.containerd import Containerd
 from vmcell_api.node.node import Node
-from vmcell_api.node.sandbox import PAUSED, PAUSING, RUNNING
-from vmcell_api.node.snapshot_records import KEPT, PAUSE, UNDO, new_snapshot_id
+from vmcell_api.node.sandbox import PAUSED, PAUSING, RUNNING, Sandbox
+from vmcell_api.node.snapshot_records import KEPT, PAUSE, TEMPLATE, UNDO, new_snapshot_id
 from vmcell_api.volumes.names import VolumeMount, new_volume_id
 from vmcell_protos.errors import CallerError, HostError
 
@@ -630,3 +631,147 @@ def test_a_sandbox_that_ended_meanwhile_pauses_if_it_says_so(
 
 def _later_than(moment: float) -> Callable[[], bool]:
     return lambda: time.monotonic() > moment
+
+
+# Templates.
+
+
+@pytest.fixture
+def templates(config: ApiConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ApiConfig:
+    """The settings of a node that restores templates; the guest's files are in `tmp_path`."""
+    for name in ("kernel", "base.erofs"):
+        (tmp_path / name).write_text(name)
+    settings = tmp_path / "config.toml"
+    settings.write_text(
+        f'kernel = "{tmp_path}/kernel"\nbase_image = "{tmp_path}/base.erofs"\nstate_dir = "/x"\n'
+    )
+    monkeypatch.setenv("VMCELL_CONFIG", str(settings))
+    return replace(config, template_snapshots=2)
+
+
+@pytest.fixture
+def warm(
+    templates: ApiConfig, containerd: RealContainerd, double: CheckpointDouble
+) -> Iterator[Node]:
+    with _opened(templates) as opened:
+        try:
+            yield opened
+            _settled(opened)
+            _remove_all(opened, containerd, templates)
+        finally:
+            opened.slots.close_all()
+
+
+def _settled(node: Node) -> list[str]:
+    """The templates' snapshots once none is being made."""
+    wait_until(lambda: not node._warm._making, "one is being made for ever")
+    return [row.snapshot_id for row in node.snapshots.records() if row.kind == TEMPLATE]
+
+
+def _annotation(containerd: RealContainerd, sandbox: Sandbox) -> str:
+    """The snapshot that a sandbox was made of, "" for none."""
+    info = json.loads(containerd.ctr("containers", "info", sandbox.container))
+    return info["Spec"]["annotations"].get("io.vmcell.snapshot", "")
+
+
+def test_the_second_create_of_a_template_restores(
+    warm: Node, containerd: RealContainerd, double: CheckpointDouble
+) -> None:
+    first = warm.create(_request())
+    (snapshot_id,) = _settled(warm)
+    assert _annotation(containerd, first) == ""
+    assert warm.list() == [first], "noded's own sandbox is gone"
+    assert (double.saves[0]["then"], double.saves[0]["drop_caches"]) == ("pause", True)
+    request = _request(access_token="mine", environment={"A": "1"}, egress=CLOSED)
+    second = warm.create(request)
+    assert _annotation(containerd, second) == snapshot_id
+    assert (second.egress, second.template_id) == (CLOSED, "good")
+    told = _init_of(containerd, second.sandbox_id)
+    assert told["accessToken"] == "mine"
+    assert told["envVars"] == {
+        "A": "1",
+        "E2B_SANDBOX": "true",
+        "E2B_SANDBOX_ID": second.sandbox_id,
+        "E2B_TEMPLATE_ID": "good",
+    }
+    assert warm.pause(second.sandbox_id).state == PAUSED
+    warm.resume(second.sandbox_id, 0)
+    assert len(double.saves) == 2
+
+
+def test_what_a_restored_machine_cannot_be_boots(
+    warm: Node, containerd: RealContainerd, config: ApiConfig
+) -> None:
+    warm.kill(warm.create(_request()).sandbox_id)
+    _settled(warm)
+    for options in ({"access_token": ""}, {"vcpus": 2}, {"memory_mib": 256}):
+        made = warm.create(_request(**options))
+        assert _annotation(containerd, made) == "", options
+        _settled(warm)
+        warm.kill(made.sandbox_id)
+    volume_id = new_volume_id()
+    warm.volumes.make(volume_id)
+    mount = VolumeMount(volume_id=volume_id, name="v", path="/data")
+    made = warm.create(_request(volume_mounts=(mount,)))
+    assert _annotation(containerd, made) == ""
+    assert len(_settled(warm)) == 2, "the oldest over the limit is gone"
+
+
+def test_a_template_whose_snapshot_is_refused_boots(
+    warm: Node, containerd: RealContainerd, config: ApiConfig
+) -> None:
+    warm.kill(warm.create(_request()).sandbox_id)
+    (damaged,) = _settled(warm)
+    Path(config.snapshot_dir, damaged, "memory").write_bytes(b"evil")
+    made = warm.create(_request())
+    assert _annotation(containerd, made) == ""
+    warm.kill(made.sandbox_id)
+    made = warm.create(_request())
+    (again,) = _settled(warm)
+    assert again != damaged
+    assert _annotation(containerd, warm.create(_request())) == again
+
+
+def test_a_guest_of_other_files_is_saved_anew(
+    warm: Node, containerd: RealContainerd, tmp_path: Path
+) -> None:
+    for name in ("kernel", "base.erofs"):
+        warm.kill(warm.create(_request()).sandbox_id)
+        (before,) = _settled(warm)
+        (tmp_path / name).write_text("another")
+        made = warm.create(_request())
+        assert _annotation(containerd, made) == ""
+        (after,) = _settled(warm)
+        assert after != before
+        warm.kill(made.sandbox_id)
+
+
+def test_a_save_that_fails_costs_a_template_nothing(
+    warm: Node, containerd: RealContainerd, double: CheckpointDouble
+) -> None:
+    def fail() -> None:
+        raise HostError("no space left on device")
+
+    double.while_saving = fail
+    made = warm.create(_request())
+    assert _settled(warm) == []
+    assert warm.list() == [made]
+    double.while_saving = lambda: None
+    warm.create(_request())
+    assert len(_settled(warm)) == 1
+
+
+def test_the_next_noded_has_the_templates_snapshots(
+    templates: ApiConfig, containerd: RealContainerd, double: CheckpointDouble
+) -> None:
+    with _opened(templates) as first:
+        one = first.create(_request())
+        (snapshot_id,) = _settled(first)
+    with _opened(templates) as second:
+        try:
+            two = second.create(_request())
+            assert _annotation(containerd, two) == snapshot_id
+            assert {row.sandbox_id for row in second.list()} == {one.sandbox_id, two.sandbox_id}
+            _remove_all(second, containerd, templates)
+        finally:
+            second.slots.close_all()

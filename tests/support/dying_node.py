@@ -30,7 +30,7 @@ RULES = Egress(allow_internet=False, allow_out=("93.184.216.0/24",))
 SETTINGS = (
     *("containerd_socket", "runtime", "state_dir", "node_socket", "slot_count", "api_uid"),
     *("database_url", "start_timeout_s", "volumes_dir", "upload_dir", "build_dir", "metrics_dir"),
-    "snapshot_dir",
+    *("snapshot_dir", "template_snapshots"),
 )
 
 
@@ -53,6 +53,7 @@ def write_config(socket: str, runtime: str, tmp_path: Path) -> ApiConfig:
         api_uid=os.geteuid(),
         volumes_dir=str(tmp_path / "volumes"),
         snapshot_dir=str(tmp_path / "snapshots"),
+        template_snapshots=0,
         upload_dir=str(tmp_path / "uploads"),
         build_dir=str(tmp_path / "builds"),
         metrics_dir="",

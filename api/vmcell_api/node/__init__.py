@@ -24,6 +24,7 @@ removal        removing, until it is gone
 suspension     saving a machine
 pauses         pause and resume
 rollbacks      back to a snapshot
+warm_start     the snapshots of templates
 survey         what an earlier noded left
 memory_use     memory of the host that a sandbox has
 node           every sandbox of the host and the verbs on them

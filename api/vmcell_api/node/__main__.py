@@ -65,6 +65,7 @@ def build_node(config: ApiConfig) -> Node:
         VolumeUse(volumes),
         SnapshotRecords(containerd, config.snapshot_dir),
         metrics_interval_s=config.metrics_interval_s,
+        template_snapshots=config.template_snapshots,
     )
 
 

@@ -38,6 +38,7 @@ from vmcell_api.node.snapshot_records import KEPT, PAUSE, UNDO, SnapshotRecord, 
 from vmcell_api.node.survey import ENDED, survey
 from vmcell_api.node.suspension import Suspension
 from vmcell_api.node.volume_use import VolumeUse
+from vmcell_api.node.warm_start import WarmStart
 from vmcell_protos.errors import CallerError, HostError, VmcellError
 
 log = logging.getLogger("vmcell.noded")
@@ -62,6 +63,7 @@ class Node:
         snapshots: SnapshotRecords,
         *,
         metrics_interval_s: float = 0,
+        template_snapshots: int = 0,
     ) -> None:
         self.volumes = volumes
         self.containerd = containerd
@@ -95,6 +97,14 @@ class Node:
             snapshots=snapshots,
             suspension=self._suspension,
         )
+        self._warm = WarmStart(
+            builder=builder,
+            snapshots=snapshots,
+            suspension=self._suspension,
+            create=self._create,
+            kill=self.kill,
+            limit=template_snapshots,
+        )
         self._metrics = MetricSampler(self._running, state_dir, interval_s=metrics_interval_s)
         self._pool = ThreadPoolExecutor(max_workers=8, thread_name_prefix="end")
         self._stop = threading.Event()
@@ -106,6 +116,7 @@ class Node:
         self.containerd.ensure_namespace()
         self.snapshots.open()
         self._settle()
+        self._warm.open()
         self._registry.start()
         self._removals.start()
         self._expiries.start()
@@ -115,6 +126,7 @@ class Node:
     def close(self) -> None:
         """Stops the threads; sandboxes, TAPs and the nftables table stay. Idempotent."""
         self._stop.set()
+        self._warm.close()
         self._metrics.stop()
         self._registry.stop()
         self._removals.stop()
@@ -135,7 +147,7 @@ class Node:
                     request, lambda slot, life: self._builder.restore(request, record, slot, life)
                 )
         image = self._builder.image_config(request.image)
-        return self._create(
+        return self._warm.restore(request, image) or self._create(
             request, lambda slot, life: self._builder.build(request, image, slot, life)
         )
 

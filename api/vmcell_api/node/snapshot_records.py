@@ -64,6 +64,7 @@ class SnapshotRecord:
     expires_at_unix_ms: int = 0
     access_token: str = field(default="", repr=False)
     environment: dict[str, str] = field(default_factory=dict, repr=False)
+    template_key: str = ""  # of a TEMPLATE: what it is the snapshot of
 
 
 @dataclass(frozen=True, kw_only=True)

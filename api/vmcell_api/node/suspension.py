@@ -48,6 +48,7 @@ class Suspension:
         then: str = RUN,
         expires_at_unix_ms: int = 0,
         drop_caches: bool = False,
+        template_key: str = "",
     ) -> SnapshotRecord:
         """A snapshot of a running sandbox; then it runs on, or its vCPUs stand (`then` STAND).
 
@@ -72,6 +73,7 @@ class Suspension:
             expires_at_unix_ms=expires_at_unix_ms,
             access_token=sandbox_files.access_token(self._state_dir, sandbox.container),
             environment=sandbox_files.environment(self._state_dir, sandbox.container),
+            template_key=template_key,
         )
         self._records.reserve(record)
         options = {"snapshot_id": snapshot_id, "then": then, "drop_caches": drop_caches}
