@@ -775,3 +775,17 @@ def test_the_next_noded_has_the_templates_snapshots(
             _remove_all(second, containerd, templates)
         finally:
             second.slots.close_all()
+
+
+def test_a_built_template_is_saved_before_its_first_create(
+    warm: Node, containerd: RealContainerd
+) -> None:
+    warm.prepare_template(_request())
+    (snapshot_id,) = _settled(warm)
+    warm.prepare_template(_request())
+    assert _settled(warm) == [snapshot_id]
+    made = warm.create(_request())
+    assert _annotation(containerd, made) == snapshot_id
+    warm.forget_template(GOOD)
+    assert _settled(warm) == []
+    assert warm.get(made.sandbox_id) == made

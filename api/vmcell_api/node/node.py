@@ -240,6 +240,22 @@ class Node:
             newest_only=newest_only,
         )
 
+    @property
+    def saves_templates(self) -> bool:
+        """Whether templates are restored at all."""
+        return self._warm.is_on
+
+    def prepare_template(self, request: SandboxRequest) -> None:
+        """Boots and saves what later creates of that template restore; a failure is logged.
+
+        The request is such a create; its id, environment, token and rules do not matter.
+        """
+        self._warm.prepare(request, self._builder.image_config(request.image))
+
+    def forget_template(self, image: str) -> None:
+        """Removes what creates of a template of that image restored."""
+        self._warm.forget_image(image)
+
     def memory(self, sandbox_id: str) -> tuple[Sandbox, Sequence[ProcessMemory]]:
         """A running sandbox and what its processes have of the host's memory."""
         sandbox = self.get(sandbox_id)

@@ -74,6 +74,11 @@ class WarmStart:
         # One at a time: a create that somebody waits for comes first.
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="templates")
 
+    @property
+    def is_on(self) -> bool:
+        """Whether any are made."""
+        return bool(self._limit)
+
     def open(self) -> None:
         """Finds those of an earlier noded; those over the limit are removed."""
         for record in self._snapshots.records():
@@ -109,6 +114,24 @@ class WarmStart:
             log.warning("template %s boots, its snapshot is made anew: %s", request.image, error)
             self._forget(key, record)
             return None
+
+    def prepare(self, request: SandboxRequest, image: ImageConfig) -> None:
+        """Makes the snapshot of a template now, unless there is one; a failure is logged."""
+        if not self._limit:
+            return
+        key = template_key(request, image)
+        with self._lock:
+            if key in self._known or key in self._making:
+                return
+            self._making.add(key)
+        self._make(key, request, image)
+
+    def forget_image(self, image: str) -> None:
+        """Removes the snapshots of templates of that image: it has gone."""
+        with self._lock:
+            doomed = [row for row in self._known.items() if row[1].image == image]
+        for key, record in doomed:
+            self._forget(key, record)
 
     def _forget(self, key: str, record: SnapshotRecord) -> None:
         with self._lock:
