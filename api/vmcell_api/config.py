@@ -43,6 +43,7 @@ class ApiConfig:
     `snapshot_dir`: where shims write snapshots; the same as in the shim's configuration.
     `undo_minutes`: how long what was before a rollback is kept.
     `template_snapshots`: how many templates are restored instead of booted; 0: none.
+    `pool`: "template=number" of sandboxes that are restored ahead and wait for a create.
     `volume_bind` and `volume_uid` are the address and the user of the server of their files.
     `start_timeout_s`: how long a sandbox may take from its task's creation to envd's answer.
     """
@@ -86,6 +87,7 @@ class ApiConfig:
     snapshots_per_team: int = 100
     undo_minutes: int = 60
     template_snapshots: int = 16
+    pool: tuple[str, ...] = ()
     volume_bind: str = "127.0.0.1:3001"
     volume_uid: int = 99002
     volumes_per_team: int = 100
@@ -96,6 +98,21 @@ class ApiConfig:
     audit_rows: int = 100_000
     log_format: str = "text"
     metrics_dir: str = "/run/vmcell/metrics"
+
+    @property
+    def pool_sizes(self) -> dict[str, int]:
+        """`pool` by template; raises HostError."""
+        sizes = {}
+        for row in self.pool:
+            template, sign, number = row.rpartition("=")
+            if not sign or not template or not (number.isascii() and number.isdigit()):
+                raise HostError(f'pool has {row!r}; it takes "template=number", as in "base=2"')
+            sizes[template] = int(number)
+        if sum(sizes.values()) > self.slot_count:
+            raise HostError(
+                f"pool asks for {sum(sizes.values())} sandboxes; slot_count is {self.slot_count}"
+            )
+        return sizes
 
     def __post_init__(self) -> None:
         _check_ingress(self)
@@ -113,6 +130,8 @@ class ApiConfig:
         ):
             if getattr(self, name) < 1:
                 raise HostError(f"{name} is {getattr(self, name)}; it takes a number above 0")
+        if self.pool_sizes and not self.template_snapshots:
+            raise HostError("pool needs template_snapshots above 0: it holds restored sandboxes")
         if self.template_snapshots < 0:
             raise HostError(f"template_snapshots is {self.template_snapshots}; 0 turns them off")
         if self.metrics_interval_s < 0:

@@ -6,14 +6,12 @@ order of containerd's calls, labels and files, who wins a race, and what is left
 
 from __future__ import annotations
 
-import contextlib
 import json
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,25 +19,31 @@ from checkpoint_double import CheckpointDouble
 from dying_node import add_guest_addresses, wait_until, write_config
 from own_netns import own_netns
 from real_containerd import RealContainerd, real_containerd
+from saving_node import (
+    TOKEN,
+    counted,
+    init_of,
+    labels_of,
+    nothing_left,
+    opened_node,
+    remove_all,
+    request_of,
+    snapshot_names,
+)
 from stand_in_images import GOOD, import_stand_ins
 
 from vmcell_api.config import ApiConfig
 from vmcell_api.egress import CLOSED
-from vmcell_api.identifiers import new_sandbox_id
 from vmcell_api.node import node as node_module
 from vmcell_api.node import sandbox_files
-from vmcell_api.node.__main__ import build_node
-from vmcell_api.node.build import SandboxRequest
 from vmcell_api.node.containerd import Containerd
 from vmcell_api.node.node import Node
-from vmcell_api.node.sandbox import PAUSED, PAUSING, RUNNING, Sandbox
-from vmcell_api.node.snapshot_records import KEPT, PAUSE, TEMPLATE, UNDO, new_snapshot_id
+from vmcell_api.node.sandbox import PAUSED, PAUSING, RUNNING
+from vmcell_api.node.snapshot_records import KEPT, PAUSE, UNDO, new_snapshot_id
 from vmcell_api.volumes.names import VolumeMount, new_volume_id
 from vmcell_protos.errors import CallerError, HostError
 
 pytestmark = pytest.mark.root
-
-TOKEN = "t0ken"
 
 
 @pytest.fixture(scope="module")
@@ -62,74 +66,15 @@ def double(config: ApiConfig, monkeypatch: pytest.MonkeyPatch) -> CheckpointDoub
     return made
 
 
-@contextlib.contextmanager
-def _opened(config: ApiConfig) -> Iterator[Node]:
-    node = build_node(config)
-    node.open()
-    try:
-        yield node
-    finally:
-        node.close()
-
-
 @pytest.fixture
 def node(config: ApiConfig, containerd: RealContainerd, double: CheckpointDouble) -> Iterator[Node]:
     """An opened node; whatever the test left is removed and must leave nothing."""
-    with _opened(config) as opened:
+    with opened_node(config) as opened:
         try:
             yield opened
-            _remove_all(opened, containerd, config)
+            remove_all(opened, containerd, config)
         finally:
             opened.slots.close_all()
-
-
-def _remove_all(node: Node, containerd: RealContainerd, config: ApiConfig) -> None:
-    for sandbox in node.list():
-        node.kill(sandbox.sandbox_id)
-    for record in node.snapshots.records():
-        node.snapshots.remove(record.snapshot_id)
-    _nothing_left(node, containerd, config)
-
-
-def _nothing_left(node: Node, containerd: RealContainerd, config: ApiConfig) -> None:
-    assert not any(containerd.traces().values()), containerd.traces()
-    assert node.slots.free_count == 3
-    folder = Path(config.state_dir, ".noded")
-    assert not folder.exists() or not list(folder.iterdir())
-    assert _snapshots(config) == []
-
-
-def _snapshots(config: ApiConfig) -> list[str]:
-    """Directories of snapshots and records, whole or not."""
-    folder = Path(config.snapshot_dir)
-    found = [path.name for path in folder.iterdir() if path.name != ".noded"]
-    return sorted(found + [path.name for path in (folder / ".noded").rglob("*.*")])
-
-
-def _request(**options: object) -> SandboxRequest:
-    values = {
-        "sandbox_id": new_sandbox_id(),
-        "template_id": "good",
-        "image": GOOD,
-        "vcpus": 1,
-        "memory_mib": 128,
-        "timeout_ms": 600_000,
-        "environment": {"COLOUR": "red"},
-        "access_token": TOKEN,
-        "default_user": "user",
-    }
-    return SandboxRequest(**{**values, **options})  # type: ignore[arg-type]  # test values
-
-
-def _init_of(containerd: RealContainerd, container_id: str) -> dict[str, object]:
-    """What envd of the container was told last."""
-    rows = [line.split() for line in containerd.ctr("tasks", "list").splitlines()[1:]]
-    pid = next(row[1] for row in rows if row[0] == container_id)
-    return json.loads(Path("/proc", pid, "root/init.json").read_text())
-
-
-def _labels(containerd: RealContainerd, container_id: str) -> dict[str, str]:
-    return json.loads(containerd.ctr("containers", "info", container_id))["Labels"]
 
 
 # Pause and resume.
@@ -138,7 +83,7 @@ def _labels(containerd: RealContainerd, container_id: str) -> dict[str, str]:
 def test_a_paused_sandbox_is_on_disk_alone(
     node: Node, containerd: RealContainerd, config: ApiConfig, double: CheckpointDouble
 ) -> None:
-    sandbox = node.create(_request(egress=CLOSED))
+    sandbox = node.create(request_of(egress=CLOSED))
     paused = node.pause(sandbox.sandbox_id)
     assert (paused.state, paused.egress) == (PAUSED, CLOSED)
     assert node.get(sandbox.sandbox_id) == paused
@@ -153,7 +98,7 @@ def test_a_paused_sandbox_is_on_disk_alone(
             "container_id": sandbox.sandbox_id,
         }
     ]
-    assert _labels(containerd, sandbox.sandbox_id)["io.vmcell.state"] == "paused"
+    assert labels_of(containerd, sandbox.sandbox_id)["io.vmcell.state"] == "paused"
     with pytest.raises(CallerError, match="paused already") as caught:
         node.pause(sandbox.sandbox_id)
     assert caught.value.code == "aborted"
@@ -162,15 +107,15 @@ def test_a_paused_sandbox_is_on_disk_alone(
     with pytest.raises(CallerError, match="is paused, not running"):
         node.rollback(sandbox.sandbox_id, new_snapshot_id(KEPT), undo_life_ms=1)
     node.kill(sandbox.sandbox_id)
-    _nothing_left(node, containerd, config)
+    nothing_left(node, containerd, config)
 
 
 def test_resume_is_the_same_sandbox_in_another_slot(
     node: Node, containerd: RealContainerd, config: ApiConfig
 ) -> None:
-    sandbox = node.create(_request())
+    sandbox = node.create(request_of())
     node.pause(sandbox.sandbox_id)
-    other = node.create(_request())
+    other = node.create(request_of())
     assert other.slot_number == 2, "the slot after the one that is free again"
     resumed, by_this = node.resume(sandbox.sandbox_id, 50_000)
     assert by_this
@@ -178,8 +123,8 @@ def test_resume_is_the_same_sandbox_in_another_slot(
     assert resumed.address != other.address
     assert resumed.started_at_unix_ms == sandbox.started_at_unix_ms
     assert abs(resumed.end_at_unix_ms - time.time() * 1000 - 50_000) < 10_000
-    assert [name for name in _snapshots(config) if "pause" in name] == []
-    told = _init_of(containerd, sandbox.sandbox_id)
+    assert [name for name in snapshot_names(config) if "pause" in name] == []
+    told = init_of(containerd, sandbox.sandbox_id)
     assert told["accessToken"] == TOKEN
     assert "envVars" not in told, "what it was told first holds"
     info = json.loads(containerd.ctr("containers", "info", sandbox.sandbox_id))
@@ -197,9 +142,9 @@ def test_resume_is_the_same_sandbox_in_another_slot(
 
 
 def test_of_many_resumes_at_once_one_restores(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    sandbox_id = node.create(_request(auto_resume=True)).sandbox_id
+    sandbox_id = node.create(request_of(auto_resume=True)).sandbox_id
     node.pause(sandbox_id)
-    made = _counted(monkeypatch, "create_task")
+    made = counted(monkeypatch, "create_task")
     with ThreadPoolExecutor(30) as pool:
         calls = [
             pool.submit(node.resume, sandbox_id, 60_000, by_request=bool(number % 2))
@@ -211,20 +156,8 @@ def test_of_many_resumes_at_once_one_restores(node: Node, monkeypatch: pytest.Mo
     assert len({sandbox.address for sandbox, _ in found}) == 1
 
 
-def _counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
-    calls: list[str] = []
-    original = getattr(Containerd, name)
-
-    def counted(self: Containerd, container_id: str, *arguments: object, **options: object):
-        calls.append(container_id)
-        return original(self, container_id, *arguments, **options)
-
-    monkeypatch.setattr(Containerd, name, counted)
-    return calls
-
-
 def test_requests_wake_only_what_says_so(node: Node) -> None:
-    sandbox_id = node.create(_request()).sandbox_id
+    sandbox_id = node.create(request_of()).sandbox_id
     assert node.resume(sandbox_id, 0, by_request=True)[1] is False
     node.pause(sandbox_id)
     with pytest.raises(CallerError, match="is paused") as caught:
@@ -237,7 +170,7 @@ def test_requests_wake_only_what_says_so(node: Node) -> None:
 def test_a_resume_calls_a_pause_off(
     node: Node, double: CheckpointDouble, containerd: RealContainerd, by_request: bool
 ) -> None:
-    sandbox = node.create(_request(auto_resume=True))
+    sandbox = node.create(request_of(auto_resume=True))
     pid = containerd.ctr("tasks", "list").split()[-2]
     found: list[object] = []
     resumes: list[threading.Thread] = []
@@ -260,7 +193,7 @@ def test_a_resume_calls_a_pause_off(
     assert (running.state, by_this, running.address) == (RUNNING, False, sandbox.address)
     assert containerd.ctr("tasks", "list").split()[-2:] == [pid, "RUNNING"]
     assert node.snapshots.records() == []
-    assert _labels(containerd, sandbox.sandbox_id)["io.vmcell.state"] == "running"
+    assert labels_of(containerd, sandbox.sandbox_id)["io.vmcell.state"] == "running"
     double.while_saving = lambda: None
     assert node.pause(sandbox.sandbox_id).state == PAUSED
 
@@ -268,7 +201,7 @@ def test_a_resume_calls_a_pause_off(
 def test_requests_do_not_call_off_the_pause_of_a_sandbox_that_stays_paused(
     node: Node, double: CheckpointDouble
 ) -> None:
-    sandbox_id = node.create(_request()).sandbox_id
+    sandbox_id = node.create(request_of()).sandbox_id
     refused: list[str] = []
 
     def arrive() -> None:
@@ -284,7 +217,7 @@ def test_requests_do_not_call_off_the_pause_of_a_sandbox_that_stays_paused(
 def test_a_save_that_fails_leaves_the_sandbox_running(
     node: Node, double: CheckpointDouble, containerd: RealContainerd
 ) -> None:
-    sandbox_id = node.create(_request()).sandbox_id
+    sandbox_id = node.create(request_of()).sandbox_id
 
     def fail() -> None:
         raise HostError("no space left on device", code="resource_exhausted")
@@ -296,14 +229,14 @@ def test_a_save_that_fails_leaves_the_sandbox_running(
         node.snapshot(sandbox_id, new_snapshot_id(KEPT))
     assert node.get(sandbox_id).state == RUNNING
     assert containerd.ctr("tasks", "list").split()[-1] == "RUNNING"
-    assert _labels(containerd, sandbox_id)["io.vmcell.state"] == "running"
+    assert labels_of(containerd, sandbox_id)["io.vmcell.state"] == "running"
     assert node.snapshots.records() == []
 
 
 def test_a_shim_that_saves_elsewhere_is_found_out(
     node: Node, double: CheckpointDouble, tmp_path: Path
 ) -> None:
-    sandbox_id = node.create(_request()).sandbox_id
+    sandbox_id = node.create(request_of()).sandbox_id
     double.directory = tmp_path
     with pytest.raises(HostError, match="not in noded's snapshot_dir"):
         node.pause(sandbox_id)
@@ -313,7 +246,7 @@ def test_a_shim_that_saves_elsewhere_is_found_out(
 def test_a_damaged_snapshot_leaves_the_sandbox_paused(
     node: Node, containerd: RealContainerd, config: ApiConfig
 ) -> None:
-    sandbox_id = node.create(_request()).sandbox_id
+    sandbox_id = node.create(request_of()).sandbox_id
     paused = node.pause(sandbox_id)
     memory = Path(config.snapshot_dir, paused.snapshot_id, "memory")
     good = memory.read_bytes()
@@ -329,9 +262,9 @@ def test_a_damaged_snapshot_leaves_the_sandbox_paused(
 
 
 def test_without_a_free_slot_a_sandbox_stays_paused(node: Node) -> None:
-    sandbox_id = node.create(_request()).sandbox_id
+    sandbox_id = node.create(request_of()).sandbox_id
     node.pause(sandbox_id)
-    others = [node.create(_request()).sandbox_id for _ in range(3)]
+    others = [node.create(request_of()).sandbox_id for _ in range(3)]
     with pytest.raises(HostError, match="in use") as caught:
         node.resume(sandbox_id, 1000)
     assert caught.value.code == "resource_exhausted"
@@ -344,7 +277,7 @@ def test_a_sandbox_with_volumes_is_not_paused(node: Node, config: ApiConfig) -> 
     volume_id = new_volume_id()
     node.volumes.make(volume_id)
     mount = VolumeMount(volume_id=volume_id, name="v", path="/data")
-    sandbox_id = node.create(_request(volume_mounts=(mount,))).sandbox_id
+    sandbox_id = node.create(request_of(volume_mounts=(mount,))).sandbox_id
     with pytest.raises(CallerError, match="has volumes"):
         node.pause(sandbox_id)
     assert node.get(sandbox_id).state == RUNNING
@@ -354,7 +287,7 @@ def test_a_sandbox_with_volumes_is_not_paused(node: Node, config: ApiConfig) -> 
 
 
 def test_a_sandbox_pauses_at_its_end(node: Node) -> None:
-    sandbox_id = node.create(_request(timeout_ms=300, pause_on_timeout=True)).sandbox_id
+    sandbox_id = node.create(request_of(timeout_ms=300, pause_on_timeout=True)).sandbox_id
     wait_until(lambda: node.get(sandbox_id).state == PAUSED, "it does not pause")
     node.resume(sandbox_id, 300)
     wait_until(lambda: node.get(sandbox_id).state == PAUSED, "it does not pause again")
@@ -375,7 +308,7 @@ def test_a_pause_at_the_end_that_fails_is_tried_again(
             raise HostError("no space left on device")
 
     double.while_saving = fail_twice
-    sandbox_id = node.create(_request(timeout_ms=200, pause_on_timeout=True)).sandbox_id
+    sandbox_id = node.create(request_of(timeout_ms=200, pause_on_timeout=True)).sandbox_id
     wait_until(lambda: node.get(sandbox_id).state == PAUSED, "it does not pause")
     assert len(tries) == 3
 
@@ -384,7 +317,7 @@ def test_a_pause_at_the_end_that_fails_is_tried_again(
 
 
 def test_sandboxes_of_a_snapshot(node: Node, containerd: RealContainerd, config: ApiConfig) -> None:
-    source = node.create(_request())
+    source = node.create(request_of())
     record = node.snapshot(source.sandbox_id, new_snapshot_id(KEPT))
     assert node.get(source.sandbox_id) == source
     assert containerd.ctr("tasks", "list").split()[-1] == "RUNNING"
@@ -392,7 +325,7 @@ def test_sandboxes_of_a_snapshot(node: Node, containerd: RealContainerd, config:
     assert secret.stat().st_mode & 0o777 == 0o600
     node.kill(source.sandbox_id)
     assert node.snapshots.get(record.snapshot_id) == record
-    request = _request(
+    request = request_of(
         snapshot_id=record.snapshot_id,
         access_token="another",
         environment={"SIZE": "big"},
@@ -401,7 +334,7 @@ def test_sandboxes_of_a_snapshot(node: Node, containerd: RealContainerd, config:
     )
     made = node.create(request)
     assert (made.image, made.vcpus, made.memory_mib) == (GOOD, 1, 128)
-    told = _init_of(containerd, made.sandbox_id)
+    told = init_of(containerd, made.sandbox_id)
     assert told["accessToken"] == "another"
     assert told["envVars"] == {
         "COLOUR": "red",
@@ -413,32 +346,32 @@ def test_sandboxes_of_a_snapshot(node: Node, containerd: RealContainerd, config:
     node.snapshots.remove(record.snapshot_id)
     assert node.get(made.sandbox_id) == made
     with pytest.raises(CallerError, match="was not found on this node"):
-        node.create(_request(snapshot_id=record.snapshot_id))
+        node.create(request_of(snapshot_id=record.snapshot_id))
 
 
 def test_the_layers_stay_while_a_snapshot_needs_them(
     node: Node, containerd: RealContainerd
 ) -> None:
     containerd.ctr("images", "tag", GOOD, "docker.io/test/short:1")
-    source = node.create(_request(image="docker.io/test/short:1"))
+    source = node.create(request_of(image="docker.io/test/short:1"))
     record = node.snapshot(source.sandbox_id, new_snapshot_id(KEPT))
     node.kill(source.sandbox_id)
     containerd.ctr("images", "remove", "--sync", "docker.io/test/short:1", GOOD)
     try:
-        made = node.create(_request(snapshot_id=record.snapshot_id))
+        made = node.create(request_of(snapshot_id=record.snapshot_id))
         assert made.image == "docker.io/test/short:1"
     finally:
         import_stand_ins(containerd)
 
 
 def test_what_a_restored_machine_cannot_have_is_refused(node: Node) -> None:
-    sandbox_id = node.create(_request()).sandbox_id
+    sandbox_id = node.create(request_of()).sandbox_id
     record = node.snapshot(sandbox_id, new_snapshot_id(KEPT))
     with pytest.raises(CallerError, match="envd asks for a token"):
-        node.create(_request(snapshot_id=record.snapshot_id, access_token=""))
+        node.create(request_of(snapshot_id=record.snapshot_id, access_token=""))
     mount = VolumeMount(volume_id=new_volume_id(), name="v", path="/data")
     with pytest.raises(CallerError, match="cannot have volumes"):
-        node.create(_request(snapshot_id=record.snapshot_id, volume_mounts=(mount,)))
+        node.create(request_of(snapshot_id=record.snapshot_id, volume_mounts=(mount,)))
     with pytest.raises(CallerError, match="exists already"):
         node.snapshot(sandbox_id, record.snapshot_id)
     assert node.snapshots.get(record.snapshot_id) == record
@@ -447,7 +380,7 @@ def test_what_a_restored_machine_cannot_have_is_refused(node: Node) -> None:
 def test_a_snapshot_is_not_removed_while_it_is_restored(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sandbox_id = node.create(_request()).sandbox_id
+    sandbox_id = node.create(request_of()).sandbox_id
     record = node.snapshot(sandbox_id, new_snapshot_id(KEPT))
     refused: list[str] = []
     start = Containerd.start_task
@@ -459,13 +392,13 @@ def test_a_snapshot_is_not_removed_while_it_is_restored(
         start(self, container_id, timeout_s=timeout_s)
 
     monkeypatch.setattr(Containerd, "start_task", start_task)
-    node.create(_request(snapshot_id=record.snapshot_id))
+    node.create(request_of(snapshot_id=record.snapshot_id))
     assert refused == ["aborted"]
     node.snapshots.remove(record.snapshot_id)
 
 
 def test_a_snapshot_with_an_end_goes(node: Node) -> None:
-    sandbox_id = node.create(_request()).sandbox_id
+    sandbox_id = node.create(request_of()).sandbox_id
     node.snapshot(sandbox_id, new_snapshot_id(KEPT), life_ms=100)
     kept = node.snapshot(sandbox_id, new_snapshot_id(KEPT))
     wait_until(lambda: node.snapshots.records() == [kept], "it does not go")
@@ -477,7 +410,7 @@ def test_a_snapshot_with_an_end_goes(node: Node) -> None:
 def test_rollback_swaps_and_can_be_undone(
     node: Node, containerd: RealContainerd, config: ApiConfig
 ) -> None:
-    source = node.create(_request(pause_on_timeout=True, auto_resume=True, egress=CLOSED))
+    source = node.create(request_of(pause_on_timeout=True, auto_resume=True, egress=CLOSED))
     record = node.snapshot(source.sandbox_id, new_snapshot_id(KEPT))
     rolled, undo = node.rollback(source.sandbox_id, record.snapshot_id, undo_life_ms=60_000)
     assert node.get(source.sandbox_id) == rolled
@@ -491,7 +424,7 @@ def test_rollback_swaps_and_can_be_undone(
     assert containerd.traces()["tasks"] == [rolled.container]
     assert containerd.traces()["containers"] == [rolled.container]
     assert node.slots.free_count == 2
-    told = _init_of(containerd, rolled.container)
+    told = init_of(containerd, rolled.container)
     assert told["accessToken"] == TOKEN
     assert told["envVars"]["E2B_SANDBOX_ID"] == source.sandbox_id
     undone, redo = node.rollback(source.sandbox_id, undo.snapshot_id, undo_life_ms=60_000)
@@ -505,7 +438,7 @@ def test_rollback_swaps_and_can_be_undone(
 
 
 def test_a_rolled_back_sandbox_that_dies_is_seen(node: Node, containerd: RealContainerd) -> None:
-    sandbox_id = node.create(_request()).sandbox_id
+    sandbox_id = node.create(request_of()).sandbox_id
     record = node.snapshot(sandbox_id, new_snapshot_id(KEPT))
     rolled, _ = node.rollback(sandbox_id, record.snapshot_id, undo_life_ms=60_000)
     containerd.ctr("tasks", "kill", "-s", "SIGKILL", rolled.container)
@@ -516,9 +449,9 @@ def test_a_rolled_back_sandbox_that_dies_is_seen(node: Node, containerd: RealCon
 def test_a_rollback_that_fails_changes_nothing(
     node: Node, containerd: RealContainerd, config: ApiConfig, double: CheckpointDouble
 ) -> None:
-    source = node.create(_request())
+    source = node.create(request_of())
     record = node.snapshot(source.sandbox_id, new_snapshot_id(KEPT))
-    stranger = node.create(_request())
+    stranger = node.create(request_of())
     theirs = node.snapshot(stranger.sandbox_id, new_snapshot_id(KEPT))
     with pytest.raises(CallerError, match="is none of sandbox"):
         node.rollback(source.sandbox_id, theirs.snapshot_id, undo_life_ms=1000)
@@ -539,7 +472,7 @@ def test_a_rollback_that_fails_changes_nothing(
     states = containerd.ctr("tasks", "list").splitlines()[1:]
     assert {line.split()[-1] for line in states} == {"RUNNING"}
     assert node.slots.free_count == 1
-    full = node.create(_request())
+    full = node.create(request_of())
     with pytest.raises(HostError, match="in use"):
         node.rollback(source.sandbox_id, record.snapshot_id, undo_life_ms=1000)
     node.kill(full.sandbox_id)
@@ -551,14 +484,14 @@ def test_a_rollback_that_fails_changes_nothing(
 def test_the_next_noded_knows_paused_sandboxes_and_snapshots(
     config: ApiConfig, containerd: RealContainerd, double: CheckpointDouble
 ) -> None:
-    with _opened(config) as first:
-        sandbox = first.create(_request(auto_resume=True))
+    with opened_node(config) as first:
+        sandbox = first.create(request_of(auto_resume=True))
         snapshot = first.snapshot(sandbox.sandbox_id, new_snapshot_id(KEPT))
         rolled, undo = first.rollback(sandbox.sandbox_id, snapshot.snapshot_id, undo_life_ms=60_000)
         paused = first.pause(sandbox.sandbox_id)
     for name in ("access-token", "environment.json"):  # a host that was started anew
         (sandbox_files.folder_of(config.state_dir, rolled.container) / name).unlink()
-    with _opened(config) as second:
+    with opened_node(config) as second:
         try:
             assert second.list() == [paused]
             kinds = {row.snapshot_id: row.kind for row in second.snapshots.records()}
@@ -570,10 +503,10 @@ def test_the_next_noded_knows_paused_sandboxes_and_snapshots(
             assert second.slots.free_count == 3
             resumed, _ = second.resume(sandbox.sandbox_id, 0, by_request=True)
             assert resumed.container == rolled.container
-            assert _init_of(containerd, rolled.container)["accessToken"] == TOKEN
+            assert init_of(containerd, rolled.container)["accessToken"] == TOKEN
             second.pause(sandbox.sandbox_id)
             second.resume(sandbox.sandbox_id, 0)
-            _remove_all(second, containerd, config)
+            remove_all(second, containerd, config)
         finally:
             second.slots.close_all()
 
@@ -581,16 +514,16 @@ def test_the_next_noded_knows_paused_sandboxes_and_snapshots(
 def test_a_sandbox_whose_pause_was_cut_off_runs_on(
     config: ApiConfig, containerd: RealContainerd, double: CheckpointDouble
 ) -> None:
-    with _opened(config) as first:
-        sandbox = first.create(_request())
+    with opened_node(config) as first:
+        sandbox = first.create(request_of())
         record = first._suspension.begin(sandbox, new_snapshot_id(PAUSE), kind=PAUSE)
     assert containerd.ctr("tasks", "list").split()[-1] == "PAUSED"
-    with _opened(config) as second:
+    with opened_node(config) as second:
         try:
             assert second.list() == [sandbox]
             assert containerd.ctr("tasks", "list").split()[-1] == "RUNNING"
             assert not second.snapshots.is_whole(record.snapshot_id)
-            _remove_all(second, containerd, config)
+            remove_all(second, containerd, config)
         finally:
             second.slots.close_all()
 
@@ -598,15 +531,15 @@ def test_a_sandbox_whose_pause_was_cut_off_runs_on(
 def test_a_sandbox_whose_snapshot_is_gone_is_lost(
     config: ApiConfig, containerd: RealContainerd, double: CheckpointDouble
 ) -> None:
-    with _opened(config) as first:
-        lost = first.pause(first.create(_request()).sandbox_id)
-        other = first.create(_request())
+    with opened_node(config) as first:
+        lost = first.pause(first.create(request_of()).sandbox_id)
+        other = first.create(request_of())
         assert other.slot_number != lost.slot_number
     Path(config.snapshot_dir, lost.snapshot_id, "manifest.json").unlink()
-    with _opened(config) as second:
+    with opened_node(config) as second:
         try:
             assert second.list() == [other]
-            _remove_all(second, containerd, config)
+            remove_all(second, containerd, config)
         finally:
             second.slots.close_all()
 
@@ -614,178 +547,20 @@ def test_a_sandbox_whose_snapshot_is_gone_is_lost(
 def test_a_sandbox_that_ended_meanwhile_pauses_if_it_says_so(
     config: ApiConfig, containerd: RealContainerd, double: CheckpointDouble
 ) -> None:
-    with _opened(config) as first:
-        kept = first.create(_request(timeout_ms=1000, pause_on_timeout=True)).sandbox_id
-        first.create(_request(timeout_ms=1000))
+    with opened_node(config) as first:
+        kept = first.create(request_of(timeout_ms=1000, pause_on_timeout=True)).sandbox_id
+        first.create(request_of(timeout_ms=1000))
     wait_until(_later_than(time.monotonic() + 1.2), "time stands still")
-    with _opened(config) as second:
+    with opened_node(config) as second:
         try:
             wait_until(
                 lambda: [row.state for row in second.list()] == [PAUSED], "it does not pause"
             )
             assert second.list()[0].sandbox_id == kept
-            _remove_all(second, containerd, config)
+            remove_all(second, containerd, config)
         finally:
             second.slots.close_all()
 
 
 def _later_than(moment: float) -> Callable[[], bool]:
     return lambda: time.monotonic() > moment
-
-
-# Templates.
-
-
-@pytest.fixture
-def templates(config: ApiConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ApiConfig:
-    """The settings of a node that restores templates; the guest's files are in `tmp_path`."""
-    for name in ("kernel", "base.erofs"):
-        (tmp_path / name).write_text(name)
-    settings = tmp_path / "config.toml"
-    settings.write_text(
-        f'kernel = "{tmp_path}/kernel"\nbase_image = "{tmp_path}/base.erofs"\nstate_dir = "/x"\n'
-    )
-    monkeypatch.setenv("VMCELL_CONFIG", str(settings))
-    return replace(config, template_snapshots=2)
-
-
-@pytest.fixture
-def warm(
-    templates: ApiConfig, containerd: RealContainerd, double: CheckpointDouble
-) -> Iterator[Node]:
-    with _opened(templates) as opened:
-        try:
-            yield opened
-            _settled(opened)
-            _remove_all(opened, containerd, templates)
-        finally:
-            opened.slots.close_all()
-
-
-def _settled(node: Node) -> list[str]:
-    """The templates' snapshots once none is being made."""
-    wait_until(lambda: not node._warm._making, "one is being made for ever")
-    return [row.snapshot_id for row in node.snapshots.records() if row.kind == TEMPLATE]
-
-
-def _annotation(containerd: RealContainerd, sandbox: Sandbox) -> str:
-    """The snapshot that a sandbox was made of, "" for none."""
-    info = json.loads(containerd.ctr("containers", "info", sandbox.container))
-    return info["Spec"]["annotations"].get("io.vmcell.snapshot", "")
-
-
-def test_the_second_create_of_a_template_restores(
-    warm: Node, containerd: RealContainerd, double: CheckpointDouble
-) -> None:
-    first = warm.create(_request())
-    (snapshot_id,) = _settled(warm)
-    assert _annotation(containerd, first) == ""
-    assert warm.list() == [first], "noded's own sandbox is gone"
-    assert (double.saves[0]["then"], double.saves[0]["drop_caches"]) == ("pause", True)
-    request = _request(access_token="mine", environment={"A": "1"}, egress=CLOSED)
-    second = warm.create(request)
-    assert _annotation(containerd, second) == snapshot_id
-    assert (second.egress, second.template_id) == (CLOSED, "good")
-    told = _init_of(containerd, second.sandbox_id)
-    assert told["accessToken"] == "mine"
-    assert told["envVars"] == {
-        "A": "1",
-        "E2B_SANDBOX": "true",
-        "E2B_SANDBOX_ID": second.sandbox_id,
-        "E2B_TEMPLATE_ID": "good",
-    }
-    assert warm.pause(second.sandbox_id).state == PAUSED
-    warm.resume(second.sandbox_id, 0)
-    assert len(double.saves) == 2
-
-
-def test_what_a_restored_machine_cannot_be_boots(
-    warm: Node, containerd: RealContainerd, config: ApiConfig
-) -> None:
-    warm.kill(warm.create(_request()).sandbox_id)
-    _settled(warm)
-    for options in ({"access_token": ""}, {"vcpus": 2}, {"memory_mib": 256}):
-        made = warm.create(_request(**options))
-        assert _annotation(containerd, made) == "", options
-        _settled(warm)
-        warm.kill(made.sandbox_id)
-    volume_id = new_volume_id()
-    warm.volumes.make(volume_id)
-    mount = VolumeMount(volume_id=volume_id, name="v", path="/data")
-    made = warm.create(_request(volume_mounts=(mount,)))
-    assert _annotation(containerd, made) == ""
-    assert len(_settled(warm)) == 2, "the oldest over the limit is gone"
-
-
-def test_a_template_whose_snapshot_is_refused_boots(
-    warm: Node, containerd: RealContainerd, config: ApiConfig
-) -> None:
-    warm.kill(warm.create(_request()).sandbox_id)
-    (damaged,) = _settled(warm)
-    Path(config.snapshot_dir, damaged, "memory").write_bytes(b"evil")
-    made = warm.create(_request())
-    assert _annotation(containerd, made) == ""
-    warm.kill(made.sandbox_id)
-    made = warm.create(_request())
-    (again,) = _settled(warm)
-    assert again != damaged
-    assert _annotation(containerd, warm.create(_request())) == again
-
-
-def test_a_guest_of_other_files_is_saved_anew(
-    warm: Node, containerd: RealContainerd, tmp_path: Path
-) -> None:
-    for name in ("kernel", "base.erofs"):
-        warm.kill(warm.create(_request()).sandbox_id)
-        (before,) = _settled(warm)
-        (tmp_path / name).write_text("another")
-        made = warm.create(_request())
-        assert _annotation(containerd, made) == ""
-        (after,) = _settled(warm)
-        assert after != before
-        warm.kill(made.sandbox_id)
-
-
-def test_a_save_that_fails_costs_a_template_nothing(
-    warm: Node, containerd: RealContainerd, double: CheckpointDouble
-) -> None:
-    def fail() -> None:
-        raise HostError("no space left on device")
-
-    double.while_saving = fail
-    made = warm.create(_request())
-    assert _settled(warm) == []
-    assert warm.list() == [made]
-    double.while_saving = lambda: None
-    warm.create(_request())
-    assert len(_settled(warm)) == 1
-
-
-def test_the_next_noded_has_the_templates_snapshots(
-    templates: ApiConfig, containerd: RealContainerd, double: CheckpointDouble
-) -> None:
-    with _opened(templates) as first:
-        one = first.create(_request())
-        (snapshot_id,) = _settled(first)
-    with _opened(templates) as second:
-        try:
-            two = second.create(_request())
-            assert _annotation(containerd, two) == snapshot_id
-            assert {row.sandbox_id for row in second.list()} == {one.sandbox_id, two.sandbox_id}
-            _remove_all(second, containerd, templates)
-        finally:
-            second.slots.close_all()
-
-
-def test_a_built_template_is_saved_before_its_first_create(
-    warm: Node, containerd: RealContainerd
-) -> None:
-    warm.prepare_template(_request())
-    (snapshot_id,) = _settled(warm)
-    warm.prepare_template(_request())
-    assert _settled(warm) == [snapshot_id]
-    made = warm.create(_request())
-    assert _annotation(containerd, made) == snapshot_id
-    warm.forget_template(GOOD)
-    assert _settled(warm) == []
-    assert warm.get(made.sandbox_id) == made

@@ -22,6 +22,7 @@ deadlines      a timer on the monotonic clock
 registry       every sandbox with its lock and deadline
 removal        removing, until it is gone
 suspension     saving a machine
+pool           restored sandboxes that wait for a create
 pauses         pause and resume
 rollbacks      back to a snapshot
 warm_start     the snapshots of templates

@@ -66,6 +66,7 @@ def build_node(config: ApiConfig) -> Node:
         SnapshotRecords(containerd, config.snapshot_dir),
         metrics_interval_s=config.metrics_interval_s,
         template_snapshots=config.template_snapshots,
+        pool_sizes=config.pool_sizes,
     )
 
 

@@ -19,6 +19,7 @@ from vmcell_api.node.sandbox import (
     ADDRESS_LABEL,
     CREATING,
     END_LABEL,
+    PARKED,
     RUNNING,
     SANDBOX_LABEL,
     SLOT_LABEL,
@@ -189,6 +190,54 @@ class SandboxBuilder:
         return self._restored(
             sandbox, record, slot, life, access_token=token, environment=record.environment
         )
+
+    def park(
+        self, sandbox_id: str, record: SnapshotRecord, slot: Slot, life: MachineLife, token: str
+    ) -> Sandbox:
+        """Restores a snapshot for whoever comes; nobody but the caller knows the `token`."""
+        sandbox = Sandbox(
+            sandbox_id=sandbox_id,
+            template_id=record.template_id,
+            image=record.image,
+            vcpus=record.vcpus,
+            memory_mib=record.memory_mib,
+            slot_number=slot.number,
+            address=slot.guest_address,
+            state=PARKED,
+        )
+        parked = self._restored(sandbox, record, slot, life, access_token=token, environment={})
+        self._containerd.set_labels(sandbox.container, {STATE_LABEL: PARKED})
+        return parked
+
+    def hand_out(
+        self, request: SandboxRequest, parked: Sandbox, life: MachineLife, *, token: str
+    ) -> Sandbox:
+        """The parked sandbox, which has `token`, as the one that is asked for.
+
+        Its host name stays that of its container.
+        """
+        sandbox = replace(
+            parked,
+            sandbox_id=request.sandbox_id,
+            container_id=parked.container,
+            template_id=request.template_id,
+            egress=request.egress,
+            timeout_ms=request.timeout_ms,
+            pause_on_timeout=request.pause_on_timeout,
+            auto_resume=request.auto_resume,
+        )
+        self._write_files(sandbox, request.access_token, request.environment)
+        guest_init.initialise(
+            sandbox.address,
+            access_token=request.access_token,
+            environment=_guest_environment(request.environment, sandbox),
+            default_user="",
+            present_token=token,
+            timeout_s=self._settings.start_timeout_s,
+            died=life.died,
+        )
+        self._containerd.set_labels(sandbox.container, sandbox.labels(PARKED))
+        return self._label_running(sandbox, request.timeout_ms)
 
     def wake(
         self,

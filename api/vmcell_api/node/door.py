@@ -228,7 +228,7 @@ class Door(node_pb2_grpc.NodeServicer):
         return node_pb2.NodeInfoResponse(
             containerd_version=self._node.containerd.version(),
             slot_count=self._node.slots.slot_count,
-            slots_free=self._node.slots.free_count,
+            slots_free=self._node.slots.free_count + self._node.pool.count,
         )
 
     def _message(self, sandbox: Sandbox) -> node_pb2.Sandbox:

@@ -10,8 +10,9 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from vmcell_api.egress import Egress
 from vmcell_api.metric_sample import MetricSample
@@ -21,6 +22,7 @@ from vmcell_api.node.deadlines import Deadlines
 from vmcell_api.node.memory_use import ProcessMemory, read_memory
 from vmcell_api.node.metrics import MetricSampler
 from vmcell_api.node.pauses import Pauses
+from vmcell_api.node.pool import Parked, Pool
 from vmcell_api.node.registry import Entry, Registry
 from vmcell_api.node.removal import Removals
 from vmcell_api.node.rollbacks import Rollbacks
@@ -64,6 +66,7 @@ class Node:
         *,
         metrics_interval_s: float = 0,
         template_snapshots: int = 0,
+        pool_sizes: Mapping[str, int] | None = None,
     ) -> None:
         self.volumes = volumes
         self.containerd = containerd
@@ -77,23 +80,32 @@ class Node:
         )
         self._expiries = Deadlines(lambda key: self._later(self._expire, key))
         self._suspension = Suspension(containerd, snapshots, state_dir)
+        self.pool = Pool(
+            slots,
+            builder=builder,
+            removals=self._removals,
+            snapshots=snapshots,
+            sizes=pool_sizes or {},
+            kill=self.kill,
+        )
         self._pauses = Pauses(
             containerd,
             slots,
             registry=self._registry,
             removals=self._removals,
             builder=builder,
+            pool=self.pool,
             snapshots=snapshots,
             suspension=self._suspension,
             move_deadline=self._extend,
         )
         self._rollbacks = Rollbacks(
             containerd,
-            slots,
             state_dir,
             registry=self._registry,
             removals=self._removals,
             builder=builder,
+            pool=self.pool,
             snapshots=snapshots,
             suspension=self._suspension,
         )
@@ -102,7 +114,9 @@ class Node:
             snapshots=snapshots,
             suspension=self._suspension,
             create=self._create,
+            hand_out=self._hand_out,
             kill=self.kill,
+            pool=self.pool,
             limit=template_snapshots,
         )
         self._metrics = MetricSampler(self._running, state_dir, interval_s=metrics_interval_s)
@@ -159,7 +173,7 @@ class Node:
         with self._registry.new(request.sandbox_id) as entry:
             self.volumes.claim(request.sandbox_id, request.volume_mounts)
             try:
-                slot = self.slots.claim(request.egress)
+                slot = self.pool.claim(request.egress)
             except BaseException:
                 self.volumes.release(request.sandbox_id)
                 raise
@@ -172,6 +186,30 @@ class Node:
             self._registry.set_due(entry, sandbox_id=sandbox.sandbox_id, left_ms=request.timeout_ms)
             log.info("sandbox %s of %s runs in %s", sandbox.sandbox_id, sandbox.image, slot.tap)
             return sandbox
+
+    def _hand_out(self, request: SandboxRequest, parked: Parked) -> Sandbox:
+        """The sandbox that was parked, as the one asked for; on failure it is removed."""
+        container_id, number = parked.sandbox.container, parked.sandbox.slot_number
+        try:
+            with self._registry.new(request.sandbox_id) as entry:
+                entry.life = parked.life
+                own = replace(
+                    parked.sandbox, sandbox_id=request.sandbox_id, container_id=container_id
+                )
+                self._registry.note_container(own)  # its end is this sandbox's from now on
+                self.slots.set_egress(number, request.egress)
+                sandbox = self._builder.hand_out(
+                    request, parked.sandbox, parked.life, token=parked.token
+                )
+                entry.sandbox = sandbox
+                self._registry.set_due(
+                    entry, sandbox_id=sandbox.sandbox_id, left_ms=request.timeout_ms
+                )
+        except BaseException:
+            self._removals.remove(container_id, number)
+            raise
+        log.info("sandbox %s is what waited in %s", sandbox.sandbox_id, container_id)
+        return sandbox
 
     def kill(self, sandbox_id: str) -> None:
         """Ends and removes a sandbox; CallerError not_found when there is none any more."""
@@ -327,6 +365,8 @@ class Node:
         try:
             entry = self._registry.entry(sandbox_id)
         except CallerError:
+            if why == DIED:
+                self._warm.drop_dead(sandbox_id)
             return
         life = entry.life
         if why == DIED:

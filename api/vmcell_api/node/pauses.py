@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from vmcell_api.node.build import MachineLife, SandboxBuilder
 from vmcell_api.node.containerd import Containerd
+from vmcell_api.node.pool import Pool
 from vmcell_api.node.registry import Entry, Registry
 from vmcell_api.node.removal import Removals
 from vmcell_api.node.sandbox import PAUSED, PAUSING, Sandbox
@@ -38,6 +39,7 @@ class Pauses:
         registry: Registry,
         removals: Removals,
         builder: SandboxBuilder,
+        pool: Pool,
         snapshots: SnapshotRecords,
         suspension: Suspension,
         move_deadline: MoveDeadline,
@@ -47,6 +49,7 @@ class Pauses:
         self._registry = registry
         self._removals = removals
         self._builder = builder
+        self._pool = pool
         self._snapshots = snapshots
         self._suspension = suspension
         self._move_deadline = move_deadline
@@ -142,7 +145,7 @@ class Pauses:
         """Restores a paused sandbox; when that fails it stays paused."""
         self._end_machine(entry, sandbox)
         with self._snapshots.in_use(sandbox.snapshot_id) as record:
-            slot = self._slots.claim(sandbox.egress)
+            slot = self._pool.claim(sandbox.egress)
             entry.life = MachineLife()
             try:
                 woken = self._builder.wake(sandbox, record, slot, entry.life, timeout_ms=timeout_ms)

@@ -12,10 +12,10 @@ from dataclasses import replace
 from vmcell_api.node import sandbox_files
 from vmcell_api.node.build import MachineLife, SandboxBuilder
 from vmcell_api.node.containerd import Containerd
+from vmcell_api.node.pool import Pool
 from vmcell_api.node.registry import Registry
 from vmcell_api.node.removal import Removals
 from vmcell_api.node.sandbox import RUNNING, Sandbox, unix_ms_now
-from vmcell_api.node.slots import SlotPool
 from vmcell_api.node.snapshot_records import UNDO, SnapshotRecord, SnapshotRecords, new_snapshot_id
 from vmcell_api.node.suspension import Suspension
 from vmcell_protos.errors import CallerError
@@ -29,21 +29,21 @@ class Rollbacks:
     def __init__(
         self,
         containerd: Containerd,
-        slots: SlotPool,
         state_dir: str,
         *,
         registry: Registry,
         removals: Removals,
         builder: SandboxBuilder,
+        pool: Pool,
         snapshots: SnapshotRecords,
         suspension: Suspension,
     ) -> None:
         self._containerd = containerd
-        self._slots = slots
         self._state_dir = state_dir
         self._registry = registry
         self._removals = removals
         self._builder = builder
+        self._pool = pool
         self._snapshots = snapshots
         self._suspension = suspension
 
@@ -92,7 +92,7 @@ class Rollbacks:
     def _restore(self, sandbox: Sandbox, record: SnapshotRecord) -> tuple[Sandbox, MachineLife]:
         """A second machine of the sandbox, in another slot; it is not the sandbox yet."""
         token = sandbox_files.access_token(self._state_dir, sandbox.container)
-        slot, life = self._slots.claim(sandbox.egress), MachineLife()
+        slot, life = self._pool.claim(sandbox.egress), MachineLife()
         generation = sandbox.generation + 1
         beside = replace(
             sandbox,

@@ -6,6 +6,7 @@ sandbox came:
     creating   removed at the next start
     running    there is a task; nothing else is lost when it is gone
     pausing    being saved: noded that starts anew lets it run on
+    parked     nobody's yet; removed at the next start
     paused     `snapshot-id` is all there is of it, a task that is still there is ended
 
 A rollback makes a second container for the same sandbox, of the next `generation`; once that one is
@@ -39,6 +40,7 @@ GENERATION_LABEL = PREFIX + "generation"
 ON_TIMEOUT_LABEL = PREFIX + "on-timeout"
 ON_REQUEST_LABEL = PREFIX + "on-request"
 CREATING, RUNNING, PAUSING, PAUSED = "creating", "running", "pausing", "paused"
+PARKED = "parked"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from vmcell_api.identifiers import new_access_token, new_sandbox_id
 from vmcell_api.node.build import MachineLife, SandboxBuilder, SandboxRequest
 from vmcell_api.node.oci_image import ImageConfig
 from vmcell_api.node.oci_spec import ENVD
+from vmcell_api.node.pool import Parked, Pool
 from vmcell_api.node.sandbox import Sandbox
 from vmcell_api.node.slot_plan import Slot
 from vmcell_api.node.snapshot_records import (
@@ -33,7 +34,7 @@ from vmcell_api.node.snapshot_records import (
     new_snapshot_id,
 )
 from vmcell_api.node.suspension import STAND, Suspension
-from vmcell_protos.errors import VmcellError
+from vmcell_protos.errors import CallerError, VmcellError
 
 log = logging.getLogger("vmcell.noded")
 
@@ -49,7 +50,7 @@ Make = Callable[[Slot, MachineLife], Sandbox]
 class WarmStart:
     """The snapshots of templates; thread-safe. `limit` is their number, 0: none are made.
 
-    `create(request, make)` and `kill(id)` are the node's.
+    `create(request, make)`, `hand_out(request, parked)` and `kill(id)` are the node's.
     """
 
     def __init__(
@@ -59,14 +60,18 @@ class WarmStart:
         snapshots: SnapshotRecords,
         suspension: Suspension,
         create: Callable[[SandboxRequest, Make], Sandbox],
+        hand_out: Callable[[SandboxRequest, Parked], Sandbox],
         kill: Callable[[str], None],
+        pool: Pool,
         limit: int,
     ) -> None:
         self._builder = builder
         self._snapshots = snapshots
         self._suspension = suspension
         self._create = create
+        self._hand_out = hand_out
         self._kill = kill
+        self._parked = pool
         self._limit = limit
         self._lock = threading.Lock()
         self._known: dict[str, SnapshotRecord] = {}
@@ -85,6 +90,8 @@ class WarmStart:
             if record.kind == TEMPLATE:
                 self._known[record.template_key] = record
         self._prune()
+        for record in self._known.values():
+            self._fill_later(record)
 
     def close(self) -> None:
         """Waits for the one that is being made."""
@@ -103,6 +110,41 @@ class WarmStart:
         if record is None:
             self._make_later(key, request, image)
             return None
+        return self._from_pool(request, record) or self._restored(key, request, record)
+
+    def _from_pool(self, request: SandboxRequest, record: SnapshotRecord) -> Sandbox | None:
+        parked = self._parked.take(record.snapshot_id)
+        if parked is None:
+            return None
+        self._fill_later(record)
+        try:
+            return self._hand_out(request, parked)
+        except VmcellError as error:
+            if error.code == "already_exists":
+                raise
+            log.warning("sandbox %s could not be handed out: %s", parked.sandbox.container, error)
+            return None
+
+    def _fill_later(self, record: SnapshotRecord) -> None:
+        with suppress(RuntimeError):  # closed: the next noded fills it
+            self._pool.submit(self._fill, record)
+
+    def _fill(self, record: SnapshotRecord) -> None:
+        try:
+            self._parked.fill(record)
+        except VmcellError as error:  # a create restores for itself then
+            log.warning("template %s has nothing parked: %s", record.template_id, error)
+        except Exception:
+            log.exception("parking sandboxes of template %s failed", record.template_id)
+        with self._lock:
+            is_known = record in self._known.values()
+        if not is_known:  # forgotten while one was being parked
+            self._parked.drop(record.snapshot_id)
+            self._snapshots.discard(record.snapshot_id)
+
+    def _restored(
+        self, key: str, request: SandboxRequest, record: SnapshotRecord
+    ) -> Sandbox | None:
         try:
             with self._snapshots.in_use(record.snapshot_id) as saved:
                 return self._create(
@@ -114,6 +156,10 @@ class WarmStart:
             log.warning("template %s boots, its snapshot is made anew: %s", request.image, error)
             self._forget(key, record)
             return None
+
+    def drop_dead(self, container_id: str) -> None:
+        """Removes what was parked in that container, if anything was: its machine has ended."""
+        self._parked.drop_dead(container_id)
 
     def prepare(self, request: SandboxRequest, image: ImageConfig) -> None:
         """Makes the snapshot of a template now, unless there is one; a failure is logged."""
@@ -137,6 +183,7 @@ class WarmStart:
         with self._lock:
             if self._known.get(key) is record:
                 del self._known[key]
+        self._parked.drop(record.snapshot_id)
         self._snapshots.discard(record.snapshot_id)
 
     def _make_later(self, key: str, request: SandboxRequest, image: ImageConfig) -> None:
@@ -159,6 +206,7 @@ class WarmStart:
                 self._known[key] = record
             log.info("template %s is restored from now on", request.image)
             self._prune()
+            self._fill_later(record)
         finally:
             with self._lock:
                 self._making.discard(key)
@@ -175,18 +223,22 @@ class WarmStart:
             pause_on_timeout=False,
             auto_resume=False,
         )
-        sandbox = self._create(own, lambda slot, life: self._builder.build(own, image, slot, life))
-        try:
-            return self._suspension.save(
-                sandbox,
-                new_snapshot_id(TEMPLATE),
-                kind=TEMPLATE,
-                then=STAND,
-                drop_caches=True,
-                template_key=key,
+        with self._parked.lending(own.sandbox_id):
+            sandbox = self._create(
+                own, lambda slot, life: self._builder.build(own, image, slot, life)
             )
-        finally:
-            self._kill(sandbox.sandbox_id)
+            try:
+                return self._suspension.save(
+                    sandbox,
+                    new_snapshot_id(TEMPLATE),
+                    kind=TEMPLATE,
+                    then=STAND,
+                    drop_caches=True,
+                    template_key=key,
+                )
+            finally:
+                with suppress(CallerError):  # somebody needed its slot
+                    self._kill(sandbox.sandbox_id)
 
     def _prune(self) -> None:
         """Removes what is of an older kernel or base image, then the oldest over the limit."""
