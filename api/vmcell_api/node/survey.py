@@ -82,10 +82,11 @@ def survey(containerd: Containerd, snapshots: SnapshotRecords, state_dir: str) -
         chosen = next((row for row in own if _is_whole(row, states, snapshots)), None)
         if chosen is not None:
             found.whole.append(chosen)
-            if chosen.state == PAUSING or states.get(chosen.container) in STANDING:
+            if chosen.state == PAUSED:  # its task, if there is one, was to be ended
+                if chosen.container in states:
+                    found.machines.add(chosen.sandbox_id)
+            elif chosen.state == PAUSING or states.get(chosen.container) in STANDING:
                 found.standing.add(chosen.sandbox_id)
-            if chosen.state == PAUSED and chosen.container in states:
-                found.machines.add(chosen.sandbox_id)
         for row in own:
             if row is not chosen:
                 # A paused one has no slot, and the number on its label may be another's now.
