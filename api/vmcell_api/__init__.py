@@ -29,15 +29,18 @@ template_bodies  E2B's template bodies and log queries
 template_answers  E2B's template, build and tag objects
 upload_store     files that clients upload for templates
 template_plane   templates and builds, without HTTP
+snapshot_catalog  the snapshots of a team
 volume_control   the verbs on volumes, without HTTP
 control_plane    the verbs, without HTTP
+snapshot_plane   pause, resume, snapshots, fork and rollback, without HTTP
 create_once      creates with an Idempotency-Key
 http_errors      errors as E2B's bodies
 access           API keys of requests: team, scopes, rate
 request_record   a request's id, log line, counts and audit entry
 encoded_paths    paths with encoded slashes
 resources        the routes of sandboxes
-snapshot_routes  what needs snapshots: refused
+snapshot_answers  snapshots, forks and rollbacks as JSON
+snapshot_routes  the routes that need snapshots
 activity_routes  metrics and logs
 template_routes  the routes of templates
 volume_routes    the routes of volumes

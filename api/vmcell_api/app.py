@@ -19,6 +19,8 @@ from vmcell_api.request_bounds import RequestBounds
 from vmcell_api.request_rate import RequestRates
 from vmcell_api.request_record import RequestRecord
 from vmcell_api.resources import Health, Sandbox, Sandboxes
+from vmcell_api.snapshot_catalog import SnapshotCatalog
+from vmcell_api.snapshot_plane import SnapshotPlane
 from vmcell_api.snapshot_routes import add_snapshot_routes
 from vmcell_api.store.api_keys import ApiKeys
 from vmcell_api.store.audit import Audit
@@ -59,11 +61,13 @@ def create_app(
     http_errors.install(app)
     uploads = UploadStore(config.upload_dir, limit_mib=config.max_upload_mib)
     templates = TemplatePlane(store, builds or BuildClient(config.node_socket), uploads)
-    template_routes.add_routes(app, templates, uploads, config)
     volumes = VolumeControl(store, node, volume_tokens, limit=config.volumes_per_team)
     app.add_route("/volumes", Volumes(volumes, config.domain))
     app.add_route("/volumes/{volume_id}", Volume(volumes, config.domain))
-    control = ControlPlane(store, node, config, templates, volumes)
+    catalog = SnapshotCatalog(store, node, limit=config.snapshots_per_team)
+    control = ControlPlane(store, node, config, templates, volumes, catalog)
+    snapshots = SnapshotPlane(control, catalog, node, config)
+    template_routes.add_routes(app, templates, uploads, config, snapshots.delete)
     window_ms = config.start_timeout_s * 1000 + LOST_AFTER_MS
     once = CreateOnce(control, CreateKeys(store), window_ms=window_ms)
     sandboxes, sandbox = Sandboxes(control, once, config), Sandbox(control, config)
@@ -73,10 +77,8 @@ def create_app(
     app.add_route("/sandboxes/{sandbox_id}", sandbox)
     app.add_route("/sandboxes/{sandbox_id}/timeout", sandbox, suffix="timeout")
     app.add_route("/sandboxes/{sandbox_id}/refreshes", sandbox, suffix="refreshes")
-    app.add_route("/sandboxes/{sandbox_id}/connect", sandbox, suffix="connect")
-    app.add_route("/v2/sandboxes/{sandbox_id}/connect", sandbox, suffix="connect")
     app.add_route("/sandboxes/{sandbox_id}/network", sandbox, suffix="network")
-    add_snapshot_routes(app, control)
+    add_snapshot_routes(app, snapshots, config)
     add_activity_routes(app, control)
     add_operator_routes(app, store, node, audit, metrics)
     return app

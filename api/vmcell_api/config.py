@@ -40,6 +40,10 @@ class ApiConfig:
     `upload_dir` holds what clients upload for templates, `build_dir` the logs of builds;
     `build_cache_limit` is a number of steps, `build_places` of builds at once.
     `volumes_dir`: where volumes are; on a file system of its own it bounds what they take together.
+    `snapshot_dir`: where shims write snapshots; the same as in the shim's configuration.
+    `undo_minutes`: how long what was before a rollback is kept.
+    `template_snapshots`: how many templates are restored instead of booted; 0: none.
+    `pool`: "template=number" of sandboxes that are restored ahead and wait for a create.
     `volume_bind` and `volume_uid` are the address and the user of the server of their files.
     `start_timeout_s`: how long a sandbox may take from its task's creation to envd's answer.
     """
@@ -79,6 +83,11 @@ class ApiConfig:
     build_timeout_s: int = 3600
     build_cache_limit: int = 256
     volumes_dir: str = "/var/lib/vmcell/volumes"
+    snapshot_dir: str = "/var/lib/vmcell/snapshots"
+    snapshots_per_team: int = 100
+    undo_minutes: int = 60
+    template_snapshots: int = 16
+    pool: tuple[str, ...] = ()
     volume_bind: str = "127.0.0.1:3001"
     volume_uid: int = 99002
     volumes_per_team: int = 100
@@ -89,6 +98,21 @@ class ApiConfig:
     audit_rows: int = 100_000
     log_format: str = "text"
     metrics_dir: str = "/run/vmcell/metrics"
+
+    @property
+    def pool_sizes(self) -> dict[str, int]:
+        """`pool` by template; raises HostError."""
+        sizes = {}
+        for row in self.pool:
+            template, sign, number = row.rpartition("=")
+            if not sign or not template or not (number.isascii() and number.isdigit()):
+                raise HostError(f'pool has {row!r}; it takes "template=number", as in "base=2"')
+            sizes[template] = int(number)
+        if sum(sizes.values()) > self.slot_count:
+            raise HostError(
+                f"pool asks for {sum(sizes.values())} sandboxes; slot_count is {self.slot_count}"
+            )
+        return sizes
 
     def __post_init__(self) -> None:
         _check_ingress(self)
@@ -101,10 +125,15 @@ class ApiConfig:
         for name in (
             *("slot_count", "start_timeout_s", "max_timeout_s", "workers", "threads"),
             *("requests_per_s", "audit_days", "audit_rows"),
+            *("snapshots_per_team", "undo_minutes"),
             *("max_upload_mib", "build_places", "build_timeout_s", "build_cache_limit"),
         ):
             if getattr(self, name) < 1:
                 raise HostError(f"{name} is {getattr(self, name)}; it takes a number above 0")
+        if self.pool_sizes and not self.template_snapshots:
+            raise HostError("pool needs template_snapshots above 0: it holds restored sandboxes")
+        if self.template_snapshots < 0:
+            raise HostError(f"template_snapshots is {self.template_snapshots}; 0 turns them off")
         if self.metrics_interval_s < 0:
             raise HostError(f"metrics_interval_s is {self.metrics_interval_s}; 0 turns them off")
         try:

@@ -15,10 +15,18 @@ from vmcell_api.config import ApiConfig
 from vmcell_api.egress import Egress
 from vmcell_api.identifiers import new_access_token, new_sandbox_id, sandbox_id_of
 from vmcell_api.metric_sample import MetricSample
-from vmcell_api.node_client import NewSandbox, NodeUnreachable, NodeVerbs, RunningSandbox
+from vmcell_api.node_client import (
+    PAUSED,
+    NewSandbox,
+    NodeUnreachable,
+    NodeVerbs,
+    RunningSandbox,
+)
 from vmcell_api.sandbox_bodies import CreateBody, ListQuery
 from vmcell_api.sandbox_logs import LogEntry, parse_entries
+from vmcell_api.snapshot_catalog import SnapshotCatalog
 from vmcell_api.store.records import SandboxRecord, Store, Team, Template, now_ms
+from vmcell_api.store.snapshot_rows import TeamSnapshot
 from vmcell_api.template_plane import OWN_IMAGES, TemplatePlane
 from vmcell_api.volume_control import VolumeControl
 from vmcell_protos.errors import CallerError, GuestError, HostError, VmcellError
@@ -51,7 +59,9 @@ class ControlPlane:
         config: ApiConfig,
         templates: TemplatePlane,
         volumes: VolumeControl,
+        snapshots: SnapshotCatalog,
     ) -> None:
+        self._snapshots = snapshots
         self._volumes = volumes
         self._store = store
         self._templates = templates
@@ -61,35 +71,92 @@ class ControlPlane:
     def create(self, team: Team, body: CreateBody, *, sandbox_id: str = "") -> Pair:
         """Makes a sandbox of that fresh id.
 
-        Raises CallerError not_found for an unknown template or volume.
+        Raises CallerError not_found for an unknown template, snapshot or volume.
         """
-        template = self._template(team, body.template)
+        source = self._source(team, body.template)
         mounts = self._volumes.mounts(team, body.volume_mounts)
+        # envd's memory decides, where it is restored, whether it asks for a token.
+        secured = source.secured if isinstance(source, TeamSnapshot) else body.secured
         record = SandboxRecord(
             sandbox_id=sandbox_id or new_sandbox_id(),
             team_id=team.team_id,
-            template_id=template.name,
-            access_token=new_access_token() if body.secured else "",
+            template_id=source.snapshot_id if isinstance(source, TeamSnapshot) else source.name,
+            access_token=new_access_token() if secured else "",
             traffic_token="" if body.network.is_public else new_access_token(),
             metadata=body.metadata,
             created_at_unix_ms=now_ms(),
         )
-        live = {running.sandbox_id for running in self._node.list()}
-        self._drop_lost(self._store.sandboxes(team_id=team.team_id), live)
-        self._store.add_sandbox(record, limit=team.sandbox_limit, live=live)
+        if isinstance(source, TeamSnapshot):
+            order = self._snapshot_order(record, source, body)
+        else:
+            order = self._order(record, source, body)
+        return self._make(team, record, replace(order, volume_mounts=mounts), body.template)
+
+    def copy(
+        self,
+        team: Team,
+        record: SandboxRecord,
+        running: RunningSandbox,
+        snapshot_id: str,
+        *,
+        timeout_s: int,
+    ) -> Pair:
+        """Makes a sandbox like another of the team, of a snapshot of that one."""
+        copied = replace(
+            record,
+            sandbox_id=new_sandbox_id(),
+            access_token=new_access_token() if record.access_token else "",
+            traffic_token=new_access_token() if record.traffic_token else "",
+            created_at_unix_ms=now_ms(),
+        )
+        order = NewSandbox(
+            sandbox_id=copied.sandbox_id,
+            template_id=running.template_id,
+            image=running.image,
+            vcpus=running.vcpus,
+            memory_mib=running.memory_mib,
+            timeout_s=timeout_s,
+            access_token=copied.access_token,
+            egress=running.egress,
+            pause_on_timeout=running.pause_on_timeout,
+            auto_resume=running.auto_resume,
+            snapshot_id=snapshot_id,
+        )
+        return self._make(team, copied, order, snapshot_id)
+
+    def _make(self, team: Team, record: SandboxRecord, order: NewSandbox, name: str) -> Pair:
+        """`name` is what the client calls the source."""
+        here = self._node.list()
+        rows = self._store.sandboxes(team_id=team.team_id)
+        self._drop_lost(rows, {running.sandbox_id for running in here})
+        self._store.add_sandbox(record, limit=team.sandbox_limit, live=_running_ids(here))
         try:
-            order = replace(self._order(record, template, body), volume_mounts=mounts)
             running = self._node.create(order)
         except VmcellError as error:
-            if _is_undone(error):
+            if is_undone(error):
                 self._store.forget_sandboxes([record.sandbox_id])
-            raise _create_error(error, body.template) from error
+            raise _create_error(error, name) from error
         try:
             self._store.mark_built(record.sandbox_id)
-            self._templates.count_spawn(template.name)
+            self._templates.count_spawn(record.template_id)
         except HostError as error:  # costs a place in the team's limit for a while, no more
             log.error("sandbox %s runs, but %s", record.sandbox_id, error)
         return record, running
+
+    def check_room_for(self, team: Team) -> None:
+        """CallerError resource_exhausted when the team may not have one more running sandbox."""
+        own = self._store.sandboxes(team_id=team.team_id).keys()
+        count = len(own & _running_ids(self._node.list()))
+        if count >= team.sandbox_limit:
+            raise CallerError(
+                f"the team has {count} running sandboxes of at most {team.sandbox_limit}; kill or "
+                "pause one first",
+                code="resource_exhausted",
+            )
+
+    def is_template(self, team: Team, name: str) -> bool:
+        """Whether that is the name or id of a template that the team may use."""
+        return self._templates.is_known(team, name)
 
     def may_exist(self, team: Team, sandbox_id: str) -> bool:
         """Whether a create of that id is not known to have left nothing."""
@@ -102,7 +169,7 @@ class ControlPlane:
         self._store.forget_sandboxes([record.sandbox_id])
 
     def get(self, team: Team, sandbox_id: str) -> Pair:
-        """A running sandbox of the team; CallerError not_found."""
+        """A sandbox of the team, running or paused; CallerError not_found."""
         record = self._record(team, sandbox_id)
         return record, self._node.get(record.sandbox_id)
 
@@ -122,13 +189,14 @@ class ControlPlane:
     def metrics(
         self, team: Team, sandbox_id: str, *, start_unix_ms: int, end_unix_ms: int
     ) -> Sequence[MetricSample]:
-        """What a running sandbox used in that time; CallerError not_found."""
+        """What a sandbox used in that time, nothing of a paused one; CallerError not_found."""
         record = self._record(team, sandbox_id)
         found = self._node.metrics(
             [record.sandbox_id], start_unix_ms=start_unix_ms, end_unix_ms=end_unix_ms
         )
         if record.sandbox_id not in found:
-            raise CallerError(f"sandbox {sandbox_id[:60]!r} was not found", code="not_found")
+            self._node.get(record.sandbox_id)  # raises not_found unless it is paused
+            return []
         return found[record.sandbox_id]
 
     def newest_metrics(self, team: Team, sandbox_ids: Sequence[str]) -> dict[str, MetricSample]:
@@ -140,6 +208,10 @@ class ControlPlane:
     def logs(self, team: Team, sandbox_id: str) -> Sequence[LogEntry]:
         """What envd of a running sandbox keeps of its log, oldest first; CallerError not_found."""
         record, running = self.get(team, sandbox_id)
+        if running.state == PAUSED:
+            raise CallerError(
+                f"sandbox {record.sandbox_id} is paused; resume it to read its log", code="aborted"
+            )
         try:
             return parse_entries(self._node.envd_logs(running, record.access_token))
         except GuestError as error:
@@ -150,7 +222,7 @@ class ControlPlane:
             ) from error
 
     def list(self, team: Team, query: ListQuery) -> Page:
-        """The team's running sandboxes that match, newest first unless asked otherwise."""
+        """The team's sandboxes that match, newest first unless asked otherwise."""
         if query.template:
             query = replace(query, template=self._templates.id_of(team, query.template))
         by_id = {running.sandbox_id: running for running in self._node.list()}
@@ -163,13 +235,21 @@ class ControlPlane:
             matching = [pair for pair in matching if _comes_after(pair, query)]
         page = matching[: query.limit]
         more = len(matching) > len(page)
-        return Page(entries=page, following=page[-1] if more else None, running_count=len(pairs))
+        running_count = sum(1 for _, running in pairs if running.state != PAUSED)
+        return Page(entries=page, following=page[-1] if more else None, running_count=running_count)
 
-    def _template(self, team: Team, name: str) -> Template:
-        """The team's or installation's template, else the imported image of that name."""
-        found = self._templates.resolve(team, name)
-        if found is not None:
-            return found
+    def _source(self, team: Team, name: str) -> Template | TeamSnapshot:
+        """What a sandbox is made of: a template, a snapshot or an image, in this order by name."""
+        return (
+            self._snapshots.by_id(team, name)
+            or self._templates.resolve(team, name)
+            or self._snapshots.by_name(team, name)
+            or self._image(name)
+        )
+
+    @staticmethod
+    def _image(name: str) -> Template:
+        """The imported image of that name, which only the node can say whether it is there."""
         if name.startswith(OWN_IMAGES):  # what builds made belongs to teams
             raise CallerError(f"template {name[:80]!r} does not exist", code="not_found")
         return Template(name=name, image=name, vcpus=DEFAULT_VCPUS, memory_mib=DEFAULT_MEMORY_MIB)
@@ -189,6 +269,27 @@ class ControlPlane:
             default_workdir=template.default_workdir,
             start_command=template.start_command,
             ready_command=template.ready_command,
+            pause_on_timeout=body.pause_on_timeout,
+            auto_resume=body.auto_resume,
+        )
+
+    @staticmethod
+    def _snapshot_order(
+        record: SandboxRecord, snapshot: TeamSnapshot, body: CreateBody
+    ) -> NewSandbox:
+        return NewSandbox(
+            sandbox_id=record.sandbox_id,
+            template_id=record.template_id,
+            image=snapshot.template_id,
+            vcpus=snapshot.vcpus,
+            memory_mib=snapshot.memory_mib,
+            timeout_s=body.timeout_s,
+            environment=body.environment,
+            access_token=record.access_token,
+            egress=body.network.egress,
+            pause_on_timeout=body.pause_on_timeout,
+            auto_resume=body.auto_resume,
+            snapshot_id=snapshot.snapshot_id,
         )
 
     def _record(self, team: Team, text: str) -> SandboxRecord:
@@ -211,7 +312,11 @@ class ControlPlane:
             self._store.forget_sandboxes(lost)
 
 
-def _is_undone(error: VmcellError) -> bool:
+def _running_ids(here: Sequence[RunningSandbox]) -> set[str]:
+    return {running.sandbox_id for running in here if running.state != PAUSED}
+
+
+def is_undone(error: VmcellError) -> bool:
     """Whether a create that failed so is known to have left nothing."""
     return not isinstance(error, NodeUnreachable) and error.code != "deadline_exceeded"
 
@@ -252,7 +357,7 @@ def _comes_after(pair: Pair, query: ListQuery) -> bool:
 def _matches(pair: Pair, query: ListQuery) -> bool:
     record, running = pair
     return (
-        "running" in query.states
+        ("paused" if running.state == PAUSED else "running") in query.states
         and running.started_at_unix_ms >= query.started_after_unix_ms
         and query.template in ("", record.template_id)
         and query.metadata.items() <= record.metadata.items()

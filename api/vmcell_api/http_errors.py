@@ -27,17 +27,28 @@ def write_error(
     resp: falcon.Response, status: int, message: str, *, error_code: str = "", retry: bool = False
 ) -> None:
     """Puts the error into the answer."""
-    body: dict[str, object] = {"code": status, "message": message}
-    if error_code:
-        body["error_code"] = error_code
     resp.status = status
     resp.content_type = falcon.MEDIA_JSON
-    resp.data = json.dumps(body).encode()
+    resp.data = json.dumps(error_body(status, message, error_code)).encode()
     if retry:
         resp.set_header("Should-Retry", "true")
         resp.set_header("Retry-After", "1")
     elif status >= 500 or status == 429:
         resp.set_header("Should-Retry", "false")
+
+
+def error_body(status: int, message: str, error_code: str = "") -> dict[str, object]:
+    """E2B's error object."""
+    body: dict[str, object] = {"code": status, "message": message}
+    if error_code:
+        body["error_code"] = error_code
+    return body
+
+
+def status_of(error: VmcellError) -> int:
+    """The HTTP status of one of our errors."""
+    named = error.status if isinstance(error, CodedError) else None
+    return named or CODES[error.code].http
 
 
 def on_vmcell_error(

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vmcell_api.node_client import NodeVerbs
+from vmcell_api.node_client import PAUSED, NodeVerbs
 from vmcell_protos.errors import HostError, VmcellError
 
 if TYPE_CHECKING:
@@ -117,11 +117,24 @@ class _NodeView:
         from prometheus_client.core import GaugeMetricFamily
 
         try:
-            info, running = self._node.info(), len(self._node.list())
+            info, here = self._node.info(), self._node.list()
+            snapshots = self._node.snapshots()
         except VmcellError:
             yield GaugeMetricFamily("vmcell_node_up", "Whether noded answers.", value=0)
             return
         yield GaugeMetricFamily("vmcell_node_up", "Whether noded answers.", value=1)
-        yield GaugeMetricFamily("vmcell_sandboxes_running", "Running sandboxes.", value=running)
+        paused = sum(1 for sandbox in here if sandbox.state == PAUSED)
+        yield GaugeMetricFamily(
+            "vmcell_sandboxes_running", "Running sandboxes.", value=len(here) - paused
+        )
+        yield GaugeMetricFamily("vmcell_sandboxes_paused", "Paused sandboxes.", value=paused)
+        yield GaugeMetricFamily(
+            "vmcell_snapshots", "Snapshots that clients may name.", value=len(snapshots)
+        )
+        yield GaugeMetricFamily(
+            "vmcell_snapshot_allocated_bytes",
+            "Bytes of these snapshots on disk; what several share is counted in each.",
+            value=sum(row.allocated for row in snapshots),
+        )
         yield GaugeMetricFamily("vmcell_slots", "Network slots.", value=info.slot_count)
         yield GaugeMetricFamily("vmcell_slots_free", "Free network slots.", value=info.slots_free)

@@ -22,6 +22,8 @@ from vmcell_protos.pb import node_pb2, node_pb2_grpc
 
 CALL_TIMEOUT_S = 30.0
 KILL_TIMEOUT_S = 60.0
+# Saving a machine of many GiB to a slow disk; noded gives up a little earlier.
+SAVE_TIMEOUT_S = 330.0
 # A guest that answers slowly must not hold the API's threads for long.
 LOGS_BYTES, LOGS_TIMEOUT_S = 4 << 20, 10.0
 # A volume may have millions of files.
@@ -30,6 +32,11 @@ CALLERS_CODES = (
     *("invalid_argument", "not_found", "already_exists", "failed_precondition", "out_of_range"),
     *("permission_denied", "unimplemented", "aborted"),
 )
+
+
+RUNNING, PAUSING, PAUSED = "running", "pausing", "paused"
+
+JsonNumbers = dict[str, object]
 
 
 class NodeUnreachable(HostError):
@@ -54,11 +61,18 @@ class NewSandbox:
     start_command: str = ""
     ready_command: str = ""
     volume_mounts: tuple[VolumeMount, ...] = ()
+    pause_on_timeout: bool = False
+    auto_resume: bool = False
+    snapshot_id: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunningSandbox:
-    """A sandbox as the node sees it; times are unix milliseconds, `address` is IPv4."""
+    """A sandbox as the node sees it; times are unix milliseconds, `address` is IPv4.
+
+    `state` is one of the words below: only a RUNNING one has an address that answers, and a PAUSING
+    one is RUNNING again when somebody resumes it in time.
+    """
 
     sandbox_id: str
     template_id: str
@@ -71,6 +85,46 @@ class RunningSandbox:
     address: str
     egress: Egress = OPEN
     volume_mounts: tuple[VolumeMount, ...] = ()
+    state: str = RUNNING
+    pause_on_timeout: bool = False
+    auto_resume: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotFile:
+    """One file of a snapshot; `digest` is "blake2b:<hex>"."""
+
+    name: str
+    size: int
+    allocated: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSnapshot:
+    """A snapshot as the node has it; times are unix milliseconds, 0: it does not expire.
+
+    `secured`: the envd in it asks for a token. `allocated` are bytes on disk, those included that
+    it shares with others.
+    """
+
+    snapshot_id: str
+    sandbox_id: str
+    template_id: str
+    vcpus: int
+    memory_mib: int
+    created_at_unix_ms: int
+    expires_at_unix_ms: int = 0
+    parent: str = ""
+    secured: bool = True
+    size: int = 0
+    allocated: int = 0
+    files: tuple[SnapshotFile, ...] = ()
+
+    @property
+    def is_undo_point(self) -> bool:
+        """Whether it is what a sandbox was before a rollback."""
+        return self.snapshot_id.startswith("undo-")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +146,42 @@ class NodeVerbs(Protocol):
         """Ends a sandbox; not_found when there is none."""
 
     def get(self, sandbox_id: str) -> RunningSandbox:
-        """One running sandbox; not_found when there is none."""
+        """One sandbox, in whatever state; not_found when there is none."""
 
     def list(self) -> list[RunningSandbox]:
-        """The running sandboxes, oldest first."""
+        """The sandboxes in whatever state, oldest first."""
 
     def set_deadline(self, sandbox_id: str, timeout_s: int, *, only_extend: bool) -> RunningSandbox:
         """Moves the end to `timeout_s` from now."""
+
+    def pause(self, sandbox_id: str) -> RunningSandbox:
+        """Saves it and ends its machine; aborted: it is paused already, or was called off."""
+
+    def resume(
+        self, sandbox_id: str, timeout_s: int, *, by_request: bool = False
+    ) -> tuple[RunningSandbox, bool]:
+        """(the sandbox running, whether this call restored it); a later end stays.
+
+        `timeout_s` 0: as at first. `by_request` of its ports: failed_precondition for a paused
+        sandbox that these do not wake.
+        """
+
+    def make_snapshot(self, sandbox_id: str, snapshot_id: str, *, life_s: int = 0) -> NodeSnapshot:
+        """A snapshot of a running sandbox; it is removed after `life_s` unless 0."""
+
+    def snapshots(self, sandbox_id: str = "") -> Sequence[NodeSnapshot]:
+        """All, or those of one sandbox, oldest first."""
+
+    def remove_snapshot(self, snapshot_id: str) -> None:
+        """Removes one; not_found when there is none, aborted while it is being restored."""
+
+    def rollback(
+        self, sandbox_id: str, snapshot_id: str, *, undo_life_s: int
+    ) -> tuple[RunningSandbox, NodeSnapshot]:
+        """(the sandbox as that snapshot has it, what it was before)."""
+
+    def memory(self, sandbox_id: str) -> JsonNumbers:
+        """What a running sandbox has of the host's memory, as the API answers it."""
 
     def info(self) -> NodeInfo:
         """What the node is, and how much of it is free."""
@@ -165,6 +248,9 @@ class NodeClient:
             start_command=sandbox.start_command,
             ready_command=sandbox.ready_command,
             volume_mounts=[node_pb2.VolumeMount(**vars(row)) for row in sandbox.volume_mounts],
+            pause_on_timeout=sandbox.pause_on_timeout,
+            auto_resume=sandbox.auto_resume,
+            snapshot_id=sandbox.snapshot_id,
         )
         return _running(self._call("CreateSandbox", request, self._create_timeout_s))
 
@@ -173,11 +259,11 @@ class NodeClient:
         self._call("KillSandbox", node_pb2.SandboxRef(sandbox_id=sandbox_id), KILL_TIMEOUT_S)
 
     def get(self, sandbox_id: str) -> RunningSandbox:
-        """One running sandbox; not_found when there is none."""
+        """One sandbox, in whatever state; not_found when there is none."""
         return _running(self._call("GetSandbox", node_pb2.SandboxRef(sandbox_id=sandbox_id)))
 
     def list(self) -> list[RunningSandbox]:
-        """The running sandboxes, oldest first."""
+        """The sandboxes in whatever state, oldest first."""
         answer = self._call("ListSandboxes", node_pb2.ListSandboxesRequest())
         return [_running(message) for message in answer.sandboxes]
 
@@ -187,6 +273,64 @@ class NodeClient:
             sandbox_id=sandbox_id, timeout_ms=timeout_s * 1000, only_extend=only_extend
         )
         return _running(self._call("SetDeadline", request))
+
+    def pause(self, sandbox_id: str) -> RunningSandbox:
+        """Saves it and ends its machine; aborted: it is paused already, or was called off."""
+        request = node_pb2.SandboxRef(sandbox_id=sandbox_id)
+        return _running(self._call("PauseSandbox", request, SAVE_TIMEOUT_S))
+
+    def resume(
+        self, sandbox_id: str, timeout_s: int, *, by_request: bool = False
+    ) -> tuple[RunningSandbox, bool]:
+        """(the sandbox running, whether this call restored it); see `NodeVerbs`."""
+        request = node_pb2.ResumeSandboxRequest(
+            sandbox_id=sandbox_id, timeout_ms=timeout_s * 1000, by_request=by_request
+        )
+        # It may wait for a save before it begins.
+        answer = self._call("ResumeSandbox", request, SAVE_TIMEOUT_S + self._create_timeout_s)
+        return _running(answer.sandbox), answer.resumed
+
+    def make_snapshot(self, sandbox_id: str, snapshot_id: str, *, life_s: int = 0) -> NodeSnapshot:
+        """A snapshot of a running sandbox; it is removed after `life_s` unless 0."""
+        request = node_pb2.MakeSnapshotRequest(
+            sandbox_id=sandbox_id, snapshot_id=snapshot_id, life_ms=life_s * 1000
+        )
+        return _snapshot(self._call("MakeSnapshot", request, SAVE_TIMEOUT_S))
+
+    def snapshots(self, sandbox_id: str = "") -> Sequence[NodeSnapshot]:
+        """All, or those of one sandbox, oldest first."""
+        request = node_pb2.ListSnapshotsRequest(sandbox_id=sandbox_id)
+        return [_snapshot(message) for message in self._call("ListSnapshots", request).snapshots]
+
+    def remove_snapshot(self, snapshot_id: str) -> None:
+        """Removes one; not_found when there is none, aborted while it is being restored."""
+        self._call("RemoveSnapshot", node_pb2.SnapshotRef(snapshot_id=snapshot_id))
+
+    def rollback(
+        self, sandbox_id: str, snapshot_id: str, *, undo_life_s: int
+    ) -> tuple[RunningSandbox, NodeSnapshot]:
+        """(the sandbox as that snapshot has it, what it was before)."""
+        request = node_pb2.RollbackRequest(
+            sandbox_id=sandbox_id, snapshot_id=snapshot_id, undo_life_ms=undo_life_s * 1000
+        )
+        answer = self._call("RollbackSandbox", request, SAVE_TIMEOUT_S + self._create_timeout_s)
+        return _running(answer.sandbox), _snapshot(answer.undo)
+
+    def memory(self, sandbox_id: str) -> JsonNumbers:
+        """What a running sandbox has of the host's memory, as the API answers it."""
+        answer = self._call("ReadMemory", node_pb2.SandboxRef(sandbox_id=sandbox_id))
+        return {
+            "guestMemoryBytes": answer.guest_memory_bytes,
+            "processes": [
+                {
+                    "name": row.name,
+                    "pid": row.pid,
+                    "own": _memory_sum(row.own),
+                    "guestRam": _memory_sum(row.guest_ram),
+                }
+                for row in answer.processes
+            ],
+        }
 
     def info(self) -> NodeInfo:
         """What the node is, and how much of it is free."""
@@ -300,7 +444,44 @@ def _running(message: node_pb2.Sandbox) -> RunningSandbox:
             VolumeMount(volume_id=row.volume_id, name=row.name, path=row.path)
             for row in message.volume_mounts
         ),
+        state=message.state,
+        pause_on_timeout=message.pause_on_timeout,
+        auto_resume=message.auto_resume,
     )
+
+
+def _snapshot(message: node_pb2.Snapshot) -> NodeSnapshot:
+    return NodeSnapshot(
+        snapshot_id=message.snapshot_id,
+        sandbox_id=message.sandbox_id,
+        template_id=message.template_id,
+        vcpus=message.vcpus,
+        memory_mib=message.memory_mib,
+        created_at_unix_ms=message.created_at_unix_ms,
+        expires_at_unix_ms=message.expires_at_unix_ms,
+        parent=message.parent,
+        secured=message.secured,
+        size=message.bytes,
+        allocated=message.allocated_bytes,
+        files=tuple(
+            SnapshotFile(
+                name=row.name, size=row.bytes, allocated=row.allocated_bytes, digest=row.digest
+            )
+            for row in message.files
+        ),
+    )
+
+
+def _memory_sum(message: node_pb2.MemorySum) -> JsonNumbers:
+    return {
+        "rssBytes": message.rss_bytes,
+        "pssBytes": message.pss_bytes,
+        "sharedCleanBytes": message.shared_clean_bytes,
+        "sharedDirtyBytes": message.shared_dirty_bytes,
+        "privateCleanBytes": message.private_clean_bytes,
+        "privateDirtyBytes": message.private_dirty_bytes,
+        "swapBytes": message.swap_bytes,
+    }
 
 
 def _sample(message: node_pb2.MetricSample) -> MetricSample:

@@ -15,7 +15,6 @@ from vmcell_api.create_once import CreateOnce, parse_idempotency
 from vmcell_api.json_body import int_field, request_json
 from vmcell_api.network_rules import parse_network_update
 from vmcell_api.sandbox_bodies import (
-    DEFAULT_TIMEOUT_V2_S,
     MAX_PAGE,
     MAX_REFRESH_S,
     ListQuery,
@@ -23,7 +22,6 @@ from vmcell_api.sandbox_bodies import (
     parse_create,
     parse_list_query,
     parse_required_timeout,
-    parse_timeout,
 )
 
 
@@ -80,7 +78,7 @@ class Sandboxes:
 
 
 class Sandbox:
-    """`/sandboxes/{sandbox_id}` and what hangs below it."""
+    """`/sandboxes/{sandbox_id}` and what hangs below it without snapshots."""
 
     def __init__(self, control: ControlPlane, config: ApiConfig) -> None:
         self._control = control
@@ -97,22 +95,11 @@ class Sandbox:
         resp.status = 204
 
     def on_post_timeout(self, req: falcon.Request, resp: falcon.Response, sandbox_id: str) -> None:
-        """Sets the time that is left; 0 ends the sandbox."""
+        """Sets the time that is left; 0 ends or pauses the sandbox at once."""
         limit_s = timeout_limit_s(req.context.team, self._config)
         timeout_s = parse_required_timeout(request_json(req), limit_s)
         self._control.set_timeout(req.context.team, sandbox_id, timeout_s)
         resp.status = 204
-
-    def on_post_connect(self, req: falcon.Request, resp: falcon.Response, sandbox_id: str) -> None:
-        """Answers the sandbox and extends its time, never shortens it; 200: it was running."""
-        limit_s = timeout_limit_s(req.context.team, self._config)
-        timeout_s = parse_timeout(
-            request_json(req), default=DEFAULT_TIMEOUT_V2_S, max_timeout_s=limit_s
-        )
-        record, _ = self._control.set_timeout(
-            req.context.team, sandbox_id, timeout_s, only_extend=True
-        )
-        resp.media = sandbox_answers.sandbox(record, self._config.domain)
 
     def on_post_refreshes(
         self, req: falcon.Request, resp: falcon.Response, sandbox_id: str

@@ -1,5 +1,7 @@
 """The application behind nginx's `auth_request`: where a data-plane request goes, or why nowhere.
 
+A request wakes a paused sandbox that says so; of many at once one does, and all wait for it.
+
 It listens on a unix socket that only nginx may dial. `/route` answers 200 with the upstream's
 address, or 403 with the refusal as a header; nginx then asks `/refused` with that header (or
 `/unreachable`, when the upstream did not take the connection) for the answer that the client gets.
@@ -8,26 +10,30 @@ address, or 403 with the refusal as a header; nginx then asks `/refused` with th
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 from collections import OrderedDict
+from concurrent.futures import Future
 
 import falcon
 
 from vmcell_api import data_route, http_errors
 from vmcell_api.data_route import ENVD_PORT, Refusal, Request, Signed, Target
-from vmcell_api.node_client import NodeVerbs, RunningSandbox
+from vmcell_api.node_client import RUNNING, NodeUnreachable, NodeVerbs, RunningSandbox
 from vmcell_api.refusal_answers import allow_preflight, write_refusal
 from vmcell_api.signature_search import SignatureSearch
 from vmcell_api.store.records import Store
-from vmcell_protos.errors import CallerError
+from vmcell_protos.errors import CallerError, VmcellError
+
+log = logging.getLogger("vmcell.route")
 
 PROBE_TIMEOUT_S = 1.0
 KNOWN_TOKENS = 4096
 
 
 class Router:
-    """Finds the running sandbox of a request; thread-safe."""
+    """Finds the running sandbox of a request, which may have to be woken; thread-safe."""
 
     def __init__(self, store: Store, node: NodeVerbs, domain: str) -> None:
         self._store = store
@@ -35,6 +41,7 @@ class Router:
         self._domain = domain
         self._search = SignatureSearch(self._live_tokens)
         self._tokens = _TrafficTokens(store)
+        self._wakes = _Wakes(node)
 
     def find(self, request: Request, client: str) -> tuple[RunningSandbox, int] | Refusal:
         """The sandbox and port, or the refusal the client gets."""
@@ -49,7 +56,30 @@ class Router:
         token = "" if target.port == ENVD_PORT else self._tokens.of(target.sandbox_id)
         if running is None or token is None:
             return _not_found(target)
-        return data_route.check_traffic_token(request, target, token) or (running, target.port)
+        refusal = data_route.check_traffic_token(request, target, token)
+        if refusal is not None:
+            return refusal
+        if running.state != RUNNING:
+            woken = self._wake(running, target)
+            return woken if isinstance(woken, Refusal) else (woken, target.port)
+        return running, target.port
+
+    def _wake(self, sandbox: RunningSandbox, target: Target) -> RunningSandbox | Refusal:
+        if not sandbox.auto_resume:
+            return _not_found(target)
+        try:
+            return self._wakes.wake(sandbox.sandbox_id)
+        except NodeUnreachable:
+            raise
+        except VmcellError as error:
+            if error.code in ("not_found", "failed_precondition"):
+                return _not_found(target)
+            log.error("sandbox %s was not woken: %s", sandbox.sandbox_id, error)
+            if error.code in ("resource_exhausted", "aborted"):
+                words = "The sandbox is paused and the node has no room for it now; try again"
+                return Refusal(status=503, message=words, sandbox_id=sandbox.sandbox_id)
+            words = "The sandbox is paused and could not be resumed"
+            return Refusal(status=502, message=words, sandbox_id=sandbox.sandbox_id)
 
     def _running(self, sandbox_id: str) -> RunningSandbox | None:
         try:
@@ -60,8 +90,42 @@ class Router:
             return None
 
     def _live_tokens(self) -> dict[str, str]:
-        live = {running.sandbox_id for running in self._node.list()}
+        live = {
+            sandbox.sandbox_id
+            for sandbox in self._node.list()
+            if sandbox.state == RUNNING or sandbox.auto_resume
+        }
         return {key: token for key, token in self._store.tokens().items() if key in live}
+
+
+class _Wakes:
+    """Resumes sandboxes by request, each once however many requests wait for it."""
+
+    def __init__(self, node: NodeVerbs) -> None:
+        self._node = node
+        self._lock = threading.Lock()
+        self._running: dict[str, Future[RunningSandbox]] = {}
+
+    def wake(self, sandbox_id: str) -> RunningSandbox:
+        """The sandbox, running; raises what the node does."""
+        with self._lock:
+            present = self._running.get(sandbox_id)
+            own = None if present else Future[RunningSandbox]()
+            if own is not None:
+                self._running[sandbox_id] = own
+        if own is None:
+            assert present is not None
+            return present.result()
+        try:
+            woken, _ = self._node.resume(sandbox_id, 0, by_request=True)
+            own.set_result(woken)
+            return woken
+        except BaseException as error:
+            own.set_exception(error)
+            raise
+        finally:
+            with self._lock:
+                del self._running[sandbox_id]
 
 
 class _TrafficTokens:

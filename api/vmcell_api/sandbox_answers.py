@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 
-from vmcell_api.node_client import RunningSandbox
+from vmcell_api.node_client import PAUSED, RunningSandbox
 from vmcell_api.store.records import SandboxRecord
 
 # The highest version of E2B's envd whose features ours has (clients switch features on by it).
@@ -50,7 +50,7 @@ def listed(record: SandboxRecord, running: RunningSandbox) -> Json:
         "memoryMB": running.memory_mib,
         "diskSizeMB": running.disk_mib,
         "metadata": record.metadata,
-        "state": "running",
+        "state": "paused" if running.state == PAUSED else "running",
         "volumeMounts": [
             {"name": mount.name, "path": mount.path} for mount in running.volume_mounts
         ],
@@ -67,7 +67,10 @@ def detail(record: SandboxRecord, running: RunningSandbox, domain: str) -> Json:
         "denyOut": list(running.egress.deny_out),
         "allowPublicTraffic": not record.traffic_token,
     }
-    answer["lifecycle"] = {"autoResume": False, "onTimeout": "kill"}
+    answer["lifecycle"] = {
+        "autoResume": running.auto_resume,
+        "onTimeout": "pause" if running.pause_on_timeout else "kill",
+    }
     if record.access_token:
         answer["envdAccessToken"] = record.access_token
     return answer

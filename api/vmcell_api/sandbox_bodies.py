@@ -28,8 +28,8 @@ MAX_REFRESH_S = 3600
 MAX_TEMPLATE_LENGTH = 512
 MAX_PAGE = 100
 STATES = ("running", "paused")
-# Pausing needs snapshots, which vmcell does not have yet; the others are not planned for here.
-UNSUPPORTED_OPTIONS = ("autoPause", "mcp", "iam", "distributionScope")
+# What is not planned for here.
+UNSUPPORTED_OPTIONS = ("mcp", "iam", "distributionScope")
 _CURSOR = re.compile(r"(\d{1,15})__([a-z0-9]{20})")
 
 
@@ -52,6 +52,8 @@ class CreateBody:
     metadata: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     volume_mounts: tuple[tuple[str, str], ...] = ()  # (volume's name, path)
+    pause_on_timeout: bool = False
+    auto_resume: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,13 @@ def parse_create(
     network = parse_network(body)
     if not secured and not network.is_public:
         raise CallerError("network.allowPublicTraffic is false, which needs secure: true")
+    pause_on_timeout, auto_resume = _parse_lifecycle(body)
+    volume_mounts = parse_volume_mounts(body)
+    if pause_on_timeout and volume_mounts:
+        raise CallerError(
+            "autoPause and volumeMounts do not go together: a sandbox with volumes, which are live "
+            "directories of the host, cannot be saved"
+        )
     return CreateBody(
         template=text_field(body, "templateID", max_length=MAX_TEMPLATE_LENGTH),
         timeout_s=_create_timeout(
@@ -89,7 +98,9 @@ def parse_create(
         network=network,
         metadata=text_map_field(body, "metadata"),
         environment=environment,
-        volume_mounts=parse_volume_mounts(body),
+        volume_mounts=volume_mounts,
+        pause_on_timeout=pause_on_timeout,
+        auto_resume=auto_resume,
     )
 
 
@@ -143,19 +154,33 @@ def _refuse_missing_options(body: dict[str, object]) -> None:
     wanted = [name for name in UNSUPPORTED_OPTIONS if body.get(name)]
     if body.get("autoPauseMemory") is False:
         wanted.append("autoPauseMemory")
-    resume = body.get("autoResume")
-    if resume and not (isinstance(resume, dict) and not resume.get("enabled")):
-        wanted.append("autoResume")
-    lifecycle = body.get("lifecycle")
-    if isinstance(lifecycle, dict):
-        if lifecycle.get("onTimeout") not in (None, "kill"):
-            wanted.append("lifecycle.onTimeout")
-        if lifecycle.get("autoResume"):
-            wanted.append("lifecycle.autoResume")
-    elif lifecycle is not None:
-        raise CallerError("lifecycle takes an object")
     if wanted:
         raise CallerError(f"this server does not have {', '.join(wanted)}; leave it out")
+
+
+def _parse_lifecycle(body: dict[str, object]) -> tuple[bool, bool]:
+    """(pause instead of kill at the end, resume by requests) of E2B's and cubesandbox's fields."""
+    lifecycle = body.get("lifecycle")
+    if lifecycle is None:
+        lifecycle = {}
+    if not isinstance(lifecycle, dict):
+        raise CallerError("lifecycle takes an object")
+    on_timeout = lifecycle.get("onTimeout")
+    if on_timeout not in (None, "kill", "pause"):
+        raise CallerError(
+            f"lifecycle.onTimeout is {str(on_timeout)[:40]!r}; it takes kill or pause"
+        )
+    pauses = bool_field(body, "autoPause", default=on_timeout == "pause")
+    resumes = _auto_resume(body, "autoResume") or _auto_resume(lifecycle, "autoResume")
+    return pauses, resumes
+
+
+def _auto_resume(body: dict[str, object], name: str) -> bool:
+    """A flag, or E2B's object with the flag `enabled`."""
+    value = body.get(name)
+    if isinstance(value, dict):
+        return bool_field(value, "enabled", default=False, prefix=f"{name}.")
+    return bool_field(body, name, default=False)
 
 
 def parse_list_query(query_string: str) -> ListQuery:

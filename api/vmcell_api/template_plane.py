@@ -237,6 +237,10 @@ class TemplatePlane:
         template = found[0].team_template if found else None
         return template.template_id if template else text
 
+    def is_known(self, team: Team, text: str) -> bool:
+        """Whether `text` names a template that the team may use, built or not."""
+        return self._find(team, text) is not None
+
     def count_spawn(self, template_id: str) -> None:
         """A sandbox was made of a team's template; others are not counted."""
         if SANDBOX_ID.fullmatch(template_id):

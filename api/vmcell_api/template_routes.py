@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import falcon
 
 from vmcell_api import template_answers, template_bodies
@@ -9,9 +11,13 @@ from vmcell_api.config import ApiConfig
 from vmcell_api.encoded_paths import segment
 from vmcell_api.json_body import request_json, request_stream
 from vmcell_api.sandbox_bodies import encode_cursor, parse_list_query
+from vmcell_api.store.records import Team
 from vmcell_api.template_plane import TemplatePlane
 from vmcell_api.upload_store import PREFIX, UploadStore
 from vmcell_protos.errors import CallerError
+
+# Whether the team had a snapshot of that id or name, which is gone then.
+DeleteSnapshot = Callable[[Team, str], bool]
 
 
 class Templates:
@@ -67,9 +73,12 @@ class Templates:
 class Template:
     """`/templates/{template_id}` and what hangs below it; ids may be names, encoded."""
 
-    def __init__(self, plane: TemplatePlane, config: ApiConfig) -> None:
+    def __init__(
+        self, plane: TemplatePlane, config: ApiConfig, delete_snapshot: DeleteSnapshot
+    ) -> None:
         self._plane = plane
         self._config = config
+        self._delete_snapshot = delete_snapshot
 
     def on_get(self, req: falcon.Request, resp: falcon.Response, template_id: str) -> None:
         """Details with builds."""
@@ -84,8 +93,9 @@ class Template:
         resp.media = answer
 
     def on_delete(self, req: falcon.Request, resp: falcon.Response, template_id: str) -> None:
-        """Deletes it; builds that run are cancelled."""
-        self._plane.delete(req.context.team, segment(template_id))
+        """Deletes it; builds that run are cancelled. SDKs delete snapshots by this route too."""
+        if not self._delete_snapshot(req.context.team, segment(template_id)):
+            self._plane.delete(req.context.team, segment(template_id))
         resp.status = 204
 
     def on_patch(self, req: falcon.Request, resp: falcon.Response, template_id: str) -> None:
@@ -211,10 +221,15 @@ class Uploads:
 
 
 def add_routes(
-    app: falcon.App, plane: TemplatePlane, uploads: UploadStore, config: ApiConfig
+    app: falcon.App,
+    plane: TemplatePlane,
+    uploads: UploadStore,
+    config: ApiConfig,
+    delete_snapshot: DeleteSnapshot,
 ) -> None:
     """All of them; literal segments come before parameters in Falcon's router anyway."""
-    templates, template, builds = Templates(plane, config), Template(plane, config), Builds(plane)
+    templates, builds = Templates(plane, config), Builds(plane)
+    template = Template(plane, config, delete_snapshot)
     app.add_route("/v3/templates", templates, suffix="v3")
     app.add_route("/templates", templates)
     app.add_route("/v2/templates", templates, suffix="v2")

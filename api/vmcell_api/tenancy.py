@@ -10,6 +10,7 @@ from vmcell_api.node_client import NodeVerbs
 from vmcell_api.scopes import parse_scopes
 from vmcell_api.store.api_keys import ApiKey, ApiKeys
 from vmcell_api.store.records import Store, Team, now_ms
+from vmcell_api.store.snapshot_rows import SnapshotRows
 from vmcell_api.store.teams import Teams
 from vmcell_protos.errors import CallerError
 
@@ -51,16 +52,19 @@ def rotate_key(store: Store, key_id: str, *, grace_s: int) -> tuple[str, ApiKey]
 
 
 def remove_team(store: Store, node: NodeVerbs, team: Team, *, kill: bool) -> None:
-    """Deletes a team with its keys, and with its sandboxes when `kill` says so.
+    """Deletes a team with its keys, and with its sandboxes and snapshots when `kill` says so.
 
-    CallerError failed_precondition when it has running ones otherwise, or owns something else.
+    CallerError failed_precondition when it has some otherwise, or owns something else. Paused
+    sandboxes are sandboxes.
     """
     live = {running.sandbox_id for running in node.list()} & store.sandboxes(
         team_id=team.team_id
     ).keys()
-    if live and not kill:
+    snapshots = SnapshotRows(store).of_team(team.team_id)
+    if (live or snapshots) and not kill:
+        what = f"{len(live)} running sandboxes" if live else f"{len(snapshots)} snapshots"
         raise CallerError(
-            f"team {team.name} has {len(live)} running sandboxes; kill them first",
+            f"team {team.name} has {what}; {'kill' if live else 'delete'} them first",
             code="failed_precondition",
         )
     keys = ApiKeys(store.engine)
@@ -73,6 +77,13 @@ def remove_team(store: Store, node: NodeVerbs, team: Team, *, kill: bool) -> Non
             if error.code != "not_found":
                 raise
     store.forget_sandboxes(store.sandboxes(team_id=team.team_id).keys())
+    for row in snapshots:
+        try:
+            node.remove_snapshot(row.snapshot_id)
+        except CallerError as error:
+            if error.code != "not_found":
+                raise
+    SnapshotRows(store).forget([row.snapshot_id for row in snapshots])
     Teams(store.engine).remove(team.team_id)
 
 

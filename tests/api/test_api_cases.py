@@ -81,6 +81,9 @@ def _living(service: ApiService, method: str, path: str) -> dict[str, str]:
     """Values of path parameters that name something, so that not every answer is a 404."""
     client = testing.TestClient(service.app, headers={"X-API-KEY": service.key})
     living = {"sandbox_id": _living_sandbox(service, client)}
+    _set_stage(service, path, living["sandbox_id"])
+    if "snapshot" in path or path.endswith(("/rollback", "/undo", "/diff")):
+        living["snapshotID"] = _living_snapshot(service, living["sandbox_id"])
     if "/vmcell/teams" in path or "/vmcell/keys" in path:
         living |= _living_team(service)
     if "templates" in path or "uploads" in path:
@@ -90,6 +93,26 @@ def _living(service: ApiService, method: str, path: str) -> dict[str, str]:
         client.simulate_post("/volumes", json={"name": NAME})  # refused when it is there
         living["volume_id"] = client.simulate_get("/volumes").json[0]["volumeID"]
     return living
+
+
+def _set_stage(service: ApiService, path: str, sandbox_id: str) -> None:
+    """In the state that the call is for, and with room beside it."""
+    if path.endswith("/resume"):
+        if service.node.running[sandbox_id].state != "paused":
+            service.node.pause(sandbox_id)
+    else:
+        service.node.resume(sandbox_id, 0)
+    if path.endswith("/fork"):
+        for other in set(service.node.running) - {sandbox_id}:
+            service.node.kill(other)
+
+
+def _living_snapshot(service: ApiService, sandbox_id: str) -> str:
+    """One of that sandbox, with an undo point beside it."""
+    for name in (f"snap-{'0' * 20}", f"undo-{'0' * 20}"):
+        if name not in service.node.saved:
+            service.node.make_snapshot(sandbox_id, name)
+    return name
 
 
 def _living_team(service: ApiService) -> dict[str, str]:
@@ -133,8 +156,12 @@ def _one_case(service: ApiService, case: schemathesis.Case, headers: dict, aimed
             case.path_parameters[name] = living.get(name, case.path_parameters[name])
         if "sandbox_ids" in (case.query or {}):
             case.query["sandbox_ids"] = living["sandbox_id"]
+        if {"older", "newer"} <= (case.query or {}).keys():
+            case.query |= {"older": living["snapshotID"], "newer": living["snapshotID"]}
         if isinstance(case.body, dict):
             named = {"templateID": "base", "target": NAME}
+            if "snapshotID" in living:
+                named["snapshotID"] = living["snapshotID"]
             if case.path == "/templates/tags":
                 named["name"] = NAME
             case.body |= {field: named[field] for field in named.keys() & case.body.keys()}

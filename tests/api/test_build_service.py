@@ -34,10 +34,19 @@ class FakeSandboxes:
     guest: FakeGuest
     alive: dict[str, SandboxRequest] = field(default_factory=dict)
     killed: list[str] = field(default_factory=list)
+    prepared: list[SandboxRequest] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
+    saves_templates: bool = True
 
     def create(self, request: SandboxRequest) -> object:
         self.alive[request.sandbox_id] = request
         return SimpleNamespace(address="10.0.0.1")
+
+    def prepare_template(self, request: SandboxRequest) -> None:
+        self.prepared.append(request)
+
+    def forget_template(self, image: str) -> None:
+        self.forgotten.append(image)
 
     def kill(self, sandbox_id: str) -> None:
         self.killed.append(sandbox_id)
@@ -116,11 +125,27 @@ def test_a_build_runs_in_a_builders_sandbox_and_is_kept(bench: Bench) -> None:
     assert len(killed) == 20
     with pytest.raises(HostError, match="exists"):
         bench.service.start(request)
+    (prepared,) = bench.sandboxes.prepared
+    assert prepared.image == view.result.image
+    assert (prepared.default_user, prepared.start_command) == (view.result.default_user, "")
     bench.service.remove(request.build_id)
     bench.service.remove(request.build_id)
+    assert bench.sandboxes.forgotten[0] == view.result.image
     with pytest.raises(CallerError, match="was not found"):
         bench.service.get(request.build_id, 0, 1)
     assert bench.images.published == {}
+
+
+def test_a_template_that_cannot_be_saved_is_ready_all_the_same(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(request: SandboxRequest) -> None:
+        raise HostError("all slots are in use")
+
+    monkeypatch.setattr(bench.sandboxes, "prepare_template", fail)
+    request = _request("make")
+    bench.service.start(request)
+    assert bench.ended(request.build_id) == "ready"
 
 
 def test_what_cannot_be_built_leaves_nothing(bench: Bench) -> None:

@@ -10,7 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from api_service import ApiService, listening
 from e2b import NotFoundException, Sandbox, SandboxQuery, SandboxState
-from e2b.exceptions import AuthenticationException, RateLimitException, SandboxException
+from e2b.exceptions import (
+    AuthenticationException,
+    RateLimitException,
+    SandboxException,
+    SandboxNotFoundException,
+)
 
 from vmcell_api.egress import Egress
 from vmcell_api.metric_sample import MetricSample
@@ -129,14 +134,64 @@ def test_metrics(sdk: ApiService) -> None:
         sandbox.get_metrics()
 
 
-def test_what_needs_snapshots_is_refused_by_name(sdk: ApiService) -> None:
-    sandbox = Sandbox.create(template="base")
-    calls = (sandbox.pause, sandbox.create_snapshot, sandbox.fork)
-    for call, name in zip(calls, ("pause", "snapshots", "fork"), strict=True):
-        with pytest.raises(SandboxException, match=f"does not have {name}"):
-            call()
-    assert sandbox.list_snapshots().next_items() == []
-    assert sandbox.get_info().state == SandboxState.RUNNING
+def test_pause_and_connect(sdk: ApiService) -> None:
+    sandbox = Sandbox.create(template="base", lifecycle={"on_timeout": "pause"})
+    assert sandbox.pause() is not False
+    assert sandbox.pause() is False, "it was paused already"
+    assert sandbox.get_info().state == SandboxState.PAUSED
+    paused = Sandbox.list(query=SandboxQuery(state=[SandboxState.PAUSED])).next_items()
+    assert [row.sandbox_id for row in paused] == [sandbox.sandbox_id]
+    assert Sandbox.list(query=SandboxQuery(state=[SandboxState.RUNNING])).next_items() == []
+    with pytest.raises(SandboxException, match="paused"):
+        sandbox.set_timeout(60)
+    again = Sandbox.connect(sandbox.sandbox_id, timeout=77)
+    assert again.sandbox_id == sandbox.sandbox_id
+    assert again.get_info().state == SandboxState.RUNNING
+    assert sdk.node.resumes == [sandbox.sandbox_id]
+    assert again.get_info().lifecycle["on_timeout"] == "pause"
+    assert sandbox.pause() is not False
+    assert sandbox.kill() is True
+    with pytest.raises(SandboxNotFoundException):
+        sandbox.pause()
+
+
+def test_snapshots_and_sandboxes_made_of_them(sdk: ApiService) -> None:
+    sandbox = Sandbox.create(template="base", envs={"A": "1"})
+    first = sandbox.create_snapshot()
+    second = sandbox.create_snapshot(name="mine")
+    assert (first.names, second.names) == ([], ["mine"])
+    page = sandbox.list_snapshots(limit=1)
+    assert [row.snapshot_id for row in page.next_items()] == [second.snapshot_id]
+    assert [row.snapshot_id for row in page.next_items()] == [first.snapshot_id]
+    assert not page.has_next
+    made = Sandbox.create(template="mine")
+    assert sdk.node.orders[-1].snapshot_id == second.snapshot_id
+    assert made.get_info().template_id == second.snapshot_id
+    assert Sandbox.delete_snapshot(second.snapshot_id) is True
+    assert Sandbox.delete_snapshot(second.snapshot_id) is False
+    with pytest.raises(SandboxException, match="does not exist"):
+        Sandbox.create(template="mine")
+    assert made.get_info().state == SandboxState.RUNNING
+
+
+def test_forks(sdk: ApiService) -> None:
+    sandbox = Sandbox.create(template="base", metadata={"a": "b"})
+    copies = sandbox.fork(count=3, timeout=60)
+    assert len({copy.sandbox_id for copy in copies} | {sandbox.sandbox_id}) == 4
+    assert {copy.get_info().metadata["a"] for copy in copies} == {"b"}
+    tokens = {order.access_token for order in sdk.node.orders}
+    assert len(tokens) == 4
+    assert sdk.node.saved == {}, "the snapshot between is gone"
+    with pytest.raises(SandboxException, match="room for 4 sandboxes, not for 5"):
+        sandbox.fork(count=5)
+
+    def fail(order: object) -> None:
+        raise HostError("no luck")
+
+    sdk.node.on_create = fail
+    (failed,) = sandbox.fork(count=1)
+    assert isinstance(failed, SandboxException)
+    assert "no luck" in str(failed)
 
 
 def test_list_and_its_filters(sdk: ApiService) -> None:
@@ -167,8 +222,8 @@ def test_errors_reach_the_caller_as_its_exceptions(
 ) -> None:
     with pytest.raises(SandboxException, match="no-such-template"):
         Sandbox.create(template="no-such-template")
-    with pytest.raises(SandboxException, match="autoPause"):
-        Sandbox.create(template="base", lifecycle={"on_timeout": "pause"})
+    with pytest.raises(SandboxException, match="memory"):
+        Sandbox.create(template="base").pause(keep_memory=False)
     with pytest.raises(SandboxException, match=r"network\.allowOut"):
         Sandbox.create(
             template="base",

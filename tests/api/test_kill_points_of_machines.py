@@ -6,61 +6,24 @@ The other points are test_kill_points.py's.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from dying_node import add_guest_addresses, noded_dies, order_of, wait_until, write_config
+from dying_node import noded_dies, order_of, wait_until, write_config
 from kill_points import NODED_POINTS
-from own_netns import own_netns
 from private_containerd import IMAGE as LAYERS
 from private_containerd import PrivateContainerd
 from real_containerd import RealContainerd
+from shimmed_containerd import shimmed_containerd
 
 pytestmark = pytest.mark.root
-
-# Answers whatever it is asked; in the place of envd, which the fake guest runs here.
-STAND_IN_ENVD = """#!{python} -ISB
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-class Envd(BaseHTTPRequestHandler):
-    def do_POST(self):
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.send_response(204)
-        self.end_headers()
-
-    do_GET = do_POST
-
-ThreadingHTTPServer(("0.0.0.0", 49983), Envd).serve_forever()
-"""
-
-# /sys tells the interfaces of the namespace it was mounted in; the shim looks for its TAP there.
-OWN_SYSFS = """
-mount -t sysfs own /mnt
-mount --bind /mnt/devices/virtual/net /sys/devices/virtual/net
-mount --bind /mnt/class/net /sys/class/net
-exec "$0" "$@"
-"""
 
 
 @pytest.fixture(scope="module")
 def shimmed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateContainerd]:
-    """A containerd with our own shim and a fake guest."""
-    with own_netns():
-        add_guest_addresses()
-        daemon = PrivateContainerd(tmp_path_factory.mktemp("shimmed"), fake_guest=True)
-        daemon.command = ["unshare", "--mount", "sh", "-ec", OWN_SYSFS, *daemon.command]
-        envd = daemon.directory / "bin/envd"
-        envd.write_text(STAND_IN_ENVD.format(python=sys.executable))
-        envd.chmod(0o755)
-        daemon.start()
-        try:
-            assert daemon.ctr("namespaces", "create", "vmcell").returncode == 0
-            daemon.import_image("vmcell")
-            yield daemon
-        finally:
-            daemon.kill()
+    with shimmed_containerd(tmp_path_factory.mktemp("shimmed")) as daemon:
+        yield daemon
 
 
 # Where a machine is there, or comes or goes: the shim and its monitor must be gone as well.

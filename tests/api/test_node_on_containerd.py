@@ -60,6 +60,8 @@ def config(containerd: RealContainerd, tmp_path: Path) -> ApiConfig:
         runtime="io.containerd.runc.v2",
         state_dir=str(tmp_path / "run"),
         volumes_dir=str(tmp_path / "volumes"),
+        snapshot_dir=str(tmp_path / "snapshots"),
+        template_snapshots=0,
         node_socket=str(tmp_path / "noded.sock"),
         slot_count=3,
         start_timeout_s=30,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 
 from api_service import app_of, listening
-from kill_points import API_POINTS, API_VERBS, NODED_POINTS, NODED_VERBS, arm
+from checkpoint_double import CheckpointDouble
+from kill_points import API_POINTS, API_VERBS, NODED_POINTS, NODED_VERBS, SAVING_POINTS, arm
 
 from vmcell_api.config import load_config
 from vmcell_api.node.__main__ import serve
@@ -19,7 +20,9 @@ def main() -> int:
     what, point = sys.argv[1:]
     config = load_config()
     if what == "noded":
-        arm(NODED_POINTS[point], NODED_VERBS)
+        if point in SAVING_POINTS and config.runtime == "io.containerd.runc.v2":
+            CheckpointDouble(config).install()
+        arm((NODED_POINTS | SAVING_POINTS)[point], NODED_VERBS)
         return serve(config)
     arm(API_POINTS[point], API_VERBS)
     with listening(app_of(config)) as address:

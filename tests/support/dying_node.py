@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from kill_points import NODED_POINTS, WHOLE
+from kill_points import NODED_POINTS, PAUSED, SAVING_POINTS, WHOLE
 from real_containerd import RealContainerd
 from stand_in_images import GOOD
 
@@ -30,6 +30,7 @@ RULES = Egress(allow_internet=False, allow_out=("93.184.216.0/24",))
 SETTINGS = (
     *("containerd_socket", "runtime", "state_dir", "node_socket", "slot_count", "api_uid"),
     *("database_url", "start_timeout_s", "volumes_dir", "upload_dir", "build_dir", "metrics_dir"),
+    *("snapshot_dir", "template_snapshots"),
 )
 
 
@@ -39,7 +40,7 @@ def add_guest_addresses() -> None:
         subprocess.run(f"ip addr add 10.88.0.{2 * number + 1}/32 dev lo".split(), check=True)
 
 
-def write_config(socket: str, runtime: str, tmp_path: Path) -> ApiConfig:
+def write_config(socket: str, runtime: str, tmp_path: Path, *, snapshot_dir: str = "") -> ApiConfig:
     """The settings, also as `api.toml` in the folder."""
     config = ApiConfig(
         containerd_socket=socket,
@@ -51,6 +52,8 @@ def write_config(socket: str, runtime: str, tmp_path: Path) -> ApiConfig:
         start_timeout_s=30,
         api_uid=os.geteuid(),
         volumes_dir=str(tmp_path / "volumes"),
+        snapshot_dir=snapshot_dir or str(tmp_path / "snapshots"),
+        template_snapshots=0,
         upload_dir=str(tmp_path / "uploads"),
         build_dir=str(tmp_path / "builds"),
         metrics_dir="",
@@ -153,6 +156,55 @@ def _answers(client: NodeClient) -> bool:
 def _create_and_kill(client: NodeClient, order: NewSandbox) -> None:
     client.create(order)
     client.kill(order.sandbox_id)
+
+
+SNAPSHOT_ID = "snap-" + "0" * 20
+
+
+def _ask_for(client: NodeClient, verb: str, order: NewSandbox) -> None:
+    """What comes before the verb, and the verb."""
+    client.create(order)
+    if verb in ("pause", "resume"):
+        client.pause(order.sandbox_id)
+    else:
+        client.make_snapshot(order.sandbox_id, SNAPSHOT_ID)
+    if verb == "resume":
+        client.resume(order.sandbox_id, 600)
+    if verb == "rollback":
+        client.rollback(order.sandbox_id, SNAPSHOT_ID, undo_life_s=600)
+
+
+def saving_noded_dies(
+    name: str, containerd: RealContainerd, config: ApiConfig, tmp_path: Path, order: NewSandbox
+) -> None:
+    """The same at a point of pause, resume, snapshot or rollback: the sandbox lives on."""
+    point = SAVING_POINTS[name]
+    client = NodeClient(config.node_socket, create_timeout_s=60)
+    with doomed("noded", name, tmp_path) as noded, contextlib.closing(client):
+        wait_until(lambda: noded.poll() is not None or _answers(client), "noded does not answer")
+        with pytest.raises(NodeUnreachable):
+            _ask_for(client, point.verb, order)
+        assert noded.wait(PATIENCE_S) == -signal.SIGKILL, (tmp_path / "doomed.log").read_text()
+    with opened(config) as node:
+        (sandbox,) = node.list()
+        assert (sandbox.sandbox_id, sandbox.egress) == (order.sandbox_id, RULES)
+        assert sandbox.state == ("paused" if point.leaves == PAUSED else "running")
+        live = [] if sandbox.state == "paused" else [sandbox.container]
+        assert containerd.traces()["tasks"] == live
+        assert containerd.traces()["containers"] == [sandbox.container]
+        assert node.slots.free_count == 3 - len(live)
+        node.resume(order.sandbox_id, 600_000)
+        node.pause(order.sandbox_id)
+        node.resume(order.sandbox_id, 600_000)
+        node.kill(order.sandbox_id)
+        kept = [record.snapshot_id for record in node.snapshots.records()]
+        assert kept in ([], [SNAPSHOT_ID])
+        for snapshot_id in kept:
+            node.snapshots.remove(snapshot_id)
+        nothing_left(node, containerd)
+        folder = Path(config.snapshot_dir)
+        left = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+        assert left + list((folder / ".noded").rglob("*.*")) == []
 
 
 def noded_dies(

@@ -1,8 +1,8 @@
-"""The points of a create and of a kill at which a process is killed (SIGKILL) by tests.
+"""The points of noded's and the API's verbs at which a process is killed (SIGKILL) by tests.
 
 Each point is a call that noded or the API makes; `arm()` wraps it so that this very process dies
 there. The wrapped call is only deadly inside the verb, so that what comes before it works.
-`leaves` says what the next process must find: "nothing", or the "whole" sandbox.
+`leaves` says what the next process must find: "nothing", the "whole" sandbox running, or "paused".
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 BEFORE, DURING, AFTER = "before", "during", "after"
-NOTHING, WHOLE = "nothing", "whole"
+NOTHING, WHOLE, PAUSED = "nothing", "whole", "paused"
 # Well inside what runc needs for a task, and long enough for the call to have reached containerd.
 DURING_S = 0.03
 
@@ -24,10 +24,14 @@ NODE, BUILD = "vmcell_api.node.node:Node", "vmcell_api.node.build:SandboxBuilder
 DAEMON, SLOTS = "vmcell_api.node.containerd:Containerd", "vmcell_api.node.slots:SlotPool"
 FILES, GUEST = "vmcell_api.node.sandbox_files:", "vmcell_api.node.guest_init:"
 PLANE, CLIENT = "vmcell_api.control_plane:ControlPlane", "vmcell_api.node_client:NodeClient"
+RECORDS = "vmcell_api.node.snapshot_records:SnapshotRecords"
+SUSPENSION = "vmcell_api.node.suspension:Suspension"
+REMOVALS = "vmcell_api.node.removal:Removals"
 ONCE = "vmcell_api.create_once:CreateOnce"
 STORE, KEYS = "vmcell_api.store.records:Store", "vmcell_api.store.create_keys:CreateKeys"
 
-NODED_VERBS = {"create": NODE, "kill": NODE}
+SAVING_VERBS = {name: NODE for name in ("pause", "resume", "snapshot", "rollback")}
+NODED_VERBS = {"create": NODE, "kill": NODE, **SAVING_VERBS}
 API_VERBS = {"create": ONCE, "kill": PLANE}
 
 
@@ -68,6 +72,58 @@ NODED_POINTS = {
     "kill: lease deleted": Point(verb="kill", owner=DAEMON, call="delete_lease"),
     "kill: files removed": Point(verb="kill", owner=FILES, call="remove"),
     "kill: slot released": Point(verb="kill", owner=SLOTS, call="release"),
+}
+_SAVE_POINTS = {
+    "record written": (RECORDS, "_write", AFTER),
+    "lease taken": (DAEMON, "create_lease", AFTER),
+    "layers kept": (DAEMON, "keep_layers", AFTER),
+    "saving": (DAEMON, "checkpoint_task", DURING),
+    "saved": (DAEMON, "checkpoint_task", AFTER),
+}
+SAVING_POINTS = {
+    **{
+        f"{verb}: {name}": Point(verb=verb, owner=owner, call=call, when=when, leaves=WHOLE)
+        for verb in ("pause", "snapshot", "rollback")
+        for name, (owner, call, when) in _SAVE_POINTS.items()
+    },
+    "pause: labelled pausing": Point(verb="pause", owner=DAEMON, call="set_labels", leaves=WHOLE),
+    "pause: before it counts": Point(
+        verb="pause", owner=SUSPENSION, call="commit_pause", when=BEFORE, leaves=WHOLE
+    ),
+    "pause: it counts": Point(verb="pause", owner=SUSPENSION, call="commit_pause", leaves=PAUSED),
+    "pause: task killed": Point(verb="pause", owner=DAEMON, call="kill_task", leaves=PAUSED),
+    "pause: task deleted": Point(verb="pause", owner=DAEMON, call="delete_task", leaves=PAUSED),
+    "pause: slot released": Point(verb="pause", owner=SLOTS, call="release", leaves=PAUSED),
+    **{
+        f"resume: {name}": Point(verb="resume", owner=owner, call=call, when=when, leaves=PAUSED)
+        for name, (owner, call, when) in {
+            "slot claimed": (SLOTS, "claim", AFTER),
+            "files written": (FILES, "write", AFTER),
+            "old disk removed": (DAEMON, "remove_snapshot", AFTER),
+            "disk prepared": (DAEMON, "prepare_snapshot", AFTER),
+            "container rewritten": (DAEMON, "rewrite_container", AFTER),
+            "task in the making": (DAEMON, "create_task", DURING),
+            "task made": (DAEMON, "create_task", AFTER),
+            "task started": (DAEMON, "start_task", AFTER),
+            "guest initialised": (GUEST, "initialise", AFTER),
+        }.items()
+    },
+    "resume: labelled running": Point(verb="resume", owner=DAEMON, call="set_labels", leaves=WHOLE),
+    "resume: snapshot removed": Point(verb="resume", owner=RECORDS, call="remove", leaves=WHOLE),
+    **{
+        f"rollback: {name}": Point(verb="rollback", owner=owner, call=call, when=when, leaves=WHOLE)
+        for name, (owner, call, when) in {
+            "slot claimed": (SLOTS, "claim", AFTER),
+            "container written": (DAEMON, "create_container", AFTER),
+            "task started": (DAEMON, "start_task", AFTER),
+            "restored beside": (BUILD, "restore_beside", AFTER),
+            "undo point saved": (SUSPENSION, "begin", AFTER),
+            "swapped": (REMOVALS, "remove", BEFORE),
+            "old task killed": (DAEMON, "kill_task", AFTER),
+            "old container deleted": (DAEMON, "delete_container", AFTER),
+            "old slot released": (SLOTS, "release", AFTER),
+        }.items()
+    },
 }
 API_POINTS = {
     "create: key taken": Point(verb="create", owner=KEYS, call="take"),

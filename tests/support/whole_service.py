@@ -66,6 +66,8 @@ def _write_config(
         "runtime": "io.containerd.runc.v2",
         "domain": "sbx.localhost",
         "slot_count": slot_count,
+        "snapshot_dir": f"{folder}/snapshots",
+        "template_snapshots": 0,  # runc saves nothing
         "workers": workers,
     }
     config = folder / "api.toml"

@@ -14,12 +14,23 @@ start_command  the start command of a template or image, and when it is ready
 sandbox_files  resolv.conf, hosts and hostname for a guest
 volume_use     which sandboxes have which volumes
 sandbox        a sandbox, as labels and back
+snapshot_records  what is known of each snapshot, and its end
 metrics        what sandboxes used over time
 teardown       removing a sandbox, however much of it there is
 build          making a sandbox
 deadlines      a timer on the monotonic clock
+registry       every sandbox with its lock and deadline
+removal        removing, until it is gone
+suspension     saving a machine
+pool           restored sandboxes that wait for a create
+pauses         pause and resume
+rollbacks      back to a snapshot
+warm_start     the snapshots of templates
+survey         what an earlier noded left
+memory_use     memory of the host that a sandbox has
 node           every sandbox of the host and the verbs on them
 zygote         the node's zygote, kept while noded runs
+snapshot_messages  snapshots and memory on the wire
 door           the gRPC service on noded's socket
 blob_store     blobs, images and unpacked layers
 image_json     config and manifest of an image that is built

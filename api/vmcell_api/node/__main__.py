@@ -24,6 +24,7 @@ from vmcell_api.node.build_service import BuildService
 from vmcell_api.node.containerd import Containerd
 from vmcell_api.node.node import Node
 from vmcell_api.node.slots import SlotPool
+from vmcell_api.node.snapshot_records import SnapshotRecords
 from vmcell_api.node.volume_use import VolumeUse
 from vmcell_api.node.zygote import ZygoteKeeper, find_program
 from vmcell_api.volumes.folders import VolumeFolders
@@ -62,7 +63,10 @@ def build_node(config: ApiConfig) -> Node:
         SandboxBuilder(containerd, settings),
         config.state_dir,
         VolumeUse(volumes),
+        SnapshotRecords(containerd, config.snapshot_dir),
         metrics_interval_s=config.metrics_interval_s,
+        template_snapshots=config.template_snapshots,
+        pool_sizes=config.pool_sizes,
     )
 
 

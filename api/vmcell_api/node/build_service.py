@@ -17,7 +17,7 @@ from pathlib import Path
 
 from vmcell_api.identifiers import new_sandbox_id
 from vmcell_api.node.build import SandboxRequest
-from vmcell_api.node.build_images import BuildImages
+from vmcell_api.node.build_images import BUILD, BuildImages
 from vmcell_api.node.build_records import (
     BUILDING,
     ERROR,
@@ -28,8 +28,15 @@ from vmcell_api.node.build_records import (
     LogEntry,
     unfinished,
 )
-from vmcell_api.node.build_run import BuildRequest, BuildRun, Machines, StepFailed, check_request
-from vmcell_api.node.build_steps import BASE
+from vmcell_api.node.build_run import (
+    BuildRequest,
+    BuildRun,
+    Machines,
+    Outcome,
+    StepFailed,
+    check_request,
+)
+from vmcell_api.node.build_steps import BASE, FINALIZE
 from vmcell_api.node.guest_process import GuestProcesses
 from vmcell_api.node.image_pull import full_reference
 from vmcell_api.node.node import Node
@@ -203,6 +210,7 @@ class BuildService:
         if build is not None:
             self._cancel(build)
             self._wait_for_end(build_id)
+        self._node.forget_template(BUILD + build_id)
         self._images.forget(build_id)
         record.remove()
 
@@ -248,12 +256,37 @@ class BuildService:
             words = "the build failed by a fault of the server; its log has the trace"
             return BuildResult(status=ERROR, reason_message=words, reason_step=BASE)
         self._prune()
+        self._prepare(build, outcome)
         return BuildResult(
             status=READY,
             image=outcome.image,
             default_user=outcome.default_user,
             default_workdir=outcome.default_workdir,
         )
+
+    def _prepare(self, build: _Build, outcome: Outcome) -> None:
+        """Has the node save what creates of the template restore; without it they boot."""
+        if not self._node.saves_templates:
+            return
+        request = build.request
+        build.record.log("info", "saving the template when it is ready", FINALIZE)
+        try:
+            self._node.prepare_template(
+                SandboxRequest(
+                    sandbox_id=build.record.sandbox_id(),
+                    template_id=request.template_id,
+                    image=outcome.image,
+                    vcpus=request.vcpus,
+                    memory_mib=request.memory_mib,
+                    timeout_ms=self._settings.timeout_s * 1000,
+                    default_user=outcome.default_user,
+                    default_workdir=outcome.default_workdir,
+                    start_command=request.start_command,
+                    ready_command=request.ready_command,
+                )
+            )
+        except VmcellError as error:
+            log.error("build %s: its template is not saved: %s", request.build_id, error)
 
     def _prune(self) -> None:
         try:

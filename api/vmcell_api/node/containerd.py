@@ -40,6 +40,7 @@ from vmcell_protos.pb.containerd import (
 CALL_TIMEOUT_S = 60.0
 SPEC_TYPE_URL = "types.containerd.io/opencontainers/runtime-spec/1/Spec"
 EXIT_TOPIC = "/tasks/exit"
+CHECKPOINT_TYPE_URL = "io.vmcell.v1.CheckpointOptions"
 MAX_BLOB_BYTES = 8 << 20
 _CALLERS_FAULT = (
     *("invalid_argument", "not_found", "already_exists", "failed_precondition", "out_of_range"),
@@ -169,6 +170,12 @@ class Containerd:
         """Gives the lease back; unknown leases are fine."""
         self._delete(self._leases.Delete, leases_pb2.DeleteRequest(id=lease), f"lease {lease}")
 
+    def keep_layers(self, lease: str, chain_id: str) -> None:
+        """Keeps the committed snapshot of that name as long as the lease is there."""
+        resource = leases_pb2.Resource(id=chain_id, type=f"snapshots/{self.snapshotter}")
+        request = leases_pb2.AddResourceRequest(id=lease, resource=resource)
+        self._call(self._leases.AddResource, request, f"keeping the layers {chain_id}")
+
     def lease_ids(self) -> list[str]:
         """The ids of all leases of the namespace."""
         answer = self._call(self._leases.List, leases_pb2.ListRequest(), "listing the leases")
@@ -188,6 +195,11 @@ class Containerd:
         """Removes a snapshot; an unknown one is fine."""
         request = snapshots_pb2.RemoveSnapshotRequest(snapshotter=self.snapshotter, key=key)
         self._delete(self._snapshots.Remove, request, f"snapshot {key}")
+
+    def snapshot_parent(self, key: str) -> str:
+        """The committed snapshot that `key` stands on."""
+        request = snapshots_pb2.StatSnapshotRequest(snapshotter=self.snapshotter, key=key)
+        return self._call(self._snapshots.Stat, request, f"looking up snapshot {key}").info.parent
 
     def snapshots(self) -> list[snapshots_pb2.Info]:
         """Every snapshot of the namespace."""
@@ -231,6 +243,16 @@ class Containerd:
         )
         self._call(self._containers.Update, request, f"labelling container {container_id}")
 
+    def rewrite_container(self, container_id: str, *, labels: dict[str, str], spec: bytes) -> None:
+        """Replaces the spec of a container without a task, and sets labels; others stay."""
+        request = containers_pb2.UpdateContainerRequest(
+            container=containers_pb2.Container(
+                id=container_id, labels=labels, spec=Any(type_url=SPEC_TYPE_URL, value=spec)
+            ),
+            update_mask=FieldMask(paths=["spec", *(f"labels.{name}" for name in labels)]),
+        )
+        self._call(self._containers.Update, request, f"rewriting container {container_id}")
+
     def containers(self) -> list[containers_pb2.Container]:
         """Every container record of the namespace."""
         request = containers_pb2.ListContainersRequest()
@@ -243,11 +265,11 @@ class Containerd:
 
     def create_task(
         self, container_id: str, mounts: list[types_pb2.Mount], *, timeout_s: float
-    ) -> None:
-        """Makes the task, without standard streams: the machine boots here."""
+    ) -> int:
+        """Makes the task, without standard streams: the machine boots here. Answers its pid."""
         request = tasks_pb2.CreateTaskRequest(container_id=container_id, rootfs=mounts)
         tried = f"creating the task of {container_id}"
-        self._call(self._tasks.Create, request, tried, timeout_s=timeout_s)
+        return self._call(self._tasks.Create, request, tried, timeout_s=timeout_s).pid
 
     def start_task(self, container_id: str, *, timeout_s: float) -> None:
         """Starts the task; the shim answers when the container's init is up."""
@@ -271,6 +293,31 @@ class Containerd:
         request = tasks_pb2.DeleteTaskRequest(container_id=container_id)
         self._delete(self._tasks.Delete, request, f"task {container_id}")
 
+    def checkpoint_task(self, container_id: str, options: bytes, *, timeout_s: float) -> None:
+        """Has the shim save the task as `options` say (JSON; docs/architecture.md, "Snapshots").
+
+        containerd makes blobs of its own of it, which hold nothing and are removed.
+        """
+        request = tasks_pb2.CheckpointTaskRequest(
+            container_id=container_id, options=Any(type_url=CHECKPOINT_TYPE_URL, value=options)
+        )
+        tried = f"saving {container_id}"
+        answer = self._call(self._tasks.Checkpoint, request, tried, timeout_s=timeout_s)
+        for row in answer.descriptors:
+            blob = content_pb2.DeleteContentRequest(digest=row.digest)
+            self._delete(self._content.Delete, blob, f"blob {row.digest}")
+
+    def resume_task(self, container_id: str, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
+        """Lets a paused task run on."""
+        request = tasks_pb2.ResumeTaskRequest(container_id=container_id)
+        tried = f"resuming the task of {container_id}"
+        self._call(self._tasks.Resume, request, tried, timeout_s=timeout_s)
+
+    def task_pids(self) -> dict[str, int]:
+        """Every task of the namespace with the pid that containerd knows."""
+        answer = self._call(self._tasks.List, tasks_pb2.ListTasksRequest(), "listing the tasks")
+        return {task.id: task.pid for task in answer.tasks}
+
     def task_states(self) -> dict[str, int]:
         """Every task of the namespace with its types_pb2.Status."""
         request = tasks_pb2.ListTasksRequest()
@@ -287,20 +334,20 @@ class Containerd:
             if error.code != "not_found":
                 raise
 
-    def exits(self, stop: threading.Event) -> Iterator[str]:
-        """Ids of containers of this namespace whose init ended, as they end.
+    def exits(self, stop: threading.Event) -> Iterator[tuple[str, int]]:
+        """Container and pid of each init of this namespace that ended, as they end.
 
-        First yields "" once the subscription stands. Ends when `stop` is set and the connection
-        closes; raises HostError when the stream breaks.
+        First yields ("", 0) once the subscription stands. Ends when `stop` is set and the
+        connection closes; raises HostError when the stream breaks.
         """
         expression = f'namespace=="{self.namespace}",topic=="{EXIT_TOPIC}"'
         stream = self._events.Subscribe(events_pb2.SubscribeRequest(filters=[expression]))
         try:
-            yield ""
+            yield "", 0
             for envelope in stream:
                 event = events_pb2.TaskExit.FromString(envelope.event.value)
                 if event.id == event.container_id:
-                    yield event.container_id
+                    yield event.container_id, event.pid
         except grpc.RpcError as error:
             if not stop.is_set():
                 raise translate(error, "listening to containerd's events") from error

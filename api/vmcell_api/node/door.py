@@ -22,6 +22,8 @@ from vmcell_api.metric_sample import MetricSample
 from vmcell_api.node.build import SandboxRequest
 from vmcell_api.node.node import Node
 from vmcell_api.node.sandbox import Sandbox
+from vmcell_api.node.snapshot_messages import memory_message, snapshot_message
+from vmcell_api.node.snapshot_records import CLIENTS_ID, KEPT, UNDO, Manifest, SnapshotRecord
 from vmcell_api.volumes.names import (
     VOLUME_ID,
     VolumeMount,
@@ -85,12 +87,12 @@ class Door(node_pb2_grpc.NodeServicer):
 
     @answering
     def GetSandbox(self, request: node_pb2.SandboxRef) -> node_pb2.Sandbox:
-        """One running sandbox."""
+        """One sandbox, in whatever state."""
         return self._message(self._node.get(_checked_id(request.sandbox_id)))
 
     @answering
     def ListSandboxes(self, _: node_pb2.ListSandboxesRequest) -> node_pb2.ListSandboxesResponse:
-        """All running sandboxes."""
+        """All running and paused sandboxes."""
         found = [self._message(sandbox) for sandbox in self._node.list()]
         return node_pb2.ListSandboxesResponse(sandboxes=found)
 
@@ -109,6 +111,87 @@ class Door(node_pb2_grpc.NodeServicer):
         """Changes what a sandbox may reach."""
         sandbox_id = _checked_id(request.sandbox_id)
         return self._message(self._node.set_egress(sandbox_id, _checked_egress(request)))
+
+    @answering
+    def PauseSandbox(self, request: node_pb2.SandboxRef) -> node_pb2.Sandbox:
+        """Saves a sandbox and ends its machine."""
+        return self._message(self._node.pause(_checked_id(request.sandbox_id)))
+
+    @answering
+    def ResumeSandbox(
+        self, request: node_pb2.ResumeSandboxRequest
+    ) -> node_pb2.ResumeSandboxResponse:
+        """Restores a paused sandbox, or extends a running one's time."""
+        if request.timeout_ms > MAX_TIMEOUT_MS:
+            raise CallerError(f"timeout_ms is {request.timeout_ms}; at most {MAX_TIMEOUT_MS}")
+        sandbox, resumed = self._node.resume(
+            _checked_id(request.sandbox_id), request.timeout_ms, by_request=request.by_request
+        )
+        return node_pb2.ResumeSandboxResponse(sandbox=self._message(sandbox), resumed=resumed)
+
+    @answering
+    def MakeSnapshot(self, request: node_pb2.MakeSnapshotRequest) -> node_pb2.Snapshot:
+        """A snapshot of a running sandbox."""
+        if request.life_ms > MAX_TIMEOUT_MS:
+            raise CallerError(f"life_ms is {request.life_ms}; at most {MAX_TIMEOUT_MS}")
+        record = self._node.snapshot(
+            _checked_id(request.sandbox_id),
+            _checked_snapshot_id(request.snapshot_id),
+            life_ms=request.life_ms,
+        )
+        return self._snapshot_message(record)
+
+    @answering
+    def ListSnapshots(
+        self, request: node_pb2.ListSnapshotsRequest
+    ) -> node_pb2.ListSnapshotsResponse:
+        """The snapshots that clients may name."""
+        sandbox_id = _checked_id(request.sandbox_id) if request.sandbox_id else ""
+        found = [
+            self._listed_snapshot(record)
+            for record in self._node.snapshots.records(sandbox_id=sandbox_id)
+            if record.kind in (KEPT, UNDO) and self._node.snapshots.is_whole(record.snapshot_id)
+        ]
+        return node_pb2.ListSnapshotsResponse(snapshots=found)
+
+    def _listed_snapshot(self, record: SnapshotRecord) -> node_pb2.Snapshot:
+        """One that is damaged, or goes meanwhile, is listed without files, so that it can go."""
+        try:
+            return self._snapshot_message(record)
+        except HostError as error:
+            log.error("%s", error)
+            return snapshot_message(record, Manifest(parent="", files=()))
+
+    @answering
+    def RemoveSnapshot(self, request: node_pb2.SnapshotRef) -> node_pb2.RemoveSnapshotResponse:
+        """Removes a snapshot; sandboxes that were made of it go on."""
+        snapshot_id = _checked_snapshot_id(request.snapshot_id)
+        self._node.snapshots.get(snapshot_id)
+        self._node.snapshots.remove(snapshot_id)
+        return node_pb2.RemoveSnapshotResponse()
+
+    @answering
+    def RollbackSandbox(self, request: node_pb2.RollbackRequest) -> node_pb2.RollbackResponse:
+        """Takes a sandbox back to one of its snapshots."""
+        if not 0 < request.undo_life_ms <= MAX_TIMEOUT_MS:
+            raise CallerError(f"undo_life_ms is {request.undo_life_ms}; give 1 to {MAX_TIMEOUT_MS}")
+        sandbox, undo = self._node.rollback(
+            _checked_id(request.sandbox_id),
+            _checked_snapshot_id(request.snapshot_id),
+            undo_life_ms=request.undo_life_ms,
+        )
+        return node_pb2.RollbackResponse(
+            sandbox=self._message(sandbox), undo=self._snapshot_message(undo)
+        )
+
+    @answering
+    def ReadMemory(self, request: node_pb2.SandboxRef) -> node_pb2.MemoryUse:
+        """What a sandbox has of the host's memory."""
+        sandbox, processes = self._node.memory(_checked_id(request.sandbox_id))
+        return memory_message(processes, sandbox.memory_mib)
+
+    def _snapshot_message(self, record: SnapshotRecord) -> node_pb2.Snapshot:
+        return snapshot_message(record, self._node.snapshots.manifest(record.snapshot_id))
 
     @answering
     def ReadMetrics(self, request: node_pb2.ReadMetricsRequest) -> node_pb2.ReadMetricsResponse:
@@ -145,7 +228,7 @@ class Door(node_pb2_grpc.NodeServicer):
         return node_pb2.NodeInfoResponse(
             containerd_version=self._node.containerd.version(),
             slot_count=self._node.slots.slot_count,
-            slots_free=self._node.slots.free_count,
+            slots_free=self._node.slots.free_count + self._node.pool.count,
         )
 
     def _message(self, sandbox: Sandbox) -> node_pb2.Sandbox:
@@ -163,6 +246,9 @@ class Door(node_pb2_grpc.NodeServicer):
             allow_out=sandbox.egress.allow_out,
             deny_out=sandbox.egress.deny_out,
             volume_mounts=[node_pb2.VolumeMount(**vars(row)) for row in sandbox.volume_mounts],
+            state=sandbox.state,
+            pause_on_timeout=sandbox.pause_on_timeout,
+            auto_resume=sandbox.auto_resume,
         )
 
 
@@ -172,6 +258,8 @@ def _sample_message(sample: MetricSample) -> node_pb2.MetricSample:
 
 def checked_request(request: node_pb2.CreateSandboxRequest) -> SandboxRequest:
     """The request as the node takes it; raises CallerError for a value out of bounds."""
+    if request.snapshot_id:
+        _checked_snapshot_id(request.snapshot_id)
     if not 1 <= request.vcpus <= MAX_VCPUS:
         raise CallerError(f"vcpus is {request.vcpus}; a sandbox has 1 to {MAX_VCPUS}")
     if request.memory_mib not in MEMORY_MIB:
@@ -202,6 +290,9 @@ def checked_request(request: node_pb2.CreateSandboxRequest) -> SandboxRequest:
         start_command=request.start_command,
         ready_command=request.ready_command,
         volume_mounts=_checked_mounts(request),
+        pause_on_timeout=request.pause_on_timeout,
+        auto_resume=request.auto_resume,
+        snapshot_id=request.snapshot_id,
     )
 
 
@@ -232,6 +323,14 @@ def _checked_volume_id(volume_id: str) -> str:
     if not VOLUME_ID.fullmatch(volume_id):
         raise CallerError(f"{volume_id[:40]!r} is no volume id; one is v and 19 of a-z0-9")
     return volume_id
+
+
+def _checked_snapshot_id(snapshot_id: str) -> str:
+    if not CLIENTS_ID.fullmatch(snapshot_id):
+        raise CallerError(
+            f"{snapshot_id[:40]!r} is no snapshot id; one is snap- or undo- and 20 of a-z0-9"
+        )
+    return snapshot_id
 
 
 def _checked_id(sandbox_id: str) -> str:

@@ -120,8 +120,8 @@ class MetricSampler:
         self, sandbox_ids: Sequence[str], *, start_unix_ms: int, end_unix_ms: int, newest_only: bool
     ) -> dict[str, Sequence[MetricSample]]:
         """The samples of those of `sandbox_ids` that run."""
-        running = {sandbox.sandbox_id for sandbox in self._running()}
-        histories = {name: self._history(name) for name in sandbox_ids if name in running}
+        running = {sandbox.sandbox_id: sandbox.container for sandbox in self._running()}
+        histories = {name: self._history(running[name]) for name in sandbox_ids if name in running}
         return {
             name: history.newest() if newest_only else history.between(start_unix_ms, end_unix_ms)
             for name, history in histories.items()
@@ -130,7 +130,7 @@ class MetricSampler:
     def ask_all(self) -> None:
         """One round: a sample of every sandbox that answers."""
         sandboxes = self._running()
-        ids = {sandbox.sandbox_id for sandbox in sandboxes}
+        ids = {sandbox.container for sandbox in sandboxes}
         with self._lock:
             self._histories = {key: row for key, row in self._histories.items() if key in ids}
         self._silent &= ids
@@ -146,24 +146,24 @@ class MetricSampler:
             body = fetch(
                 sandbox.address,
                 "/metrics",
-                access_token=sandbox_files.access_token(self._state_dir, sandbox.sandbox_id),
+                access_token=sandbox_files.access_token(self._state_dir, sandbox.container),
                 limit_bytes=ANSWER_BYTES,
                 timeout_s=ASK_TIMEOUT_S,
                 port=self._port,
             )
-            self._history(sandbox.sandbox_id).add(parse_envd_metrics(body, unix_ms_now()))
+            self._history(sandbox.container).add(parse_envd_metrics(body, unix_ms_now()))
         except FileNotFoundError:
             return  # the sandbox ended meanwhile, its folder with it
         except (VmcellError, OSError) as error:
-            if sandbox.sandbox_id not in self._silent:
-                self._silent.add(sandbox.sandbox_id)
+            if sandbox.container not in self._silent:
+                self._silent.add(sandbox.container)
                 log.warning("no metrics of sandbox %s: %s", sandbox.sandbox_id, error)
         else:
-            self._silent.discard(sandbox.sandbox_id)
+            self._silent.discard(sandbox.container)
 
-    def _history(self, sandbox_id: str) -> History:
+    def _history(self, container_id: str) -> History:
         with self._lock:
-            if sandbox_id not in self._histories:
-                path = sandbox_files.folder_of(self._state_dir, sandbox_id) / "metrics"
-                self._histories[sandbox_id] = History(path)
-            return self._histories[sandbox_id]
+            if container_id not in self._histories:
+                path = sandbox_files.folder_of(self._state_dir, container_id) / "metrics"
+                self._histories[container_id] = History(path)
+            return self._histories[container_id]

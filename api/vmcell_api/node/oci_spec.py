@@ -51,6 +51,8 @@ class SandboxMachine:
     file_mounts: tuple[tuple[str, str], ...] = ()
     init: str = ENVD
     volume_mounts: tuple[tuple[str, str], ...] = ()
+    snapshot_id: str = ""
+    hostname: str = ""  # "": the sandbox's id
 
 
 def machine_annotations(machine: SandboxMachine) -> dict[str, str]:
@@ -64,6 +66,8 @@ def machine_annotations(machine: SandboxMachine) -> dict[str, str]:
         "net.address": f"{machine.address}/31",
         "net.gateway": machine.gateway,
     }
+    if machine.snapshot_id:
+        values["snapshot"] = machine.snapshot_id
     return {ANNOTATION_PREFIX + name: value for name, value in values.items()}
 
 
@@ -85,7 +89,7 @@ def build_spec(machine: SandboxMachine) -> bytes:
             "noNewPrivileges": False,
         },
         "root": {"path": "rootfs", "readonly": False},
-        "hostname": machine.sandbox_id,
+        "hostname": machine.hostname or machine.sandbox_id,
         "mounts": [*_kernel_mounts(), *_file_mounts(machine), *_volume_mounts(machine)],
         "annotations": machine_annotations(machine),
         "linux": {

@@ -1,7 +1,16 @@
 """A sandbox as noded knows it, and the same thing as labels on its container.
 
-The labels are the only record: noded that starts anew reads them back. `state` says how far a
-create came; everything but `running` is removed at the next start.
+The labels are the only record: noded that starts anew reads them back. `state` says how far the
+sandbox came:
+
+    creating   removed at the next start
+    running    there is a task; nothing else is lost when it is gone
+    pausing    being saved: noded that starts anew lets it run on
+    parked     nobody's yet; removed at the next start
+    paused     `snapshot-id` is all there is of it, a task that is still there is ended
+
+A rollback makes a second container for the same sandbox, of the next `generation`; once that one is
+`running`, the first is removed.
 """
 
 from __future__ import annotations
@@ -23,12 +32,24 @@ INTERNET_LABEL = PREFIX + "internet"
 ALLOW_LABEL = PREFIX + "allow-out"
 DENY_LABEL = PREFIX + "deny-out"
 VOLUME_LABEL = PREFIX + "volume-"
-CREATING, RUNNING = "creating", "running"
+TIMEOUT_LABEL = PREFIX + "timeout-ms"
+SNAPSHOT_LABEL = PREFIX + "snapshot-id"
+SLOT_LABEL = PREFIX + "slot"
+ADDRESS_LABEL = PREFIX + "address"
+GENERATION_LABEL = PREFIX + "generation"
+ON_TIMEOUT_LABEL = PREFIX + "on-timeout"
+ON_REQUEST_LABEL = PREFIX + "on-request"
+CREATING, RUNNING, PAUSING, PAUSED = "creating", "running", "pausing", "paused"
+PARKED = "parked"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sandbox:
-    """Times are unix milliseconds; `slot_number` is that of the network slot."""
+    """Times are unix milliseconds; `slot_number` is that of the network slot it has or had.
+
+    `container` is containerd's id of it; `snapshot_id` what a paused one is resumed by.
+    `timeout_ms` is what it was given at first, and again when a request resumes it.
+    """
 
     sandbox_id: str
     template_id: str
@@ -41,6 +62,23 @@ class Sandbox:
     started_at_unix_ms: int = 0
     end_at_unix_ms: int = 0
     volume_mounts: tuple[VolumeMount, ...] = ()
+    container_id: str = ""  # "": as the sandbox
+    generation: int = 0
+    state: str = RUNNING
+    snapshot_id: str = ""
+    timeout_ms: int = 0
+    pause_on_timeout: bool = False
+    auto_resume: bool = False
+
+    @property
+    def container(self) -> str:
+        """The id of its container."""
+        return self.container_id or self.sandbox_id
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests reach it."""
+        return self.state == RUNNING
 
     def labels(self, state: str) -> dict[str, str]:
         """What `from_labels` reads back; containerd allows 4096 bytes for a key and its value."""
@@ -50,11 +88,16 @@ class Sandbox:
             PREFIX + "template": self.template_id,
             PREFIX + "vcpus": str(self.vcpus),
             PREFIX + "memory-mib": str(self.memory_mib),
-            PREFIX + "slot": str(self.slot_number),
+            SLOT_LABEL: str(self.slot_number),
             **egress_labels(self.egress),
-            PREFIX + "address": self.address,
+            ADDRESS_LABEL: self.address,
             STARTED_LABEL: str(self.started_at_unix_ms),
             END_LABEL: str(self.end_at_unix_ms),
+            GENERATION_LABEL: str(self.generation),
+            SNAPSHOT_LABEL: self.snapshot_id,
+            TIMEOUT_LABEL: str(self.timeout_ms),
+            ON_TIMEOUT_LABEL: "pause" if self.pause_on_timeout else "kill",
+            ON_REQUEST_LABEL: "resume" if self.auto_resume else "refuse",
             **{
                 f"{VOLUME_LABEL}{number}": f"{mount.volume_id} {mount.name} {mount.path}"
                 for number, mount in enumerate(self.volume_mounts)
@@ -64,6 +107,10 @@ class Sandbox:
     def reaching(self, egress: Egress) -> Sandbox:
         """The same sandbox with other rules."""
         return replace(self, egress=egress)
+
+    def in_state(self, state: str, *, snapshot_id: str = "") -> Sandbox:
+        """The same sandbox in another state."""
+        return replace(self, state=state, snapshot_id=snapshot_id)
 
     def ending_at(self, end_at_unix_ms: int) -> Sandbox:
         """The same sandbox with another deadline."""
@@ -88,8 +135,11 @@ def _egress(labels: dict[str, str]) -> Egress:
     )
 
 
-def from_labels(labels: dict[str, str], image: str) -> Sandbox:
-    """The sandbox that `labels` describe; raises HostError when noded did not write them."""
+def from_labels(labels: dict[str, str], image: str, container_id: str = "") -> Sandbox:
+    """The sandbox that `labels` describe; raises HostError when noded did not write them.
+
+    An earlier version wrote fewer of them.
+    """
     try:
         return Sandbox(
             sandbox_id=labels[SANDBOX_LABEL],
@@ -97,12 +147,19 @@ def from_labels(labels: dict[str, str], image: str) -> Sandbox:
             image=image,
             vcpus=int(labels[PREFIX + "vcpus"]),
             memory_mib=int(labels[PREFIX + "memory-mib"]),
-            slot_number=int(labels[PREFIX + "slot"]),
+            slot_number=int(labels[SLOT_LABEL]),
             egress=_egress(labels),
-            address=labels[PREFIX + "address"],
+            address=labels[ADDRESS_LABEL],
             started_at_unix_ms=int(labels[STARTED_LABEL]),
             end_at_unix_ms=int(labels[END_LABEL]),
             volume_mounts=tuple(_volume_mounts(labels)),
+            container_id="" if container_id == labels[SANDBOX_LABEL] else container_id,
+            generation=int(labels.get(GENERATION_LABEL, "0")),
+            state=labels[STATE_LABEL],
+            snapshot_id=labels.get(SNAPSHOT_LABEL, ""),
+            timeout_ms=int(labels.get(TIMEOUT_LABEL, "0")),
+            pause_on_timeout=labels.get(ON_TIMEOUT_LABEL) == "pause",
+            auto_resume=labels.get(ON_REQUEST_LABEL) == "resume",
         )
     except (KeyError, ValueError) as error:
         raise HostError(f"container labels {labels} are not noded's: {error}") from error

@@ -22,37 +22,53 @@ def tear_down(
     slots: SlotPool,
     state_dir: str,
     *,
-    sandbox_id: str,
+    container_id: str,
     slot_number: int | None,
 ) -> None:
     """Kills and removes in the order that containerd wants: task, container, snapshot, the rest.
 
     Raises HostError or CallerError at the first step that fails; what was removed stays removed.
     """
-    _end_task(containerd, sandbox_id)
+    _end_task(containerd, container_id)
     if slot_number is not None:
         slots.cut(slot_number)  # clients' streams end now, not when all the rest is gone
-    containerd.delete_task(sandbox_id)
-    containerd.delete_container(sandbox_id)
-    containerd.remove_snapshot(sandbox_id)
-    containerd.delete_lease(LEASE_PREFIX + sandbox_id)
-    sandbox_files.remove(state_dir, sandbox_id)
+    containerd.delete_task(container_id)
+    containerd.delete_container(container_id)
+    containerd.remove_snapshot(container_id)
+    containerd.delete_lease(LEASE_PREFIX + container_id)
+    sandbox_files.remove(state_dir, container_id)
     if slot_number is not None:
         slots.release(slot_number)
 
 
-def _end_task(containerd: Containerd, sandbox_id: str) -> None:
+def end_machine(
+    containerd: Containerd, slots: SlotPool, *, container_id: str, slot_number: int | None
+) -> None:
+    """Kills and removes the task alone, and frees its slot; the container stays.
+
+    Raises HostError or CallerError at the first step that fails.
+    """
+    _end_task(containerd, container_id)
+    if slot_number is not None:
+        slots.cut(slot_number)
+    containerd.delete_task(container_id)
+    if slot_number is not None:
+        slots.release(slot_number)
+
+
+def _end_task(containerd: Containerd, container_id: str) -> None:
     """Kills the task and waits for its end."""
-    ended = containerd.wait_task(sandbox_id)
+    ended = containerd.wait_task(container_id)
     try:
-        containerd.kill_task(sandbox_id)
+        containerd.kill_task(container_id)
         ended.result(timeout=END_TIMEOUT_S)
     except grpc.FutureTimeoutError as error:
         raise HostError(
-            f"the task of sandbox {sandbox_id} did not end within {END_TIMEOUT_S:.0f} s of SIGKILL"
+            f"the task of sandbox {container_id} did not end within {END_TIMEOUT_S:.0f} s of "
+            "SIGKILL"
         ) from error
     except grpc.RpcError as error:
         if error.code() is not grpc.StatusCode.NOT_FOUND:
-            raise translate(error, f"waiting for the end of sandbox {sandbox_id}") from error
+            raise translate(error, f"waiting for the end of sandbox {container_id}") from error
     finally:
         ended.cancel()

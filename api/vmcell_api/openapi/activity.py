@@ -81,7 +81,7 @@ OPERATIONS = (
         summary="What the sandbox's envd logged from `start` on, as the CLI asks.",
         query={"start": _UNIX_MS, "limit": _LIMIT},
         answers={200: ref("SandboxLogs")},
-        errors=(404, 502, 504),
+        errors=(404, 409, 502, 504),
     ),
     Operation(
         method="GET",
@@ -95,6 +95,6 @@ OPERATIONS = (
             "search": {"type": "string", "maxLength": MAX_SEARCH_LENGTH},
         },
         answers={200: ref("SandboxLogsV2")},
-        errors=(404, 502, 504),
+        errors=(404, 409, 502, 504),
     ),
 )

@@ -115,17 +115,6 @@ def _create(path: str, body: str) -> Operation:
     )
 
 
-def _connect(path: str) -> Operation:
-    return Operation(
-        method="POST",
-        path=path,
-        summary="Answers the sandbox and extends its time, never shortens it.",
-        body=record({}, {"timeout": between(0, NO_END_S)}),
-        answers={200: ref("Sandbox"), 201: ref("Sandbox")},
-        errors=(404, 409, 413, 504),
-    )
-
-
 OPERATIONS = (
     _create("/sandboxes", "NewSandbox"),
     _create("/v2/sandboxes", "NewSandboxV2"),
@@ -164,11 +153,11 @@ OPERATIONS = (
     Operation(
         method="POST",
         path="/sandboxes/{sandbox_id}/timeout",
-        summary="Sets the time that is left; 0 ends the sandbox.",
+        summary="Sets the time that is left; 0 ends or pauses the sandbox at once.",
         body=record({"timeout": between(0, NO_END_S)}),
         body_required=True,
         answers={204: None},
-        errors=(404, 413, 504),
+        errors=(404, 409, 413, 504),
     ),
     Operation(
         method="POST",
@@ -176,7 +165,7 @@ OPERATIONS = (
         summary="Extends the time, as SDKs 1.x do.",
         body=record({}, {"duration": between(0, MAX_REFRESH_S)}),
         answers={204: None},
-        errors=(404, 413, 504),
+        errors=(404, 409, 413, 504),
     ),
     Operation(
         method="PUT",
@@ -184,8 +173,6 @@ OPERATIONS = (
         summary="Replaces what the sandbox may reach; what is left out is open again.",
         body=ref("SandboxNetworkUpdate"),
         answers={204: None},
-        errors=(404, 413, 504),
+        errors=(404, 409, 413, 504),
     ),
-    _connect("/sandboxes/{sandbox_id}/connect"),
-    _connect("/v2/sandboxes/{sandbox_id}/connect"),
 )

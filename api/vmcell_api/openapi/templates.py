@@ -118,9 +118,9 @@ OPERATIONS = (
     Operation(
         method="DELETE",
         path="/templates/{template_id}",
-        summary="Deletes a template; its builds that run are cancelled.",
+        summary="Deletes a template or a snapshot; builds that run are cancelled.",
         answers={204: None},
-        errors=(404, 504),
+        errors=(404, 409, 504),
     ),
     Operation(
         method="GET",

@@ -12,4 +12,5 @@ teams            tenants and their limits, for the operator
 api_keys         keys: whose they are, what they may do, until when
 audit            what was done, kept within bounds
 volume_records   the same for volumes
+snapshot_rows    the same for snapshots
 """

@@ -18,7 +18,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 # The newest revision in `migrations`; a test compares.
-SCHEMA_VERSION = "0007"
+SCHEMA_VERSION = "0008"
 
 
 class Base(DeclarativeBase):
@@ -129,5 +129,22 @@ class VolumeRow(Base):
     id: Mapped[str] = mapped_column(String(20), primary_key=True)
     team_id: Mapped[str] = mapped_column(ForeignKey("teams.id"))
     name: Mapped[str] = mapped_column(String(128))
+    made: Mapped[bool] = mapped_column(Boolean)
+    created_at_unix_ms: Mapped[int] = mapped_column(BigInteger)
+
+
+class SnapshotRow(Base):
+    """A team's snapshot on the node; `made`: the node has it. `name` "" is none."""
+
+    __tablename__ = "snapshots"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    team_id: Mapped[str] = mapped_column(ForeignKey("teams.id"), index=True)
+    sandbox_id: Mapped[str] = mapped_column(String(20))
+    template_id: Mapped[str] = mapped_column(String(512))
+    name: Mapped[str] = mapped_column(String(260))
+    vcpus: Mapped[int]
+    memory_mib: Mapped[int]
+    secured: Mapped[bool] = mapped_column(Boolean)
     made: Mapped[bool] = mapped_column(Boolean)
     created_at_unix_ms: Mapped[int] = mapped_column(BigInteger)

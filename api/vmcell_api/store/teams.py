@@ -108,8 +108,8 @@ class Teams:
             except sa.exc.IntegrityError as error:
                 session.rollback()
                 raise CallerError(
-                    "the team still owns something in the store (sandboxes, templates or "
-                    "volumes); remove that first",
+                    "the team still owns something in the store (sandboxes, templates, "
+                    "volumes or snapshots); remove that first",
                     code="failed_precondition",
                 ) from error
 

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class CreateSandboxRequest(_message.Message):
-    __slots__ = ("sandbox_id", "template_id", "image", "vcpus", "memory_mib", "timeout_ms", "environment", "access_token", "default_user", "allow_internet", "allow_out", "deny_out", "default_workdir", "start_command", "ready_command", "volume_mounts")
+    __slots__ = ("sandbox_id", "template_id", "image", "vcpus", "memory_mib", "timeout_ms", "environment", "access_token", "default_user", "allow_internet", "allow_out", "deny_out", "default_workdir", "start_command", "ready_command", "volume_mounts", "snapshot_id", "pause_on_timeout", "auto_resume")
     class EnvironmentEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,9 @@ class CreateSandboxRequest(_message.Message):
     START_COMMAND_FIELD_NUMBER: _ClassVar[int]
     READY_COMMAND_FIELD_NUMBER: _ClassVar[int]
     VOLUME_MOUNTS_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_ID_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_ON_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    AUTO_RESUME_FIELD_NUMBER: _ClassVar[int]
     sandbox_id: str
     template_id: str
     image: str
@@ -47,7 +50,10 @@ class CreateSandboxRequest(_message.Message):
     start_command: str
     ready_command: str
     volume_mounts: _containers.RepeatedCompositeFieldContainer[VolumeMount]
-    def __init__(self, sandbox_id: _Optional[str] = ..., template_id: _Optional[str] = ..., image: _Optional[str] = ..., vcpus: _Optional[int] = ..., memory_mib: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., environment: _Optional[_Mapping[str, str]] = ..., access_token: _Optional[str] = ..., default_user: _Optional[str] = ..., allow_internet: _Optional[bool] = ..., allow_out: _Optional[_Iterable[str]] = ..., deny_out: _Optional[_Iterable[str]] = ..., default_workdir: _Optional[str] = ..., start_command: _Optional[str] = ..., ready_command: _Optional[str] = ..., volume_mounts: _Optional[_Iterable[_Union[VolumeMount, _Mapping]]] = ...) -> None: ...
+    snapshot_id: str
+    pause_on_timeout: bool
+    auto_resume: bool
+    def __init__(self, sandbox_id: _Optional[str] = ..., template_id: _Optional[str] = ..., image: _Optional[str] = ..., vcpus: _Optional[int] = ..., memory_mib: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., environment: _Optional[_Mapping[str, str]] = ..., access_token: _Optional[str] = ..., default_user: _Optional[str] = ..., allow_internet: _Optional[bool] = ..., allow_out: _Optional[_Iterable[str]] = ..., deny_out: _Optional[_Iterable[str]] = ..., default_workdir: _Optional[str] = ..., start_command: _Optional[str] = ..., ready_command: _Optional[str] = ..., volume_mounts: _Optional[_Iterable[_Union[VolumeMount, _Mapping]]] = ..., snapshot_id: _Optional[str] = ..., pause_on_timeout: _Optional[bool] = ..., auto_resume: _Optional[bool] = ...) -> None: ...
 
 class SandboxRef(_message.Message):
     __slots__ = ("sandbox_id",)
@@ -56,7 +62,7 @@ class SandboxRef(_message.Message):
     def __init__(self, sandbox_id: _Optional[str] = ...) -> None: ...
 
 class Sandbox(_message.Message):
-    __slots__ = ("sandbox_id", "template_id", "image", "vcpus", "memory_mib", "disk_mib", "started_at_unix_ms", "end_at_unix_ms", "address", "allow_internet", "allow_out", "deny_out", "volume_mounts")
+    __slots__ = ("sandbox_id", "template_id", "image", "vcpus", "memory_mib", "disk_mib", "started_at_unix_ms", "end_at_unix_ms", "address", "allow_internet", "allow_out", "deny_out", "volume_mounts", "state", "pause_on_timeout", "auto_resume")
     SANDBOX_ID_FIELD_NUMBER: _ClassVar[int]
     TEMPLATE_ID_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +76,9 @@ class Sandbox(_message.Message):
     ALLOW_OUT_FIELD_NUMBER: _ClassVar[int]
     DENY_OUT_FIELD_NUMBER: _ClassVar[int]
     VOLUME_MOUNTS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_ON_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    AUTO_RESUME_FIELD_NUMBER: _ClassVar[int]
     sandbox_id: str
     template_id: str
     image: str
@@ -83,7 +92,10 @@ class Sandbox(_message.Message):
     allow_out: _containers.RepeatedScalarFieldContainer[str]
     deny_out: _containers.RepeatedScalarFieldContainer[str]
     volume_mounts: _containers.RepeatedCompositeFieldContainer[VolumeMount]
-    def __init__(self, sandbox_id: _Optional[str] = ..., template_id: _Optional[str] = ..., image: _Optional[str] = ..., vcpus: _Optional[int] = ..., memory_mib: _Optional[int] = ..., disk_mib: _Optional[int] = ..., started_at_unix_ms: _Optional[int] = ..., end_at_unix_ms: _Optional[int] = ..., address: _Optional[str] = ..., allow_internet: _Optional[bool] = ..., allow_out: _Optional[_Iterable[str]] = ..., deny_out: _Optional[_Iterable[str]] = ..., volume_mounts: _Optional[_Iterable[_Union[VolumeMount, _Mapping]]] = ...) -> None: ...
+    state: str
+    pause_on_timeout: bool
+    auto_resume: bool
+    def __init__(self, sandbox_id: _Optional[str] = ..., template_id: _Optional[str] = ..., image: _Optional[str] = ..., vcpus: _Optional[int] = ..., memory_mib: _Optional[int] = ..., disk_mib: _Optional[int] = ..., started_at_unix_ms: _Optional[int] = ..., end_at_unix_ms: _Optional[int] = ..., address: _Optional[str] = ..., allow_internet: _Optional[bool] = ..., allow_out: _Optional[_Iterable[str]] = ..., deny_out: _Optional[_Iterable[str]] = ..., volume_mounts: _Optional[_Iterable[_Union[VolumeMount, _Mapping]]] = ..., state: _Optional[str] = ..., pause_on_timeout: _Optional[bool] = ..., auto_resume: _Optional[bool] = ...) -> None: ...
 
 class KillSandboxResponse(_message.Message):
     __slots__ = ()
@@ -98,6 +110,152 @@ class ListSandboxesResponse(_message.Message):
     SANDBOXES_FIELD_NUMBER: _ClassVar[int]
     sandboxes: _containers.RepeatedCompositeFieldContainer[Sandbox]
     def __init__(self, sandboxes: _Optional[_Iterable[_Union[Sandbox, _Mapping]]] = ...) -> None: ...
+
+class ResumeSandboxRequest(_message.Message):
+    __slots__ = ("sandbox_id", "timeout_ms", "by_request")
+    SANDBOX_ID_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    BY_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    sandbox_id: str
+    timeout_ms: int
+    by_request: bool
+    def __init__(self, sandbox_id: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., by_request: _Optional[bool] = ...) -> None: ...
+
+class ResumeSandboxResponse(_message.Message):
+    __slots__ = ("sandbox", "resumed")
+    SANDBOX_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
+    sandbox: Sandbox
+    resumed: bool
+    def __init__(self, sandbox: _Optional[_Union[Sandbox, _Mapping]] = ..., resumed: _Optional[bool] = ...) -> None: ...
+
+class SnapshotRef(_message.Message):
+    __slots__ = ("snapshot_id",)
+    SNAPSHOT_ID_FIELD_NUMBER: _ClassVar[int]
+    snapshot_id: str
+    def __init__(self, snapshot_id: _Optional[str] = ...) -> None: ...
+
+class MakeSnapshotRequest(_message.Message):
+    __slots__ = ("sandbox_id", "snapshot_id", "life_ms")
+    SANDBOX_ID_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_ID_FIELD_NUMBER: _ClassVar[int]
+    LIFE_MS_FIELD_NUMBER: _ClassVar[int]
+    sandbox_id: str
+    snapshot_id: str
+    life_ms: int
+    def __init__(self, sandbox_id: _Optional[str] = ..., snapshot_id: _Optional[str] = ..., life_ms: _Optional[int] = ...) -> None: ...
+
+class Snapshot(_message.Message):
+    __slots__ = ("snapshot_id", "sandbox_id", "template_id", "vcpus", "memory_mib", "created_at_unix_ms", "expires_at_unix_ms", "parent", "secured", "bytes", "allocated_bytes", "files")
+    SNAPSHOT_ID_FIELD_NUMBER: _ClassVar[int]
+    SANDBOX_ID_FIELD_NUMBER: _ClassVar[int]
+    TEMPLATE_ID_FIELD_NUMBER: _ClassVar[int]
+    VCPUS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_MIB_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    SECURED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    ALLOCATED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    snapshot_id: str
+    sandbox_id: str
+    template_id: str
+    vcpus: int
+    memory_mib: int
+    created_at_unix_ms: int
+    expires_at_unix_ms: int
+    parent: str
+    secured: bool
+    bytes: int
+    allocated_bytes: int
+    files: _containers.RepeatedCompositeFieldContainer[SnapshotFile]
+    def __init__(self, snapshot_id: _Optional[str] = ..., sandbox_id: _Optional[str] = ..., template_id: _Optional[str] = ..., vcpus: _Optional[int] = ..., memory_mib: _Optional[int] = ..., created_at_unix_ms: _Optional[int] = ..., expires_at_unix_ms: _Optional[int] = ..., parent: _Optional[str] = ..., secured: _Optional[bool] = ..., bytes: _Optional[int] = ..., allocated_bytes: _Optional[int] = ..., files: _Optional[_Iterable[_Union[SnapshotFile, _Mapping]]] = ...) -> None: ...
+
+class SnapshotFile(_message.Message):
+    __slots__ = ("name", "bytes", "allocated_bytes", "digest")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    ALLOCATED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    bytes: int
+    allocated_bytes: int
+    digest: str
+    def __init__(self, name: _Optional[str] = ..., bytes: _Optional[int] = ..., allocated_bytes: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
+
+class ListSnapshotsRequest(_message.Message):
+    __slots__ = ("sandbox_id",)
+    SANDBOX_ID_FIELD_NUMBER: _ClassVar[int]
+    sandbox_id: str
+    def __init__(self, sandbox_id: _Optional[str] = ...) -> None: ...
+
+class ListSnapshotsResponse(_message.Message):
+    __slots__ = ("snapshots",)
+    SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
+    snapshots: _containers.RepeatedCompositeFieldContainer[Snapshot]
+    def __init__(self, snapshots: _Optional[_Iterable[_Union[Snapshot, _Mapping]]] = ...) -> None: ...
+
+class RemoveSnapshotResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RollbackRequest(_message.Message):
+    __slots__ = ("sandbox_id", "snapshot_id", "undo_life_ms")
+    SANDBOX_ID_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_ID_FIELD_NUMBER: _ClassVar[int]
+    UNDO_LIFE_MS_FIELD_NUMBER: _ClassVar[int]
+    sandbox_id: str
+    snapshot_id: str
+    undo_life_ms: int
+    def __init__(self, sandbox_id: _Optional[str] = ..., snapshot_id: _Optional[str] = ..., undo_life_ms: _Optional[int] = ...) -> None: ...
+
+class RollbackResponse(_message.Message):
+    __slots__ = ("sandbox", "undo")
+    SANDBOX_FIELD_NUMBER: _ClassVar[int]
+    UNDO_FIELD_NUMBER: _ClassVar[int]
+    sandbox: Sandbox
+    undo: Snapshot
+    def __init__(self, sandbox: _Optional[_Union[Sandbox, _Mapping]] = ..., undo: _Optional[_Union[Snapshot, _Mapping]] = ...) -> None: ...
+
+class MemoryUse(_message.Message):
+    __slots__ = ("processes", "guest_memory_bytes")
+    PROCESSES_FIELD_NUMBER: _ClassVar[int]
+    GUEST_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    processes: _containers.RepeatedCompositeFieldContainer[ProcessMemory]
+    guest_memory_bytes: int
+    def __init__(self, processes: _Optional[_Iterable[_Union[ProcessMemory, _Mapping]]] = ..., guest_memory_bytes: _Optional[int] = ...) -> None: ...
+
+class ProcessMemory(_message.Message):
+    __slots__ = ("name", "pid", "own", "guest_ram")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    OWN_FIELD_NUMBER: _ClassVar[int]
+    GUEST_RAM_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    pid: int
+    own: MemorySum
+    guest_ram: MemorySum
+    def __init__(self, name: _Optional[str] = ..., pid: _Optional[int] = ..., own: _Optional[_Union[MemorySum, _Mapping]] = ..., guest_ram: _Optional[_Union[MemorySum, _Mapping]] = ...) -> None: ...
+
+class MemorySum(_message.Message):
+    __slots__ = ("rss_bytes", "pss_bytes", "shared_clean_bytes", "shared_dirty_bytes", "private_clean_bytes", "private_dirty_bytes", "swap_bytes")
+    RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PSS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHARED_CLEAN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHARED_DIRTY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PRIVATE_CLEAN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PRIVATE_DIRTY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SWAP_BYTES_FIELD_NUMBER: _ClassVar[int]
+    rss_bytes: int
+    pss_bytes: int
+    shared_clean_bytes: int
+    shared_dirty_bytes: int
+    private_clean_bytes: int
+    private_dirty_bytes: int
+    swap_bytes: int
+    def __init__(self, rss_bytes: _Optional[int] = ..., pss_bytes: _Optional[int] = ..., shared_clean_bytes: _Optional[int] = ..., shared_dirty_bytes: _Optional[int] = ..., private_clean_bytes: _Optional[int] = ..., private_dirty_bytes: _Optional[int] = ..., swap_bytes: _Optional[int] = ...) -> None: ...
 
 class SetDeadlineRequest(_message.Message):
     __slots__ = ("sandbox_id", "timeout_ms", "only_extend")

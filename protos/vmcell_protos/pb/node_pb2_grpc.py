@@ -74,6 +74,41 @@ class NodeStub:
                 request_serializer=vmcell__protos_dot_pb_dot_node__pb2.NodeInfoRequest.SerializeToString,
                 response_deserializer=vmcell__protos_dot_pb_dot_node__pb2.NodeInfoResponse.FromString,
                 _registered_method=True)
+        self.PauseSandbox = channel.unary_unary(
+                '/vmcell.node.v1.Node/PauseSandbox',
+                request_serializer=vmcell__protos_dot_pb_dot_node__pb2.SandboxRef.SerializeToString,
+                response_deserializer=vmcell__protos_dot_pb_dot_node__pb2.Sandbox.FromString,
+                _registered_method=True)
+        self.ResumeSandbox = channel.unary_unary(
+                '/vmcell.node.v1.Node/ResumeSandbox',
+                request_serializer=vmcell__protos_dot_pb_dot_node__pb2.ResumeSandboxRequest.SerializeToString,
+                response_deserializer=vmcell__protos_dot_pb_dot_node__pb2.ResumeSandboxResponse.FromString,
+                _registered_method=True)
+        self.MakeSnapshot = channel.unary_unary(
+                '/vmcell.node.v1.Node/MakeSnapshot',
+                request_serializer=vmcell__protos_dot_pb_dot_node__pb2.MakeSnapshotRequest.SerializeToString,
+                response_deserializer=vmcell__protos_dot_pb_dot_node__pb2.Snapshot.FromString,
+                _registered_method=True)
+        self.ListSnapshots = channel.unary_unary(
+                '/vmcell.node.v1.Node/ListSnapshots',
+                request_serializer=vmcell__protos_dot_pb_dot_node__pb2.ListSnapshotsRequest.SerializeToString,
+                response_deserializer=vmcell__protos_dot_pb_dot_node__pb2.ListSnapshotsResponse.FromString,
+                _registered_method=True)
+        self.RemoveSnapshot = channel.unary_unary(
+                '/vmcell.node.v1.Node/RemoveSnapshot',
+                request_serializer=vmcell__protos_dot_pb_dot_node__pb2.SnapshotRef.SerializeToString,
+                response_deserializer=vmcell__protos_dot_pb_dot_node__pb2.RemoveSnapshotResponse.FromString,
+                _registered_method=True)
+        self.RollbackSandbox = channel.unary_unary(
+                '/vmcell.node.v1.Node/RollbackSandbox',
+                request_serializer=vmcell__protos_dot_pb_dot_node__pb2.RollbackRequest.SerializeToString,
+                response_deserializer=vmcell__protos_dot_pb_dot_node__pb2.RollbackResponse.FromString,
+                _registered_method=True)
+        self.ReadMemory = channel.unary_unary(
+                '/vmcell.node.v1.Node/ReadMemory',
+                request_serializer=vmcell__protos_dot_pb_dot_node__pb2.SandboxRef.SerializeToString,
+                response_deserializer=vmcell__protos_dot_pb_dot_node__pb2.MemoryUse.FromString,
+                _registered_method=True)
         self.MakeVolume = channel.unary_unary(
                 '/vmcell.node.v1.Node/MakeVolume',
                 request_serializer=vmcell__protos_dot_pb_dot_node__pb2.VolumeRef.SerializeToString,
@@ -140,6 +175,53 @@ class NodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PauseSandbox(self, request, context):
+        """Saves it and ends its machine; aborted when it is paused already, or a resume called the pause off.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeSandbox(self, request, context):
+        """A running one only gets its deadline extended. Of many calls at once one restores, all get the same.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MakeSnapshot(self, request, context):
+        """The sandbox goes on. already_exists for an id that was used.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSnapshots(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveSnapshot(self, request, context):
+        """not_found when there is none; aborted while a sandbox is being restored from it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackSandbox(self, request, context):
+        """Restores the snapshot beside the sandbox and swaps when it answers; what was before is an undo point.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadMemory(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def MakeVolume(self, request, context):
         """An empty directory for a volume; one that is there stays as it is.
         """
@@ -196,6 +278,41 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.NodeInfo,
                     request_deserializer=vmcell__protos_dot_pb_dot_node__pb2.NodeInfoRequest.FromString,
                     response_serializer=vmcell__protos_dot_pb_dot_node__pb2.NodeInfoResponse.SerializeToString,
+            ),
+            'PauseSandbox': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseSandbox,
+                    request_deserializer=vmcell__protos_dot_pb_dot_node__pb2.SandboxRef.FromString,
+                    response_serializer=vmcell__protos_dot_pb_dot_node__pb2.Sandbox.SerializeToString,
+            ),
+            'ResumeSandbox': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeSandbox,
+                    request_deserializer=vmcell__protos_dot_pb_dot_node__pb2.ResumeSandboxRequest.FromString,
+                    response_serializer=vmcell__protos_dot_pb_dot_node__pb2.ResumeSandboxResponse.SerializeToString,
+            ),
+            'MakeSnapshot': grpc.unary_unary_rpc_method_handler(
+                    servicer.MakeSnapshot,
+                    request_deserializer=vmcell__protos_dot_pb_dot_node__pb2.MakeSnapshotRequest.FromString,
+                    response_serializer=vmcell__protos_dot_pb_dot_node__pb2.Snapshot.SerializeToString,
+            ),
+            'ListSnapshots': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSnapshots,
+                    request_deserializer=vmcell__protos_dot_pb_dot_node__pb2.ListSnapshotsRequest.FromString,
+                    response_serializer=vmcell__protos_dot_pb_dot_node__pb2.ListSnapshotsResponse.SerializeToString,
+            ),
+            'RemoveSnapshot': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveSnapshot,
+                    request_deserializer=vmcell__protos_dot_pb_dot_node__pb2.SnapshotRef.FromString,
+                    response_serializer=vmcell__protos_dot_pb_dot_node__pb2.RemoveSnapshotResponse.SerializeToString,
+            ),
+            'RollbackSandbox': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackSandbox,
+                    request_deserializer=vmcell__protos_dot_pb_dot_node__pb2.RollbackRequest.FromString,
+                    response_serializer=vmcell__protos_dot_pb_dot_node__pb2.RollbackResponse.SerializeToString,
+            ),
+            'ReadMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadMemory,
+                    request_deserializer=vmcell__protos_dot_pb_dot_node__pb2.SandboxRef.FromString,
+                    response_serializer=vmcell__protos_dot_pb_dot_node__pb2.MemoryUse.SerializeToString,
             ),
             'MakeVolume': grpc.unary_unary_rpc_method_handler(
                     servicer.MakeVolume,
@@ -424,6 +541,195 @@ class Node:
             '/vmcell.node.v1.Node/NodeInfo',
             vmcell__protos_dot_pb_dot_node__pb2.NodeInfoRequest.SerializeToString,
             vmcell__protos_dot_pb_dot_node__pb2.NodeInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseSandbox(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmcell.node.v1.Node/PauseSandbox',
+            vmcell__protos_dot_pb_dot_node__pb2.SandboxRef.SerializeToString,
+            vmcell__protos_dot_pb_dot_node__pb2.Sandbox.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeSandbox(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmcell.node.v1.Node/ResumeSandbox',
+            vmcell__protos_dot_pb_dot_node__pb2.ResumeSandboxRequest.SerializeToString,
+            vmcell__protos_dot_pb_dot_node__pb2.ResumeSandboxResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MakeSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmcell.node.v1.Node/MakeSnapshot',
+            vmcell__protos_dot_pb_dot_node__pb2.MakeSnapshotRequest.SerializeToString,
+            vmcell__protos_dot_pb_dot_node__pb2.Snapshot.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSnapshots(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmcell.node.v1.Node/ListSnapshots',
+            vmcell__protos_dot_pb_dot_node__pb2.ListSnapshotsRequest.SerializeToString,
+            vmcell__protos_dot_pb_dot_node__pb2.ListSnapshotsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmcell.node.v1.Node/RemoveSnapshot',
+            vmcell__protos_dot_pb_dot_node__pb2.SnapshotRef.SerializeToString,
+            vmcell__protos_dot_pb_dot_node__pb2.RemoveSnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackSandbox(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmcell.node.v1.Node/RollbackSandbox',
+            vmcell__protos_dot_pb_dot_node__pb2.RollbackRequest.SerializeToString,
+            vmcell__protos_dot_pb_dot_node__pb2.RollbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmcell.node.v1.Node/ReadMemory',
+            vmcell__protos_dot_pb_dot_node__pb2.SandboxRef.SerializeToString,
+            vmcell__protos_dot_pb_dot_node__pb2.MemoryUse.FromString,
             options,
             channel_credentials,
             insecure,

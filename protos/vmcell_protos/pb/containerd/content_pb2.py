@@ -26,7 +26,7 @@ from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)vmcell_protos/pb/containerd/content.proto\x12%vmcell.containerd.services.content.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"B\n\x12ReadContentRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04size\x18\x03 \x01(\x03\"3\n\x13ReadContentResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\xac\x02\n\x13WriteContentRequest\x12\x42\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x32.vmcell.containerd.services.content.v1.WriteAction\x12\x0b\n\x03ref\x18\x02 \x01(\t\x12\r\n\x05total\x18\x03 \x01(\x03\x12\x10\n\x08\x65xpected\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x06 \x01(\x0c\x12V\n\x06labels\x18\x07 \x03(\x0b\x32\x46.vmcell.containerd.services.content.v1.WriteContentRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xe9\x01\n\x14WriteContentResponse\x12\x42\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x32.vmcell.containerd.services.content.v1.WriteAction\x12.\n\nstarted_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nupdated_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\r\n\x05total\x18\x05 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\"\x1b\n\x0c\x41\x62ortRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t*.\n\x0bWriteAction\x12\x08\n\x04STAT\x10\x00\x12\t\n\x05WRITE\x10\x01\x12\n\n\x06\x43OMMIT\x10\x02\x32\xe7\x02\n\x07\x43ontent\x12\x7f\n\x04Read\x12\x39.vmcell.containerd.services.content.v1.ReadContentRequest\x1a:.vmcell.containerd.services.content.v1.ReadContentResponse0\x01\x12\x84\x01\n\x05Write\x12:.vmcell.containerd.services.content.v1.WriteContentRequest\x1a;.vmcell.containerd.services.content.v1.WriteContentResponse(\x01\x30\x01\x12T\n\x05\x41\x62ort\x12\x33.vmcell.containerd.services.content.v1.AbortRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)vmcell_protos/pb/containerd/content.proto\x12%vmcell.containerd.services.content.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"B\n\x12ReadContentRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04size\x18\x03 \x01(\x03\"3\n\x13ReadContentResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\xac\x02\n\x13WriteContentRequest\x12\x42\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x32.vmcell.containerd.services.content.v1.WriteAction\x12\x0b\n\x03ref\x18\x02 \x01(\t\x12\r\n\x05total\x18\x03 \x01(\x03\x12\x10\n\x08\x65xpected\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x06 \x01(\x0c\x12V\n\x06labels\x18\x07 \x03(\x0b\x32\x46.vmcell.containerd.services.content.v1.WriteContentRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xe9\x01\n\x14WriteContentResponse\x12\x42\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x32.vmcell.containerd.services.content.v1.WriteAction\x12.\n\nstarted_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nupdated_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\r\n\x05total\x18\x05 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\"&\n\x14\x44\x65leteContentRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"\x1b\n\x0c\x41\x62ortRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t*.\n\x0bWriteAction\x12\x08\n\x04STAT\x10\x00\x12\t\n\x05WRITE\x10\x01\x12\n\n\x06\x43OMMIT\x10\x02\x32\xc6\x03\n\x07\x43ontent\x12\x7f\n\x04Read\x12\x39.vmcell.containerd.services.content.v1.ReadContentRequest\x1a:.vmcell.containerd.services.content.v1.ReadContentResponse0\x01\x12\x84\x01\n\x05Write\x12:.vmcell.containerd.services.content.v1.WriteContentRequest\x1a;.vmcell.containerd.services.content.v1.WriteContentResponse(\x01\x30\x01\x12]\n\x06\x44\x65lete\x12;.vmcell.containerd.services.content.v1.DeleteContentRequest\x1a\x16.google.protobuf.Empty\x12T\n\x05\x41\x62ort\x12\x33.vmcell.containerd.services.content.v1.AbortRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WRITECONTENTREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_WRITECONTENTREQUEST_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_WRITEACTION']._serialized_start=835
-  _globals['_WRITEACTION']._serialized_end=881
+  _globals['_WRITEACTION']._serialized_start=875
+  _globals['_WRITEACTION']._serialized_end=921
   _globals['_READCONTENTREQUEST']._serialized_start=146
   _globals['_READCONTENTREQUEST']._serialized_end=212
   _globals['_READCONTENTRESPONSE']._serialized_start=214
@@ -47,8 +47,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WRITECONTENTREQUEST_LABELSENTRY']._serialized_end=568
   _globals['_WRITECONTENTRESPONSE']._serialized_start=571
   _globals['_WRITECONTENTRESPONSE']._serialized_end=804
-  _globals['_ABORTREQUEST']._serialized_start=806
-  _globals['_ABORTREQUEST']._serialized_end=833
-  _globals['_CONTENT']._serialized_start=884
-  _globals['_CONTENT']._serialized_end=1243
+  _globals['_DELETECONTENTREQUEST']._serialized_start=806
+  _globals['_DELETECONTENTREQUEST']._serialized_end=844
+  _globals['_ABORTREQUEST']._serialized_start=846
+  _globals['_ABORTREQUEST']._serialized_end=873
+  _globals['_CONTENT']._serialized_start=924
+  _globals['_CONTENT']._serialized_end=1378
 # @@protoc_insertion_point(module_scope)

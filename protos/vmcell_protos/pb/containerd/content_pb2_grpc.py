@@ -45,6 +45,11 @@ class ContentStub:
                 request_serializer=vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.WriteContentRequest.SerializeToString,
                 response_deserializer=vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.WriteContentResponse.FromString,
                 _registered_method=True)
+        self.Delete = channel.unary_unary(
+                '/containerd.services.content.v1.Content/Delete',
+                request_serializer=vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.DeleteContentRequest.SerializeToString,
+                response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/containerd.services.content.v1.Content/Abort',
                 request_serializer=vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.AbortRequest.SerializeToString,
@@ -62,6 +67,12 @@ class ContentServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Write(self, request_iterator, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Delete(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -85,6 +96,11 @@ def add_ContentServicer_to_server(servicer, server):
                     servicer.Write,
                     request_deserializer=vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.WriteContentRequest.FromString,
                     response_serializer=vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.WriteContentResponse.SerializeToString,
+            ),
+            'Delete': grpc.unary_unary_rpc_method_handler(
+                    servicer.Delete,
+                    request_deserializer=vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.DeleteContentRequest.FromString,
+                    response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
                     servicer.Abort,
@@ -146,6 +162,33 @@ class Content:
             '/containerd.services.content.v1.Content/Write',
             vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.WriteContentRequest.SerializeToString,
             vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.WriteContentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Delete(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/containerd.services.content.v1.Content/Delete',
+            vmcell__protos_dot_pb_dot_containerd_dot_content__pb2.DeleteContentRequest.SerializeToString,
+            google_dot_protobuf_dot_empty__pb2.Empty.FromString,
             options,
             channel_credentials,
             insecure,

@@ -26,7 +26,7 @@ from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(vmcell_protos/pb/containerd/leases.proto\x12$vmcell.containerd.services.leases.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xbb\x01\n\x05Lease\x12\n\n\x02id\x18\x01 \x01(\t\x12.\n\ncreated_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12G\n\x06labels\x18\x03 \x03(\x0b\x32\x37.vmcell.containerd.services.leases.v1.Lease.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x9b\x01\n\rCreateRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12O\n\x06labels\x18\x03 \x03(\x0b\x32?.vmcell.containerd.services.leases.v1.CreateRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"L\n\x0e\x43reateResponse\x12:\n\x05lease\x18\x01 \x01(\x0b\x32+.vmcell.containerd.services.leases.v1.Lease\")\n\rDeleteRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04sync\x18\x02 \x01(\x08\"\x1e\n\x0bListRequest\x12\x0f\n\x07\x66ilters\x18\x01 \x03(\t\"K\n\x0cListResponse\x12;\n\x06leases\x18\x01 \x03(\x0b\x32+.vmcell.containerd.services.leases.v1.Lease2\xc3\x02\n\x06Leases\x12s\n\x06\x43reate\x12\x33.vmcell.containerd.services.leases.v1.CreateRequest\x1a\x34.vmcell.containerd.services.leases.v1.CreateResponse\x12U\n\x06\x44\x65lete\x12\x33.vmcell.containerd.services.leases.v1.DeleteRequest\x1a\x16.google.protobuf.Empty\x12m\n\x04List\x12\x31.vmcell.containerd.services.leases.v1.ListRequest\x1a\x32.vmcell.containerd.services.leases.v1.ListResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(vmcell_protos/pb/containerd/leases.proto\x12$vmcell.containerd.services.leases.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xbb\x01\n\x05Lease\x12\n\n\x02id\x18\x01 \x01(\t\x12.\n\ncreated_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12G\n\x06labels\x18\x03 \x03(\x0b\x32\x37.vmcell.containerd.services.leases.v1.Lease.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x9b\x01\n\rCreateRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12O\n\x06labels\x18\x03 \x03(\x0b\x32?.vmcell.containerd.services.leases.v1.CreateRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"L\n\x0e\x43reateResponse\x12:\n\x05lease\x18\x01 \x01(\x0b\x32+.vmcell.containerd.services.leases.v1.Lease\")\n\rDeleteRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04sync\x18\x02 \x01(\x08\"$\n\x08Resource\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\"b\n\x12\x41\x64\x64ResourceRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12@\n\x08resource\x18\x02 \x01(\x0b\x32..vmcell.containerd.services.leases.v1.Resource\"\x1e\n\x0bListRequest\x12\x0f\n\x07\x66ilters\x18\x01 \x03(\t\"K\n\x0cListResponse\x12;\n\x06leases\x18\x01 \x03(\x0b\x32+.vmcell.containerd.services.leases.v1.Lease2\xa4\x03\n\x06Leases\x12s\n\x06\x43reate\x12\x33.vmcell.containerd.services.leases.v1.CreateRequest\x1a\x34.vmcell.containerd.services.leases.v1.CreateResponse\x12U\n\x06\x44\x65lete\x12\x33.vmcell.containerd.services.leases.v1.DeleteRequest\x1a\x16.google.protobuf.Empty\x12m\n\x04List\x12\x31.vmcell.containerd.services.leases.v1.ListRequest\x1a\x32.vmcell.containerd.services.leases.v1.ListResponse\x12_\n\x0b\x41\x64\x64Resource\x12\x38.vmcell.containerd.services.leases.v1.AddResourceRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -49,10 +49,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATERESPONSE']._serialized_end=568
   _globals['_DELETEREQUEST']._serialized_start=570
   _globals['_DELETEREQUEST']._serialized_end=611
-  _globals['_LISTREQUEST']._serialized_start=613
-  _globals['_LISTREQUEST']._serialized_end=643
-  _globals['_LISTRESPONSE']._serialized_start=645
-  _globals['_LISTRESPONSE']._serialized_end=720
-  _globals['_LEASES']._serialized_start=723
-  _globals['_LEASES']._serialized_end=1046
+  _globals['_RESOURCE']._serialized_start=613
+  _globals['_RESOURCE']._serialized_end=649
+  _globals['_ADDRESOURCEREQUEST']._serialized_start=651
+  _globals['_ADDRESOURCEREQUEST']._serialized_end=749
+  _globals['_LISTREQUEST']._serialized_start=751
+  _globals['_LISTREQUEST']._serialized_end=781
+  _globals['_LISTRESPONSE']._serialized_start=783
+  _globals['_LISTRESPONSE']._serialized_end=858
+  _globals['_LEASES']._serialized_start=861
+  _globals['_LEASES']._serialized_end=1281
 # @@protoc_insertion_point(module_scope)

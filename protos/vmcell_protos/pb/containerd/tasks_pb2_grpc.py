@@ -70,6 +70,21 @@ class TasksStub:
                 request_serializer=vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.WaitRequest.SerializeToString,
                 response_deserializer=vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.WaitResponse.FromString,
                 _registered_method=True)
+        self.Pause = channel.unary_unary(
+                '/containerd.services.tasks.v1.Tasks/Pause',
+                request_serializer=vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.PauseTaskRequest.SerializeToString,
+                response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+                _registered_method=True)
+        self.Resume = channel.unary_unary(
+                '/containerd.services.tasks.v1.Tasks/Resume',
+                request_serializer=vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.ResumeTaskRequest.SerializeToString,
+                response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+                _registered_method=True)
+        self.Checkpoint = channel.unary_unary(
+                '/containerd.services.tasks.v1.Tasks/Checkpoint',
+                request_serializer=vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.CheckpointTaskRequest.SerializeToString,
+                response_deserializer=vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.CheckpointTaskResponse.FromString,
+                _registered_method=True)
 
 
 class TasksServicer:
@@ -117,6 +132,24 @@ class TasksServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pause(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Checkpoint(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TasksServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -154,6 +187,21 @@ def add_TasksServicer_to_server(servicer, server):
                     servicer.Wait,
                     request_deserializer=vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.WaitRequest.FromString,
                     response_serializer=vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.WaitResponse.SerializeToString,
+            ),
+            'Pause': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pause,
+                    request_deserializer=vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.PauseTaskRequest.FromString,
+                    response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'Resume': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.ResumeTaskRequest.FromString,
+                    response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'Checkpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.Checkpoint,
+                    request_deserializer=vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.CheckpointTaskRequest.FromString,
+                    response_serializer=vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.CheckpointTaskResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -345,6 +393,87 @@ class Tasks:
             '/containerd.services.tasks.v1.Tasks/Wait',
             vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.WaitRequest.SerializeToString,
             vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.WaitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pause(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/containerd.services.tasks.v1.Tasks/Pause',
+            vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.PauseTaskRequest.SerializeToString,
+            google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/containerd.services.tasks.v1.Tasks/Resume',
+            vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.ResumeTaskRequest.SerializeToString,
+            google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Checkpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/containerd.services.tasks.v1.Tasks/Checkpoint',
+            vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.CheckpointTaskRequest.SerializeToString,
+            vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.CheckpointTaskResponse.FromString,
             options,
             channel_credentials,
             insecure,

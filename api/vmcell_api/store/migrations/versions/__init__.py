@@ -8,4 +8,5 @@ v0004_traffic_token     sandboxes whose ports are closed
 v0005_volumes           volumes
 v0006_create_keys       idempotency keys of creates
 v0007_code_interpreter  the template of the code interpreter
+v0008_snapshots         snapshots
 """
