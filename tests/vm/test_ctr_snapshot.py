@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(600), pytest.mark.usefixtures(
 # Each step is written with both clocks; the count itself is only in memory.
 PROGRAM = (
     "i=0; while :; do i=$((i+1)); "
-    "echo $i $(date +%s.%N) $(cut -d' ' -f1 /proc/uptime) >> /steps; sleep 0.2; done"
+    "echo $i $(date +%s) $(cut -d' ' -f1 /proc/uptime) >> /steps; sleep 0.2; done"
 )
 IDENTITY = "cat /proc/sys/kernel/random/boot_id /etc/machine-id; head -c 16 /dev/urandom | xxd -p"
 
@@ -65,12 +65,12 @@ def _check_clocks(
     dev_vm: DevVm, name: str, source: list[list[str]], clone: list[list[str]]
 ) -> None:
     """The wall clock is right; the monotonic one has not noticed how long the clone stood."""
-    before = float(dev_vm.check("date", "+%s.%N"))
-    inside = float(in_task(dev_vm, name, "date", "+%s.%N"))
-    after = float(dev_vm.check("date", "+%s.%N"))
-    assert before - 0.1 <= inside <= after + 0.1, name
+    before = int(dev_vm.check("date", "+%s"))
+    inside = int(in_task(dev_vm, name, "date", "+%s"))
+    assert before <= inside <= int(dev_vm.check("date", "+%s")), name
     first = next(at for at, row in enumerate(clone) if row != source[at])
     assert source[:first] == clone[:first], "up to the snapshot they are the same"
-    stood_s = float(clone[first][1]) - float(clone[first - 1][1])
+    stood_s = int(clone[first][1]) - int(clone[first - 1][1])
     passed_s = float(clone[first][2]) - float(clone[first - 1][2])
-    assert stood_s > 4.0 > passed_s >= 0, (name, stood_s, passed_s)
+    # What it has noticed is its own way back to life, on an emulated processor.
+    assert stood_s > 10 > passed_s >= 0, (name, stood_s, passed_s)
