@@ -403,11 +403,14 @@ class Container:
 
     def end_save(self, *, goes_on: bool, was_paused: bool) -> None:
         """State `saving` is over: it goes on, or stands still as if paused."""
-        settled = self.init.advance_unless_ended("saved" if goes_on else "saved_and_paused")
-        if settled and goes_on:
-            self._send_held()
-        elif settled and not was_paused:
+        if not self.init.advance_unless_ended("saved" if goes_on else "saved_and_paused"):
+            return
+        if goes_on and was_paused:
+            self._events.publish(TaskResumed(container_id=self.id))
+        elif not goes_on and not was_paused:
             self._events.publish(TaskPaused(container_id=self.id))
+        if goes_on:
+            self._send_held()
 
     def _ask_guest(self, method: str) -> None:
         self.guest.call(method, self._footprint.ref(), Empty, _FREEZE_ANSWER_S)
