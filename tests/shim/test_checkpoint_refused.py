@@ -137,8 +137,8 @@ UNFIT: list[tuple[Callable[[Shim, Shim], None], str, str]] = [
     (with_another_base_image, "another version of the base image", "failed_precondition"),
     (one_that_is_not_there, "s2 does not exist on this host", "failed_precondition"),
     (no_id, "is no snapshot's id", "invalid_argument"),
-    (an_empty_checkpoint, "manifest.json of snapshot of the checkpoint", "data_loss"),
-    (a_checkpoint_that_is_not_there, "manifest.json of snapshot of the", "data_loss"),
+    (an_empty_checkpoint, "manifest.json of snapshot in the checkpoint", "data_loss"),
+    (a_checkpoint_that_is_not_there, "manifest.json of snapshot in the", "data_loss"),
 ]
 
 
