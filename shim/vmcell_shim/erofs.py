@@ -26,9 +26,10 @@ _OPTIONS_LIMIT_BYTES = 4000
 _LOWERS_LIMIT = 500
 
 # Equal trees give equal images, to the byte: a guest that was saved goes on with an image that was
-# built on another node. -T is the time of the build alone because --preserve-mtime comes after it.
+# built on another node. Files keep their times up to that of the build, which is the last there is.
 _UUID = "76d63e11-6365-4c6c-8000-000000000001"
-_MKFS = ["mkfs.erofs", "--quiet", "-T0", "--preserve-mtime", f"-U{_UUID}", "-Enoinline_data"]
+_MKFS = ["mkfs.erofs", "--quiet", "--preserve-mtime", f"-U{_UUID}", "-Enoinline_data"]
+_BUILD_TIME = {"SOURCE_DATE_EPOCH": str((1 << 32) - 1)}
 # $1 where directories are named from, $2 overlay options, $3 mount point, $4 topmost layer, then
 # images up to "--", then mkfs and its options. mount(2), because the newer calls take 255 bytes of
 # an option. The merged root is a directory of our own above all: a layer's was changed last when it
@@ -97,7 +98,8 @@ def _overlay_options(names: list[str]) -> str:
 def _make_image(command: list[str], image: str, source: str) -> None:
     try:
         try:
-            code, output = run_program(command, timeout_s=BUILD_TIMEOUT_S)
+            environment = {**os.environ, **_BUILD_TIME}
+            code, output = run_program(command, timeout_s=BUILD_TIMEOUT_S, env=environment)
         except FileNotFoundError as error:
             raise HostError(f"cannot run {command[0]}: {error}; install erofs-utils") from error
         if code:
