@@ -7,6 +7,7 @@ when the guest is told to wake.
 from __future__ import annotations
 
 import json
+import os
 import time
 
 from vmcell_protos.agent import (
@@ -72,6 +73,13 @@ def check_interfaces(saved: OpenSnapshot, count: int) -> None:
             "it a network of as many",
             code="failed_precondition",
         )
+
+
+def own_cgroup(saved: OpenSnapshot, path: str, container_id: str) -> str:
+    """Where the container goes on whose spec names `path`. A checkpoint brings the spec of the
+    container that was saved along, whose cgroup is named like it; it may be in use still."""
+    parent, name = os.path.split(path)
+    return os.path.join(parent, container_id) if name == saved.manifest.container_id else path
 
 
 def adopt(
