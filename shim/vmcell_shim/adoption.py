@@ -7,7 +7,6 @@ when the guest is told to wake.
 from __future__ import annotations
 
 import json
-import os
 import time
 
 from vmcell_protos.agent import (
@@ -75,11 +74,14 @@ def check_interfaces(saved: OpenSnapshot, count: int) -> None:
         )
 
 
-def own_cgroup(saved: OpenSnapshot, path: str, container_id: str) -> str:
-    """Where the container goes on whose spec names `path`. A checkpoint brings the spec of the
-    container that was saved along, whose cgroup is named like it; it may be in use still."""
-    parent, name = os.path.split(path)
-    return os.path.join(parent, container_id) if name == saved.manifest.container_id else path
+def name_cgroup(spec: Json, container_id: str) -> None:
+    """A checkpoint brings the spec of the container that was saved along, whose cgroup is named
+    like that one and may be in use still; this one's is named like itself. CallerError."""
+    path = take(spec, "linux.cgroupsPath", str, "")
+    if path:
+        # "/parent/name", or systemd's "slice:prefix:name".
+        parent = path[: max(path.rfind("/"), path.rfind(":")) + 1]
+        spec["linux"]["cgroupsPath"] = parent + container_id
 
 
 def adopt(

@@ -36,7 +36,7 @@ from vmcell_protos.events import (
     TaskStart,
 )
 from vmcell_protos.wellknown import Empty
-from vmcell_shim.adoption import adopt, check_alike
+from vmcell_shim.adoption import adopt, check_alike, name_cgroup
 from vmcell_shim.client import ConnectionLost
 from vmcell_shim.events import timestamp
 from vmcell_shim.footprint import Footprint
@@ -167,6 +167,8 @@ class Container:
         return self.guest.pid
 
     def _make(self, spec: Json, deadline: float) -> None:
+        if self._request.checkpoint:
+            name_cgroup(spec, self.id)
         plan = self._plan(spec)
         saved = open_saved(plan.snapshot, self._request.checkpoint, self._config)
         try:

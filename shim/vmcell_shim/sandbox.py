@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from vmcell_protos.agent import Rootfs
 from vmcell_protos.errors import HostError, VmcellError
-from vmcell_shim.adoption import check_interfaces, own_cgroup
+from vmcell_shim.adoption import check_interfaces
 from vmcell_shim.cgroup import create_cgroup, remove_cgroup
 from vmcell_shim.cgroup_limits import host_limits, parse_cgroups_path
 from vmcell_shim.guest import Guest, Plugged
@@ -146,7 +146,7 @@ class Sandbox:
         verb = "booting" if saved is None else f"restoring snapshot {saved.id} as"
         self._journal.info(f"{verb} {self.id}: {size.vcpus} vCPUs, {size.memory_mib} MiB")
         self.memory_mib, self.vcpus = size.memory_mib, size.vcpus
-        self._make_cgroup(spec, saved)
+        self._make_cgroup(spec)
         nets = self.network.open(plan.network, spec, self.id, bundle)
         if saved is not None:
             check_interfaces(saved, len(nets))
@@ -169,11 +169,9 @@ class Sandbox:
             f"kernel booted in {hello.kernel_boot_ms} ms"
         )
 
-    def _make_cgroup(self, spec: Json, saved: OpenSnapshot | None) -> None:
+    def _make_cgroup(self, spec: Json) -> None:
         """The cgroup that the spec of the container or pod names, for all processes of the VM."""
         path = parse_cgroups_path(take(spec, "linux.cgroupsPath", str, ""))
-        if saved is not None:
-            path = own_cgroup(saved, path, self.id)
         if not path:
             return
         self.files.cgroup = path

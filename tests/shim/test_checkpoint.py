@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from snapshot_calls import (
 
 from vmcell_protos import task
 from vmcell_protos.errors import VmcellError
+from vmcell_shim.adoption import name_cgroup
 from vmcell_shim.snapshot_store import remove_snapshot
 
 AT = 40 << 20
@@ -280,6 +282,44 @@ def test_a_checkpoint_of_one_that_came_from_a_snapshot(shim: Shim, other: Shim) 
     restore(other, shim, "s1", checkpoint=directory, container_id="c3")
     other.start(container_id="c3")
     end(other, "c3")
+
+
+def test_what_containerd_has_laid_out_goes_with_the_create(shim: Shim, other: Shim) -> None:
+    """It makes a directory for each Create and forgets it; anybody else's stays."""
+    start(shim)
+    kept = made(shim, "image")
+    checkpoint(shim, path=kept)
+    end(shim)
+    for number in (1, 2):
+        laid_out = shim.directory / f"ctrd-checkpoint{number}"
+        shutil.copytree(kept, laid_out)
+        if number == 2:
+            (laid_out / "manifest.json").write_bytes(b"")
+            with refused("data_loss"):
+                restore(other, shim, "", checkpoint=laid_out)
+        else:
+            restore(other, shim, "", checkpoint=laid_out)
+            other.delete(container_id="c2")
+        assert not laid_out.exists()
+    restore(other, shim, "", checkpoint=kept)
+    other.delete(container_id="c2")
+    assert len(os.listdir(kept)) == 4
+
+
+CGROUPS = {
+    "": "",
+    "/default/c1": "/default/c2",
+    "c1": "c2",
+    "/a/b/c/": "/a/b/c/c2",
+    "system.slice:nerdctl:c1": "system.slice:nerdctl:c2",
+}
+
+
+@pytest.mark.parametrize("path", CGROUPS)
+def test_the_cgroup_is_named_like_the_container(path: str) -> None:
+    spec = {"linux": {"cgroupsPath": path}} if path else {}
+    name_cgroup(spec, "c2")
+    assert spec.get("linux", {}).get("cgroupsPath", "") == CGROUPS[path]
 
 
 @pytest.mark.parametrize("path", ["", "/nonexistent"])
