@@ -308,9 +308,9 @@ class Container:
                 ref = self._ref(process)
                 timeout_s = self._config.boot_timeout_s
                 self.guest.call("StartProcess", ref, StartProcessResponse, timeout_s)
-        except BaseException:
+        except BaseException as error:
             process.advance("start_failed")
-            if self.guest.ended.is_set():
+            if self.guest.ended.is_set() or isinstance(error, ConnectionLost):
                 self.vm_ended()
             elif not process.exec_id:
                 self._finish(process, NOT_STARTED_STATUS)

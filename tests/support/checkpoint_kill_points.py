@@ -19,7 +19,6 @@ BEFORE, AFTER = "before", "after"
 
 GUEST, DRAFT = "vmcell_shim.guest:Guest", "vmcell_shim.snapshot_store:SnapshotDraft"
 CHECKPOINT, SAVING = "vmcell_shim.checkpoint:Checkpoint", "vmcell_shim.saving:"
-STORE = "vmcell_shim.snapshot_store:"
 SAVED, CONTAINER = "vmcell_shim.saved_container:", "vmcell_shim.container:Container"
 FOOTPRINT = "vmcell_shim.footprint:Footprint"
 
@@ -49,7 +48,6 @@ SAVE_POINTS = {
 # The last of one that becomes a snapshot of this host, and of one that is exported.
 COMMIT_POINTS = {
     "to be committed": Point(owner=DRAFT, call="commit", when=BEFORE),
-    "renamed": Point(owner=STORE, call="_sync_directory"),
     "committed": Point(owner=DRAFT, call="commit"),
 }
 EXPORT_POINTS = {
