@@ -74,6 +74,16 @@ def check_interfaces(saved: OpenSnapshot, count: int) -> None:
         )
 
 
+def name_cgroup(spec: Json, container_id: str) -> None:
+    """A checkpoint brings the spec of the container that was saved along, whose cgroup is named
+    like that one and may be in use still; this one's is named like itself. CallerError."""
+    path = take(spec, "linux.cgroupsPath", str, "")
+    if path:
+        # "/parent/name", or systemd's "slice:prefix:name".
+        parent = path[: max(path.rfind("/"), path.rfind(":")) + 1]
+        spec["linux"]["cgroupsPath"] = parent + container_id
+
+
 def adopt(
     guest: Guest,
     saved: OpenSnapshot,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vmcell_shim.digests import Digests
     from vmcell_shim.snapshot_store import OpenSnapshot, SnapshotDraft
 
-_NAME = "of the checkpoint image"
+_NAME = "in the checkpoint image"
 _PACKED_SUFFIX = ".packed"
 _MANIFEST_LIMIT_BYTES = 1 << 20
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -93,6 +93,10 @@ def _unpack(directory: str, name: str, draft: SnapshotDraft, length: int) -> Non
         writer = draft.create(name)
         try:
             unpack(reader, writer, length)
+        except CallerError as error:
+            raise CallerError(
+                f"{name}{_PACKED_SUFFIX} of snapshot {_NAME}: {error}", code=error.code
+            ) from error
         finally:
             os.close(writer)
     finally:

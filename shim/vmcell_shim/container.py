@@ -36,7 +36,7 @@ from vmcell_protos.events import (
     TaskStart,
 )
 from vmcell_protos.wellknown import Empty
-from vmcell_shim.adoption import adopt, check_alike
+from vmcell_shim.adoption import adopt, check_alike, name_cgroup
 from vmcell_shim.client import ConnectionLost
 from vmcell_shim.events import timestamp
 from vmcell_shim.footprint import Footprint
@@ -167,6 +167,8 @@ class Container:
         return self.guest.pid
 
     def _make(self, spec: Json, deadline: float) -> None:
+        if self._request.checkpoint:
+            name_cgroup(spec, self.id)
         plan = self._plan(spec)
         saved = open_saved(plan.snapshot, self._request.checkpoint, self._config)
         try:
@@ -306,9 +308,9 @@ class Container:
                 ref = self._ref(process)
                 timeout_s = self._config.boot_timeout_s
                 self.guest.call("StartProcess", ref, StartProcessResponse, timeout_s)
-        except BaseException:
+        except BaseException as error:
             process.advance("start_failed")
-            if self.guest.ended.is_set():
+            if self.guest.ended.is_set() or isinstance(error, ConnectionLost):
                 self.vm_ended()
             elif not process.exec_id:
                 self._finish(process, NOT_STARTED_STATUS)
@@ -403,11 +405,14 @@ class Container:
 
     def end_save(self, *, goes_on: bool, was_paused: bool) -> None:
         """State `saving` is over: it goes on, or stands still as if paused."""
-        settled = self.init.advance_unless_ended("saved" if goes_on else "saved_and_paused")
-        if settled and goes_on:
-            self._send_held()
-        elif settled and not was_paused:
+        if not self.init.advance_unless_ended("saved" if goes_on else "saved_and_paused"):
+            return
+        if goes_on and was_paused:
+            self._events.publish(TaskResumed(container_id=self.id))
+        elif not goes_on and not was_paused:
             self._events.publish(TaskPaused(container_id=self.id))
+        if goes_on:
+            self._send_held()
 
     def _ask_guest(self, method: str) -> None:
         self.guest.call(method, self._footprint.ref(), Empty, _FREEZE_ANSWER_S)

@@ -25,18 +25,27 @@ BUILD_TIMEOUT_S = 1800
 _OPTIONS_LIMIT_BYTES = 4000
 _LOWERS_LIMIT = 500
 
-_MKFS = ["mkfs.erofs", "--quiet", "--preserve-mtime", "-Enoinline_data"]
-# $1 where directories are named from, $2 overlay options, $3 mount point, then images up to "--",
-# then mkfs and its options. mount(2), because the newer calls take 255 bytes of an option.
-_MERGE = """cd "$1"; options=$2; place=$3; shift 3
+# Equal trees give equal images, to the byte: a guest that was saved goes on with an image that was
+# built on another node. Files keep their times up to that of the build, which is the last there is.
+_UUID = "76d63e11-6365-4c6c-8000-000000000001"
+_MKFS = ["mkfs.erofs", "--quiet", "--preserve-mtime", f"-U{_UUID}", "-Enoinline_data"]
+_BUILD_TIME = {"SOURCE_DATE_EPOCH": str((1 << 32) - 1)}
+# $1 where directories are named from, $2 overlay options, $3 mount point, $4 topmost layer, then
+# images up to "--", then mkfs and its options. mount(2), because the newer calls take 255 bytes of
+# an option. The merged root is a directory of our own above all: a layer's was changed last when it
+# was unpacked, whatever the layer says.
+_MERGE = """cd "$1"; options=$2; place=$3; topmost=$4; shift 4
 export LIBMOUNT_FORCE_MOUNT2=always
 mount -t tmpfs -o mode=700 tmpfs "$place"
-mkdir "$place/merged" "$place/empty"
+mkdir "$place/merged" "$place/root"
 n=0
 while [ "$1" != -- ]; do
   mkdir "$place/$n"; mount -t erofs -o ro,loop "$1" "$place/$n"; n=$((n+1)); shift
 done
 shift
+chown --reference="$topmost" "$place/root"
+chmod --reference="$topmost" "$place/root"
+touch -d @0 "$place/root"
 mount -t overlay -o "$options" overlay "$place/merged"
 exec "$@" "$place/merged"
 """
@@ -57,10 +66,11 @@ def merged_image(layers: Sequence[Layer], image: str, mount_point: str) -> None:
             names.append(os.path.relpath(layer.path, common))
         else:
             names.append(f"{mount_point}/{images.index(layer.path)}")
-    # An empty bottom makes one layer an overlay too, so that whiteouts and overlay's own
-    # attributes vanish in every case.
-    options = _overlay_options([*names, f"{mount_point}/empty"])
-    script = ["sh", "-ec", _MERGE, "sh", common, options, mount_point, *images, "--", *_MKFS, image]
+    # With it one layer is an overlay too, so that whiteouts and overlay's own attributes vanish in
+    # every case.
+    options = _overlay_options([f"{mount_point}/root", *names])
+    script = ["sh", "-ec", _MERGE, "sh", common, options, mount_point, names[0]]
+    script += [*images, "--", *_MKFS, image]
     sources = f"{layers[0].path} and {len(layers) - 1} layers below it"
     _make_image(["unshare", "--mount", *script], image, sources)
 
@@ -88,7 +98,8 @@ def _overlay_options(names: list[str]) -> str:
 def _make_image(command: list[str], image: str, source: str) -> None:
     try:
         try:
-            code, output = run_program(command, timeout_s=BUILD_TIMEOUT_S)
+            environment = {**os.environ, **_BUILD_TIME}
+            code, output = run_program(command, timeout_s=BUILD_TIMEOUT_S, env=environment)
         except FileNotFoundError as error:
             raise HostError(f"cannot run {command[0]}: {error}; install erofs-utils") from error
         if code:

@@ -37,6 +37,7 @@ class SandboxFiles:
         self.vmm: Living | None = None
         self.helpers: list[Living] = []
         self.owned: list[str] = []
+        self.drafts: list[str] = []
         self.sandbox = ""
         self.network: Json = {}
         self.poststop: Json = {}
@@ -98,17 +99,18 @@ class SandboxFiles:
         paths = (os.path.join(self.directory, name) for name in names)
         return [os.readlink(path) for path in paths if os.path.islink(path)]
 
-    def own(self, path: str) -> None:
-        """From here on `path` goes with the sandbox, whoever removes it. Raises HostError."""
-        self.owned.append(path)
+    def add_draft(self, path: str) -> None:
+        """Notes what this process is writing and sees to itself: `delete` removes it when the
+        process is dead. Raises HostError."""
+        self.drafts.append(path)
         try:
             self.save()
         except OSError as error:
             raise HostError(f"cannot note {path} in {self.directory}: {error}") from error
 
-    def disown(self, path: str) -> None:
-        """It is gone, or somebody else's; state.json says so when it is written next."""
-        self.owned.remove(path)
+    def drop_draft(self, path: str) -> None:
+        """It has gone or has another name now; state.json says so when it is written next."""
+        self.drafts.remove(path)
 
     def save(self) -> None:
         """Writes state.json anew; a reader sees the old or the new one, never half."""
@@ -117,7 +119,7 @@ class SandboxFiles:
             "shim": self.shim,
             "vmm": self.vmm,
             "helpers": self.helpers,
-            "owned": self.owned,
+            "owned": [*self.owned, *self.drafts],
             "sandbox": self.sandbox,
             "network": self.network,
             "poststop": self.poststop,

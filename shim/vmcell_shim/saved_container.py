@@ -7,7 +7,9 @@ containerd has laid out for Task.Create is a directory.
 from __future__ import annotations
 
 import os
+import re
 import secrets
+import shutil
 
 from vmcell_protos.errors import CallerError, HostError
 from vmcell_shim.checkpoint_image import import_snapshot
@@ -18,6 +20,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmcell_shim.config import ShimConfig
     from vmcell_shim.snapshot_store import OpenSnapshot
+
+# os.MkdirTemp of containerd's services/tasks/local.go.
+_LAYOUT = re.compile(r"ctrd-checkpoint[0-9]+")
 
 
 def open_saved(snapshot_id: str, checkpoint: str, config: ShimConfig) -> OpenSnapshot | None:
@@ -34,6 +39,7 @@ def open_saved(snapshot_id: str, checkpoint: str, config: ShimConfig) -> OpenSna
             return import_snapshot(checkpoint, draft, digests)
         finally:
             draft.discard()
+            _remove_layout(checkpoint)
     if not snapshot_id:
         return None
     try:
@@ -43,6 +49,13 @@ def open_saved(snapshot_id: str, checkpoint: str, config: ShimConfig) -> OpenSna
             # containerd would take it for a task that does not exist.
             raise CallerError(str(error), code="failed_precondition") from error
         raise
+
+
+def _remove_layout(directory: str) -> None:
+    """containerd (1.6 to 2.3) lays an image out in a new directory for each Create and never comes
+    back to it: a copy of the guest's memory for each. One of another name is somebody's own."""
+    if _LAYOUT.fullmatch(os.path.basename(directory)):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 class SavedRoot:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import secrets
 
-from vmcell_protos.errors import CallerError, HostError
+from vmcell_protos.errors import CallerError, HostError, VmcellError
 from vmcell_shim.checkpoint import AS_BEFORE, EXIT, PAUSE, Checkpoint, Subject
 from vmcell_shim.checkpoint_image import export_snapshot
+from vmcell_shim.client import ConnectionLost
 from vmcell_shim.digests import snapshot_digests
 from vmcell_shim.lifecycle import DELETED, PAUSED, STOPPED
 from vmcell_shim.process import SIGKILL
@@ -49,11 +50,12 @@ def save_container(
         was_paused = container.init.advance("save") == PAUSED
         files = container.sandbox.files
         try:
-            _save(container, checkpoint, draft, options, was_paused=was_paused)
+            files.add_draft(draft.directory)
+            _save(container, checkpoint, options, journal, was_paused=was_paused)
             checkpoint.finish()
             _publish(draft, "" if options.snapshot_id else directory, config)
         finally:
-            files.disown(draft.directory)
+            files.drop_draft(draft.directory)
     finally:
         draft.discard()
     if options.then == EXIT:
@@ -123,17 +125,20 @@ def _subject(container: Container) -> Subject:
 def _save(
     container: Container,
     checkpoint: Checkpoint,
-    draft: SnapshotDraft,
     options: CheckpointOptions,
+    journal: Journal,
     *,
     was_paused: bool,
 ) -> None:
     stay = options.then in (PAUSE, EXIT) or (options.then == AS_BEFORE and was_paused)
     try:
-        container.sandbox.files.own(draft.directory)
         checkpoint.save(drop_caches=options.drop_caches)
     except BaseException:
-        _end_save(container, paused=was_paused, was_paused=was_paused)
+        try:
+            _end_save(container, paused=was_paused, was_paused=was_paused)
+        except VmcellError as error:
+            # What kept it from being saved is the one to be told.
+            journal.error(f"{container.id} does not go on as before: {error}")
         raise
     _end_save(container, paused=stay, was_paused=was_paused)
 
@@ -141,14 +146,17 @@ def _save(
 def _end_save(container: Container, *, paused: bool, was_paused: bool) -> None:
     """It goes on, or stands still as if paused; so it does too where it cannot be made to go on,
     which raises VmcellError."""
-    guest, goes_on = container.guest, False
+    guest = container.guest
+    if container.init.state in (STOPPED, DELETED):
+        return
     try:
-        if container.init.state in (STOPPED, DELETED):
-            return
         if paused and not guest.stands_still:
             guest.pause()
         elif not paused and guest.stands_still:
             guest.resume()
-        goes_on = not paused
-    finally:
-        container.end_save(goes_on=goes_on, was_paused=was_paused)
+    except BaseException as error:
+        # Whoever waits for the process tells its end.
+        if not (isinstance(error, ConnectionLost) or guest.ended.is_set()):
+            container.end_save(goes_on=False, was_paused=was_paused)
+        raise
+    container.end_save(goes_on=not paused, was_paused=was_paused)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from shim_harness import Shim, running_shim
+from snapshot_calls import other_shim
 from zygote_harness import Zygote, make_bundle, shims
 
 
@@ -28,6 +29,13 @@ def _mounted(path: Path, *options: str) -> Iterator[Path]:
 @pytest.fixture
 def shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shim]:
     with running_shim(tmp_path, monkeypatch) as running:
+        yield running
+
+
+@pytest.fixture
+def other(shim: Shim) -> Iterator[Shim]:
+    """One more shim of the same host."""
+    with other_shim(shim) as running:
         yield running
 
 

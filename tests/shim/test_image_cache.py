@@ -144,6 +144,23 @@ def test_times_owners_and_links_are_kept(store: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.root
+def test_equal_layers_give_equal_images(store: Path) -> None:
+    """On another node, to the byte: wherever, whenever and in whatever order they are unpacked."""
+    images = []
+    for place, names in (("one", "abcdef"), ("two", "fedcba")):
+        layers = layer_dirs(store / place)
+        for layer in layers:
+            for name in names:
+                (Path(layer) / name).mkdir()
+                (Path(layer) / name / "file").write_text(f"{name} of {Path(layer).name}")
+            for path in Path(layer).rglob("*"):
+                os.utime(path, ns=(0, 1_600_000_000_123_456_789))
+        Path(layers[0]).chmod(0o751)
+        images.append(Path(build_path(layers, store / place)).read_bytes())
+    assert images[0] == images[1]
+
+
+@pytest.mark.root
 def test_one_chain_is_built_once(store: Path) -> None:
     chain = layer_dirs(store)
     made: list[tuple[str, int]] = []

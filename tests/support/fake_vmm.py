@@ -34,7 +34,7 @@ class FakeVmm:
         if saved is not None:
             memory = os.pread(saved.memory_fd, 1 << 20, 0).rstrip(b"\0")
             behaviour["restored"] = json.loads(memory)
-            assert os.pread(saved.state_fd, 100, 0) == b"fake state"
+            assert os.pread(saved.state_fd, 100, 0).startswith(b"fake state of ")
         if "refuse" in behaviour:
             raise HostError(behaviour["refuse"])
         assert config.console_descriptor is not None
@@ -42,6 +42,7 @@ class FakeVmm:
         self.config = config
         self.plugged: dict[int, str] = {}
         self.balloon_mib = 0
+        self.stands_still = saved is not None
         self._control, theirs = socket.socketpair()
         listener = socket.socket(socket.AF_UNIX)
         self._directory = tempfile.TemporaryDirectory()
@@ -79,14 +80,17 @@ class FakeVmm:
 
     def pause(self) -> None:
         self._popen.send_signal(signal.SIGSTOP)
+        self.stands_still = True
 
     def resume(self) -> None:
+        self.stands_still = False
         self._popen.send_signal(signal.SIGCONT)
 
     def save(self, memory_fd: int, state_fd: int) -> int:
+        assert self.stands_still
         memory = Path(self._directory.name, "container.json").read_bytes()
         os.pwrite(memory_fd, memory, 0)
-        os.write(state_fd, b"fake state")
+        os.write(state_fd, b"fake state of %d" % self.pid)
         return len(memory)
 
     def set_balloon(self, mib: int) -> None:

@@ -46,7 +46,7 @@ class PrivateContainerd:
 
     `release`: Debian's unless given. `cri`: with pods; the daemon then has a network namespace of
     its own, where their veth pairs end. With `zygote`, shims are forked by one of its own, which
-    has the fake guest too.
+    has the fake guest too. `patch` is run by the shim's binary before all else.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class PrivateContainerd:
         cri: bool = False,
         zygote: bool = False,
         release: Release | None = None,
+        patch: str = "",
     ) -> None:
         self.directory = directory
         self.release = release or find_release(DEBIAN)
@@ -68,8 +69,9 @@ class PrivateContainerd:
         (directory / "bin").mkdir()
         shim = directory / "bin/containerd-shim-vmcell-v2"
         roots = [*SOURCE_ROOTS, str(ROOT / "tests/support")]
-        patch = (_PATCH_PODS if cri else _PATCH) if fake_guest else ""
-        shim.write_text(_STUB.format(python=sys.executable, roots=roots, patch=patch))
+        patches = [(_PATCH_PODS if cri else _PATCH) if fake_guest else "", patch]
+        text = "\n".join(filter(None, patches))
+        shim.write_text(_STUB.format(python=sys.executable, roots=roots, patch=text))
         shim.chmod(0o755)
         self.zygote = Zygote(f"{directory}/z", shim) if zygote else None
         if cri:
