@@ -74,55 +74,69 @@ class Node:
         self.snapshots = snapshots
         self._builder = builder
         self._state_dir = state_dir
-        self._registry = Registry(lambda key: self._later(self._end_quietly, key, TIMED_OUT))
+        self._registry = Registry(self._end_later)
         self._removals = Removals(
             containerd, slots, state_dir, later=lambda call: self._later(call), gone=self._is_gone
         )
         self._expiries = Deadlines(lambda key: self._later(self._expire, key))
         self._suspension = Suspension(containerd, snapshots, state_dir)
-        self.pool = Pool(
-            slots,
-            builder=builder,
+        self.pool = self._new_pool(pool_sizes or {})
+        self._pauses = self._new_pauses()
+        self._rollbacks = self._new_rollbacks()
+        self._warm = self._new_warm_start(template_snapshots)
+        self._metrics = MetricSampler(self._running, state_dir, interval_s=metrics_interval_s)
+        self._pool = ThreadPoolExecutor(max_workers=8, thread_name_prefix="end")
+        # Pauses at the deadline take long; what has died is not to wait for them.
+        self._timed = ThreadPoolExecutor(max_workers=8, thread_name_prefix="deadline")
+        self._stop = threading.Event()
+        self._listener = threading.Thread(target=self._listen, name="exits", daemon=True)
+
+    def _new_pool(self, sizes: Mapping[str, int]) -> Pool:
+        return Pool(
+            self.slots,
+            builder=self._builder,
             removals=self._removals,
-            snapshots=snapshots,
-            sizes=pool_sizes or {},
+            snapshots=self.snapshots,
+            sizes=sizes,
             kill=self.kill,
         )
-        self._pauses = Pauses(
-            containerd,
-            slots,
+
+    def _new_pauses(self) -> Pauses:
+        return Pauses(
+            self.containerd,
+            self.slots,
             registry=self._registry,
             removals=self._removals,
-            builder=builder,
+            builder=self._builder,
             pool=self.pool,
-            snapshots=snapshots,
+            snapshots=self.snapshots,
             suspension=self._suspension,
             move_deadline=self._extend,
         )
-        self._rollbacks = Rollbacks(
-            containerd,
-            state_dir,
+
+    def _new_rollbacks(self) -> Rollbacks:
+        return Rollbacks(
+            self.containerd,
+            self._state_dir,
             registry=self._registry,
             removals=self._removals,
-            builder=builder,
+            builder=self._builder,
             pool=self.pool,
-            snapshots=snapshots,
+            snapshots=self.snapshots,
             suspension=self._suspension,
         )
-        self._warm = WarmStart(
-            builder=builder,
-            snapshots=snapshots,
+
+    def _new_warm_start(self, limit: int) -> WarmStart:
+        return WarmStart(
+            builder=self._builder,
+            snapshots=self.snapshots,
             suspension=self._suspension,
             create=self._create,
             hand_out=self._hand_out,
             kill=self.kill,
             pool=self.pool,
-            limit=template_snapshots,
+            limit=limit,
         )
-        self._metrics = MetricSampler(self._running, state_dir, interval_s=metrics_interval_s)
-        self._pool = ThreadPoolExecutor(max_workers=8, thread_name_prefix="end")
-        self._stop = threading.Event()
-        self._listener = threading.Thread(target=self._listen, name="exits", daemon=True)
 
     def open(self) -> None:
         """Settles what an earlier noded left, makes the slots, starts the threads."""
@@ -145,6 +159,7 @@ class Node:
         self._registry.stop()
         self._removals.stop()
         self._expiries.stop()
+        self._timed.shutdown(wait=True)
         self._pool.shutdown(wait=True)
         self.containerd.close()
         if self._listener.is_alive():
@@ -346,6 +361,10 @@ class Node:
     def _later(self, call: Callable[..., None], *arguments: object) -> None:
         with contextlib.suppress(RuntimeError):  # the pool is closed: the next noded settles it
             self._pool.submit(call, *arguments)
+
+    def _end_later(self, sandbox_id: str) -> None:
+        with contextlib.suppress(RuntimeError):  # as above
+            self._timed.submit(self._end_quietly, sandbox_id, TIMED_OUT)
 
     def _end(self, entry: Entry, sandbox: Sandbox) -> None:
         """Removes a sandbox whose entry's lock is held, with what was kept to restore it by."""
