@@ -39,7 +39,12 @@ class Client:
 
 
 def _versions(
-    group: str, package: str, language: str, driver: str, versions: dict[str, str]
+    group: str,
+    package: str,
+    language: str,
+    driver: str,
+    versions: dict[str, str],
+    also: tuple[str, ...] = (),
 ) -> tuple[Client, ...]:
     """One client for each version; the dict says how it finds a service."""
     return tuple(
@@ -50,6 +55,7 @@ def _versions(
             language=language,
             driver=driver,
             finds_by=finds_by,
+            also=also,
         )
         for version, finds_by in versions.items()
     )
@@ -76,7 +82,23 @@ CLIENTS = (
         "e2b-code-interpreter",
         "python",
         "python_code_interpreter.py",
-        {"2.11.5": "urls", "2.0.0": "domain", "1.0.5": "domain"},
+        {"2.11.5": "urls"},
+    ),
+    # It takes any e2b 2.x, and looks into it where 2.63 has nothing any more.
+    *_versions(
+        "code interpreter",
+        "e2b-code-interpreter",
+        "python",
+        "python_code_interpreter.py",
+        {"2.0.0": "domain"},
+        also=("e2b==2.0.2",),
+    ),
+    *_versions(
+        "code interpreter",
+        "e2b-code-interpreter",
+        "python",
+        "python_code_interpreter.py",
+        {"1.0.5": "domain"},
     ),
     *_versions(
         "code interpreter",

@@ -76,7 +76,8 @@ class Calls:
         expect(self.sandbox.commands.run("echo hi", timeout=PATIENCE_S).stdout, "hi\n")
 
     def kill(self):
-        expect(self.sandbox.kill(), True)
+        # e2b 1.x says nothing, whatever its hints promise
+        expect(self.sandbox.kill() in (True, None), True)
 
 
 def main():
