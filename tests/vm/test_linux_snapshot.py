@@ -1,8 +1,12 @@
-"""A real Linux guest is saved while it computes, writes and talks, and goes on elsewhere."""
+"""A real Linux guest is saved while it computes, writes and talks, and goes on elsewhere.
+
+VMCELL_SNAPSHOT_ROUNDS says how often; the lane does it twice for each shape.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
