@@ -93,7 +93,7 @@ def test_snapshots_forks_and_rollback(service: DevVm) -> None:
         at_snapshot = _wait_steps(sandbox, 3)
         snapshot = sandbox.create_snapshot(request_timeout=PATIENCE_S)
         sandbox.files.write("/home/user/note", "second", request_timeout=PATIENCE_S)
-        forks = sandbox.fork(count=2, request_timeout=PATIENCE_S)
+        forks = sandbox.fork(count=2, timeout=900, request_timeout=PATIENCE_S)
         made += forks
         restored = _create(snapshot.snapshot_id)
         made.append(restored)
