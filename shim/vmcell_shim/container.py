@@ -23,7 +23,7 @@ from vmcell_protos.agent import (
     UpdateContainerRequest,
     WaitProcessResponse,
 )
-from vmcell_protos.errors import CallerError, HostError, VmcellError
+from vmcell_protos.errors import CallerError, GuestError, HostError, VmcellError
 from vmcell_protos.events import (
     TaskCreate,
     TaskDelete,
@@ -74,6 +74,7 @@ _FREEZE_ANSWER_S = 5.0
 _UPDATE_ANSWER_S = 10.0
 _STATS_ANSWER_S = 10.0
 _EXECS_END_S = 2.0
+_END_KNOWN_S = 2.0
 
 
 class Container:
@@ -310,7 +311,9 @@ class Container:
                 self.guest.call("StartProcess", ref, StartProcessResponse, timeout_s)
         except BaseException as error:
             process.advance("start_failed")
-            if self.guest.ended.is_set() or isinstance(error, ConnectionLost):
+            # One that cannot be reached may have ended, which is known a moment later.
+            unreachable = isinstance(error, HostError | GuestError)
+            if self.guest.ended.wait(_END_KNOWN_S if unreachable else 0):
                 self.vm_ended()
             elif not process.exec_id:
                 self._finish(process, NOT_STARTED_STATUS)
