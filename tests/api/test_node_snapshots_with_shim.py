@@ -7,7 +7,9 @@ The races and refusals are test_node_snapshots'.
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,6 +87,29 @@ def test_pause_and_resume_five_times(node: Node, shimmed: PrivateContainerd) -> 
         resumed, by_this = node.resume(sandbox.sandbox_id, 0)
         assert (resumed.state, by_this) == (RUNNING, True)
     assert _blobs(shimmed) == blobs, "what containerd made of the checkpoints is gone"
+
+
+def test_saves_at_once_and_after_one_that_was_cut_off(
+    node: Node, shimmed: PrivateContainerd
+) -> None:
+    """What containerd makes of each, beside the snapshot, is the same blob."""
+    blobs = _blobs(shimmed)
+    sandboxes = [node.create(_request()) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(5):
+            calls = [
+                pool.submit(node.snapshot, row.sandbox_id, new_snapshot_id(KEPT))
+                for row in sandboxes
+            ]
+            for call in calls:
+                node.snapshots.remove(call.result().snapshot_id)
+    done = shimmed.ctr(
+        "-n", "vmcell", "content", "ingest", "left", stdin=tarfile.NUL * tarfile.BLOCKSIZE * 2
+    )
+    assert done.returncode == 0, done.stderr
+    assert _blobs(shimmed) != blobs
+    node.snapshots.remove(node.snapshot(sandboxes[0].sandbox_id, new_snapshot_id(KEPT)).snapshot_id)
+    assert _blobs(shimmed) == blobs
 
 
 def test_snapshot_copies_and_rollback(node: Node, config: ApiConfig) -> None:

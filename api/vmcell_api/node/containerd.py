@@ -6,6 +6,7 @@ the lease too: without one the garbage collector may take a fresh snapshot away.
 
 from __future__ import annotations
 
+import re
 import threading
 import typing
 from collections.abc import Callable, Iterator
@@ -42,6 +43,7 @@ SPEC_TYPE_URL = "types.containerd.io/opencontainers/runtime-spec/1/Spec"
 EXIT_TOPIC = "/tasks/exit"
 CHECKPOINT_TYPE_URL = "io.vmcell.v1.CheckpointOptions"
 MAX_BLOB_BYTES = 8 << 20
+_BLOB_EXISTS = re.compile(r"content (sha256:[0-9a-f]{64}): already exists")
 _CALLERS_FAULT = (
     *("invalid_argument", "not_found", "already_exists", "failed_precondition", "out_of_range"),
 )
@@ -296,16 +298,25 @@ class Containerd:
     def checkpoint_task(self, container_id: str, options: bytes, *, timeout_s: float) -> None:
         """Has the shim save the task as `options` say (JSON; docs/architecture.md, "Snapshots").
 
-        containerd makes blobs of its own of it, which hold nothing and are removed.
+        containerd makes blobs of its own of it afterwards, which hold nothing and are removed: the
+        same bytes each time, so it fails where an earlier call's, or another's, are still there.
+        The shim has done its part then.
         """
         request = tasks_pb2.CheckpointTaskRequest(
             container_id=container_id, options=Any(type_url=CHECKPOINT_TYPE_URL, value=options)
         )
         tried = f"saving {container_id}"
-        answer = self._call(self._tasks.Checkpoint, request, tried, timeout_s=timeout_s)
-        for row in answer.descriptors:
-            blob = content_pb2.DeleteContentRequest(digest=row.digest)
-            self._delete(self._content.Delete, blob, f"blob {row.digest}")
+        try:
+            answer = self._call(self._tasks.Checkpoint, request, tried, timeout_s=timeout_s)
+            digests = [row.digest for row in answer.descriptors]
+        except VmcellError as error:
+            present = _BLOB_EXISTS.search(str(error))
+            if present is None:
+                raise
+            digests = [present[1]]
+        for digest in digests:
+            blob = content_pb2.DeleteContentRequest(digest=digest)
+            self._delete(self._content.Delete, blob, f"blob {digest}")
 
     def resume_task(self, container_id: str, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
         """Lets a paused task run on."""
