@@ -10,7 +10,16 @@ import sys
 
 from api_service import app_of, listening
 from checkpoint_double import CheckpointDouble
-from kill_points import API_POINTS, API_VERBS, NODED_POINTS, NODED_VERBS, SAVING_POINTS, arm
+from kill_points import (
+    API_POINTS,
+    API_VERBS,
+    NODED_POINTS,
+    NODED_VERBS,
+    SAVING_API_POINTS,
+    SAVING_API_VERBS,
+    SAVING_POINTS,
+    arm,
+)
 
 from vmcell_api.config import load_config
 from vmcell_api.node.__main__ import serve
@@ -24,7 +33,7 @@ def main() -> int:
             CheckpointDouble(config).install()
         arm((NODED_POINTS | SAVING_POINTS)[point], NODED_VERBS)
         return serve(config)
-    arm(API_POINTS[point], API_VERBS)
+    arm((API_POINTS | SAVING_API_POINTS)[point], API_VERBS | SAVING_API_VERBS)
     with listening(app_of(config)) as address:
         sys.stdout.write(f"{address}\n")
         sys.stdout.flush()

@@ -28,6 +28,7 @@ RECORDS = "vmcell_api.node.snapshot_records:SnapshotRecords"
 SUSPENSION = "vmcell_api.node.suspension:Suspension"
 REMOVALS = "vmcell_api.node.removal:Removals"
 ONCE = "vmcell_api.create_once:CreateOnce"
+ROWS = "vmcell_api.store.snapshot_rows:SnapshotRows"
 STORE, KEYS = "vmcell_api.store.records:Store", "vmcell_api.store.create_keys:CreateKeys"
 
 SAVING_VERBS = {name: NODE for name in ("pause", "resume", "snapshot", "rollback")}
@@ -124,6 +125,20 @@ SAVING_POINTS = {
             "old slot released": (SLOTS, "release", AFTER),
         }.items()
     },
+}
+PLANES = "vmcell_api.snapshot_plane:SnapshotPlane"
+SAVING_API_VERBS = {name: PLANES for name in ("pause", "fork", "make")}
+SAVING_API_POINTS = {
+    "pause: node at work": Point(verb="pause", owner=CLIENT, call="pause", when=DURING),
+    "pause: node done": Point(verb="pause", owner=CLIENT, call="pause"),
+    "make: row written": Point(verb="make", owner=ROWS, call="add"),
+    "make: node at work": Point(verb="make", owner=CLIENT, call="make_snapshot", when=DURING),
+    "make: node done": Point(verb="make", owner=CLIENT, call="make_snapshot"),
+    "make: row marked": Point(verb="make", owner=ROWS, call="mark_made"),
+    "fork: node at work": Point(verb="fork", owner=CLIENT, call="make_snapshot", when=DURING),
+    "fork: snapshot made": Point(verb="fork", owner=CLIENT, call="make_snapshot"),
+    "fork: copies made": Point(verb="fork", owner=CLIENT, call="remove_snapshot", when=BEFORE),
+    "fork: snapshot removed": Point(verb="fork", owner=CLIENT, call="remove_snapshot"),
 }
 API_POINTS = {
     "create: key taken": Point(verb="create", owner=KEYS, call="take"),
