@@ -15,7 +15,9 @@ from vmcell_tools.setup_host import SHIM_DIRECTORY, SHIM_NAME, built_artifacts, 
 LOG_DIRECTORY = "/mnt/out/sandboxes"
 BOOT_TIMEOUT_S = 180
 # QEMU's own resolver; what the host uses may be reachable from the host alone.
-API_CONFIG = 'nameservers = ["10.0.2.3"]\n'
+# No snapshots of templates: the sandbox that noded makes for one would be a leak to whoever takes an
+# inventory meanwhile, and a boot more on an emulated processor. Who wants them writes another file.
+API_CONFIG = 'nameservers = ["10.0.2.3"]\ntemplate_snapshots = 0\n'
 
 
 def vm_configuration(progress: Progress) -> dict[str, bytes]:
