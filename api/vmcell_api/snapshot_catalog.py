@@ -1,6 +1,7 @@
 """Which snapshots a team has, by id and by name: what the store knows joined with the node's.
 
-A row whose snapshot is gone from the node is dropped when it is met.
+A row whose snapshot is gone from the node is dropped when it is met; one whose snapshot the node
+has although nobody has said so (the API died meanwhile) counts as made.
 """
 
 from __future__ import annotations
@@ -79,12 +80,14 @@ class SnapshotCatalog:
         ]
         if lost:
             self._rows.forget(lost)
+        for row in rows:
+            if not row.made and row.snapshot_id in present:
+                self._rows.mark_made(row.snapshot_id, team_id=team.team_id, name="")
         wanted_name = normal_name(team, name) if name else ""
         return [
             row
             for row in rows
             if row.snapshot_id in present
-            and row.made
             and sandbox_id in ("", row.sandbox_id)
             and wanted_name in ("", row.name)
         ]

@@ -14,9 +14,9 @@ from vmcell_tools.setup_host import SHIM_DIRECTORY, SHIM_NAME, built_artifacts, 
 # Logs outlive the VM there; an emulated guest boots far slower than on hardware.
 LOG_DIRECTORY = "/mnt/out/sandboxes"
 BOOT_TIMEOUT_S = 180
-# QEMU's own resolver; what the host uses may be reachable from the host alone.
-# No snapshots of templates: the sandbox that noded makes for one would be a leak to whoever takes an
-# inventory meanwhile, and a boot more on an emulated processor. Who wants them writes another file.
+# QEMU's own resolver; what the host uses may be reachable from the host alone. No snapshots of
+# templates: the sandbox that noded makes for one would be a leak to whoever takes an inventory
+# meanwhile, and a boot more on an emulated processor. Who wants them writes another file.
 API_CONFIG = 'nameservers = ["10.0.2.3"]\ntemplate_snapshots = 0\n'
 
 

@@ -74,7 +74,7 @@ class Node:
         self.snapshots = snapshots
         self._builder = builder
         self._state_dir = state_dir
-        self._registry = Registry(lambda key: self._later(self._end_quietly, key, TIMED_OUT))
+        self._registry = Registry(self._end_later)
         self._removals = Removals(
             containerd, slots, state_dir, later=lambda call: self._later(call), gone=self._is_gone
         )
@@ -121,6 +121,8 @@ class Node:
         )
         self._metrics = MetricSampler(self._running, state_dir, interval_s=metrics_interval_s)
         self._pool = ThreadPoolExecutor(max_workers=8, thread_name_prefix="end")
+        # Pauses at the deadline take long; what has died is not to wait for them.
+        self._timed = ThreadPoolExecutor(max_workers=8, thread_name_prefix="deadline")
         self._stop = threading.Event()
         self._listener = threading.Thread(target=self._listen, name="exits", daemon=True)
 
@@ -145,6 +147,7 @@ class Node:
         self._registry.stop()
         self._removals.stop()
         self._expiries.stop()
+        self._timed.shutdown(wait=True)
         self._pool.shutdown(wait=True)
         self.containerd.close()
         if self._listener.is_alive():
@@ -346,6 +349,10 @@ class Node:
     def _later(self, call: Callable[..., None], *arguments: object) -> None:
         with contextlib.suppress(RuntimeError):  # the pool is closed: the next noded settles it
             self._pool.submit(call, *arguments)
+
+    def _end_later(self, sandbox_id: str) -> None:
+        with contextlib.suppress(RuntimeError):  # as above
+            self._timed.submit(self._end_quietly, sandbox_id, TIMED_OUT)
 
     def _end(self, entry: Entry, sandbox: Sandbox) -> None:
         """Removes a sandbox whose entry's lock is held, with what was kept to restore it by."""
