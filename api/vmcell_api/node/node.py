@@ -80,51 +80,63 @@ class Node:
         )
         self._expiries = Deadlines(lambda key: self._later(self._expire, key))
         self._suspension = Suspension(containerd, snapshots, state_dir)
-        self.pool = Pool(
-            slots,
-            builder=builder,
-            removals=self._removals,
-            snapshots=snapshots,
-            sizes=pool_sizes or {},
-            kill=self.kill,
-        )
-        self._pauses = Pauses(
-            containerd,
-            slots,
-            registry=self._registry,
-            removals=self._removals,
-            builder=builder,
-            pool=self.pool,
-            snapshots=snapshots,
-            suspension=self._suspension,
-            move_deadline=self._extend,
-        )
-        self._rollbacks = Rollbacks(
-            containerd,
-            state_dir,
-            registry=self._registry,
-            removals=self._removals,
-            builder=builder,
-            pool=self.pool,
-            snapshots=snapshots,
-            suspension=self._suspension,
-        )
-        self._warm = WarmStart(
-            builder=builder,
-            snapshots=snapshots,
-            suspension=self._suspension,
-            create=self._create,
-            hand_out=self._hand_out,
-            kill=self.kill,
-            pool=self.pool,
-            limit=template_snapshots,
-        )
+        self.pool = self._new_pool(pool_sizes or {})
+        self._pauses = self._new_pauses()
+        self._rollbacks = self._new_rollbacks()
+        self._warm = self._new_warm_start(template_snapshots)
         self._metrics = MetricSampler(self._running, state_dir, interval_s=metrics_interval_s)
         self._pool = ThreadPoolExecutor(max_workers=8, thread_name_prefix="end")
         # Pauses at the deadline take long; what has died is not to wait for them.
         self._timed = ThreadPoolExecutor(max_workers=8, thread_name_prefix="deadline")
         self._stop = threading.Event()
         self._listener = threading.Thread(target=self._listen, name="exits", daemon=True)
+
+    def _new_pool(self, sizes: Mapping[str, int]) -> Pool:
+        return Pool(
+            self.slots,
+            builder=self._builder,
+            removals=self._removals,
+            snapshots=self.snapshots,
+            sizes=sizes,
+            kill=self.kill,
+        )
+
+    def _new_pauses(self) -> Pauses:
+        return Pauses(
+            self.containerd,
+            self.slots,
+            registry=self._registry,
+            removals=self._removals,
+            builder=self._builder,
+            pool=self.pool,
+            snapshots=self.snapshots,
+            suspension=self._suspension,
+            move_deadline=self._extend,
+        )
+
+    def _new_rollbacks(self) -> Rollbacks:
+        return Rollbacks(
+            self.containerd,
+            self._state_dir,
+            registry=self._registry,
+            removals=self._removals,
+            builder=self._builder,
+            pool=self.pool,
+            snapshots=self.snapshots,
+            suspension=self._suspension,
+        )
+
+    def _new_warm_start(self, limit: int) -> WarmStart:
+        return WarmStart(
+            builder=self._builder,
+            snapshots=self.snapshots,
+            suspension=self._suspension,
+            create=self._create,
+            hand_out=self._hand_out,
+            kill=self.kill,
+            pool=self.pool,
+            limit=limit,
+        )
 
     def open(self) -> None:
         """Settles what an earlier noded left, makes the slots, starts the threads."""
