@@ -250,7 +250,7 @@ def test_a_damaged_snapshot_leaves_the_sandbox_paused(
     paused = node.pause(sandbox_id)
     memory = Path(config.snapshot_dir, paused.snapshot_id, "memory")
     good = memory.read_bytes()
-    memory.write_bytes(b"x" + good[1:])
+    memory.write_bytes(bytes([good[0] ^ 1]) + good[1:])
     for _ in range(2):
         with pytest.raises(CallerError, match=r"memory of snapshot .* is damaged"):
             node.resume(sandbox_id, 1000)
