@@ -14,11 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from vmcell_api.egress import Egress
+from vmcell_api.egress import CLOSED, Egress
+from vmcell_api.identifiers import new_access_token, new_sandbox_id
 from vmcell_api.metric_sample import MetricSample
 from vmcell_api.node.build import MachineLife, SandboxBuilder, SandboxRequest
 from vmcell_api.node.containerd import Containerd
 from vmcell_api.node.deadlines import Deadlines
+from vmcell_api.node.file_diff import FileChange, Tree, compare, read_tree
 from vmcell_api.node.memory_use import ProcessMemory, read_memory
 from vmcell_api.node.metrics import MetricSampler
 from vmcell_api.node.pauses import Pauses
@@ -346,6 +348,21 @@ class Node:
         rolled, undo = self._rollbacks.rollback(sandbox_id, snapshot_id, undo_life_ms=undo_life_ms)
         self._expire_later(undo)
         return rolled, undo
+
+    def file_changes(self, older_id: str, newer_id: str) -> Sequence[FileChange]:
+        """Which files differ between two snapshots; see `file_diff`."""
+        return compare(self._tree_of(older_id), self._tree_of(newer_id))
+
+    def _tree_of(self, snapshot_id: str) -> Tree:
+        """The files of a snapshot, which is restored for that, nobody's and without a network."""
+        sandbox_id, token, life = new_sandbox_id(), new_access_token(), MachineLife()
+        with self.snapshots.in_use(snapshot_id) as record:
+            slot = self.pool.claim(CLOSED)
+            try:
+                sandbox = self._builder.park(sandbox_id, record, slot, life, token)
+                return read_tree(sandbox.address, token if record.access_token else "")
+            finally:
+                self._removals.remove(sandbox_id, slot.number)
 
     def _expire_later(self, record: SnapshotRecord) -> None:
         if record.expires_at_unix_ms:
