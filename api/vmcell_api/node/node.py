@@ -81,7 +81,7 @@ class Node:
             containerd, slots, state_dir, later=lambda call: self._later(call), gone=self._is_gone
         )
         self._expiries = Deadlines(lambda key: self._later(self._expire, key))
-        self._suspension = Suspension(containerd, snapshots, state_dir)
+        self._suspension = Suspension(containerd, snapshots, state_dir, stands=self._stands)
         self.pool = self._new_pool(pool_sizes or {})
         self._pauses = self._new_pauses()
         self._rollbacks = self._new_rollbacks()
@@ -428,6 +428,18 @@ class Node:
         except VmcellError as error:
             log.error("sandbox %s is not paused at its end: %s", sandbox.sandbox_id, error)
             self._registry.set_due(entry, sandbox_id=sandbox.sandbox_id, left_ms=PAUSE_AGAIN_MS)
+
+    def _stands(self, sandbox: Sandbox, error: VmcellError) -> None:
+        """A sandbox that is to run, and whose vCPUs may stand still: tried again until they run."""
+
+        def let_run() -> None:
+            with (
+                contextlib.suppress(CallerError),  # ended or paused meanwhile, or it runs already
+                self._registry.locked(sandbox.sandbox_id, state=RUNNING) as (_, found),
+            ):
+                self.containerd.resume_task(found.container)
+
+        self._removals.try_later(sandbox.container, let_run, error)
 
     def _is_gone(self, container_id: str) -> None:
         self._registry.forget_container(container_id)
