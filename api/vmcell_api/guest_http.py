@@ -6,6 +6,7 @@ import http.client
 import io
 import socket
 import time
+from collections.abc import Mapping
 
 from vmcell_protos.errors import GuestError, HostError
 
@@ -37,24 +38,51 @@ def fetch(
 
     Raises HostError when nothing whole came in time, GuestError for an answer that is none.
     """
-    token = f"X-Access-Token: {access_token}\r\n" if access_token else ""
-    head = f"GET {path} HTTP/1.1\r\nHost: {address}\r\n{token}Connection: close\r\n\r\n"
+    headers = {"X-Access-Token": access_token} if access_token else {}
+    return ask(
+        address,
+        path,
+        None,
+        headers=headers,
+        limit_bytes=limit_bytes,
+        timeout_s=timeout_s,
+        port=port,
+    )
+
+
+def ask(
+    address: str,
+    path: str,
+    body: bytes | None,
+    *,
+    headers: Mapping[str, str],
+    limit_bytes: int,
+    timeout_s: float,
+    port: int = ENVD_PORT,
+) -> bytes:
+    """The same for `POST path` with a body, or a GET without; `headers` are the caller's own."""
+    method = "GET" if body is None else "POST"
+    rows = {"Host": address, **headers, "Connection": "close"}
+    if body is not None:
+        rows["Content-Length"] = str(len(body))
+    lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in rows.items())]
+    request = "\r\n".join([*lines, "", ""]).encode() + (body or b"")
     try:
-        data = _exchange((address, port), head.encode(), limit_bytes + HEADERS_BYTES, timeout_s)
+        data = _exchange((address, port), request, limit_bytes + HEADERS_BYTES, timeout_s)
     except OSError as error:
         words = str(error) or type(error).__name__
-        raise HostError(f"envd at {address} did not answer GET {path}: {words}") from error
+        raise HostError(f"envd at {address} did not answer {method} {path}: {words}") from error
     try:
-        status, body = parse_answer(data, limit_bytes)
+        status, answer = parse_answer(data, limit_bytes)
     except GuestError as error:
         raise GuestError(
-            f"envd at {address} gave no valid answer to GET {path}: {error}"
+            f"envd at {address} gave no valid answer to {method} {path}: {error}"
         ) from error
-    if status != 200 or len(body) > limit_bytes:
+    if status != 200 or len(answer) > limit_bytes:
         raise GuestError(
-            f"envd at {address} answered GET {path} with {status} and {len(body)} bytes"
+            f"envd at {address} answered {method} {path} with {status} and {len(answer)} bytes"
         )
-    return body
+    return answer
 
 
 def parse_answer(data: bytes, limit_bytes: int) -> tuple[int, bytes]:

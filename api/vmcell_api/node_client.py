@@ -21,9 +21,13 @@ from vmcell_protos.errors import CODE_NAMES, CallerError, HostError, VmcellError
 from vmcell_protos.pb import node_pb2, node_pb2_grpc
 
 CALL_TIMEOUT_S = 30.0
+# 10,000 files with paths of 4 KiB are the most that one holds.
+MAX_ANSWER_BYTES = 64 << 20
 KILL_TIMEOUT_S = 60.0
 # Saving a machine of many GiB to a slow disk; noded gives up a little earlier.
 SAVE_TIMEOUT_S = 330.0
+# Each of two guests has a minute to list its files.
+DIFF_TIMEOUT_S = 150.0
 # A guest that answers slowly must not hold the API's threads for long.
 LOGS_BYTES, LOGS_TIMEOUT_S = 4 << 20, 10.0
 # A volume may have millions of files.
@@ -128,6 +132,16 @@ class NodeSnapshot:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FileChange:
+    """`what` ("added", "removed", "modified") happened to a file between two snapshots."""
+
+    path: str
+    what: str
+    size_before: int
+    size_after: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class NodeInfo:
     """What a node says of itself."""
 
@@ -179,6 +193,9 @@ class NodeVerbs(Protocol):
         self, sandbox_id: str, snapshot_id: str, *, undo_life_s: int
     ) -> tuple[RunningSandbox, NodeSnapshot]:
         """(the sandbox as that snapshot has it, what it was before)."""
+
+    def file_changes(self, older_id: str, newer_id: str) -> Sequence[FileChange]:
+        """Which files differ between two snapshots, as two guests restored from them say."""
 
     def memory(self, sandbox_id: str) -> JsonNumbers:
         """What a running sandbox has of the host's memory, as the API answers it."""
@@ -316,6 +333,20 @@ class NodeClient:
         answer = self._call("RollbackSandbox", request, SAVE_TIMEOUT_S + self._create_timeout_s)
         return _running(answer.sandbox), _snapshot(answer.undo)
 
+    def file_changes(self, older_id: str, newer_id: str) -> Sequence[FileChange]:
+        """Which files differ between two snapshots, as two guests restored from them say."""
+        request = node_pb2.DiffSnapshotsRequest(older_id=older_id, newer_id=newer_id)
+        answer = self._call("DiffSnapshots", request, DIFF_TIMEOUT_S + 2 * self._create_timeout_s)
+        return [
+            FileChange(
+                path=row.path,
+                what=row.what,
+                size_before=row.size_before,
+                size_after=row.size_after,
+            )
+            for row in answer.changes
+        ]
+
     def memory(self, sandbox_id: str) -> JsonNumbers:
         """What a running sandbox has of the host's memory, as the API answers it."""
         answer = self._call("ReadMemory", node_pb2.SandboxRef(sandbox_id=sandbox_id))
@@ -406,6 +437,7 @@ class NodeClient:
                 self._channel = grpc.insecure_channel(
                     f"unix://{self._socket_path}",
                     options=[
+                        ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
                         ("grpc.initial_reconnect_backoff_ms", 100),
                         ("grpc.max_reconnect_backoff_ms", 1000),
                     ],

@@ -51,7 +51,7 @@ def difference(found: Difference) -> Json:
     files = {row.name: row for row in found.newer.files} | {
         row.name: row for row in found.older.files
     }
-    return {
+    answer: Json = {
         "older": found.older.snapshot_id,
         "newer": found.newer.snapshot_id,
         "changed": list(found.changed),
@@ -59,6 +59,17 @@ def difference(found: Difference) -> Json:
         "allocatedBytesOlder": found.older.allocated,
         "allocatedBytesNewer": found.newer.allocated,
     }
+    if found.files is not None:
+        answer["files"] = [
+            {
+                "path": row.path,
+                "change": row.what,
+                "sizeBefore": row.size_before,
+                "sizeAfter": row.size_after,
+            }
+            for row in found.files
+        ]
+    return answer
 
 
 def encode_cursor(row: TeamSnapshot) -> str:

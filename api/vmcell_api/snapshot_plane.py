@@ -11,7 +11,7 @@ from vmcell_api.coded_errors import CodedCallerError, CodedHostError
 from vmcell_api.config import ApiConfig
 from vmcell_api.control_plane import ControlPlane, Pair, is_undone
 from vmcell_api.guest_http import fetch
-from vmcell_api.node_client import PAUSED, NodeSnapshot, NodeVerbs, RunningSandbox
+from vmcell_api.node_client import PAUSED, FileChange, NodeSnapshot, NodeVerbs, RunningSandbox
 from vmcell_api.snapshot_catalog import SnapshotCatalog, new_snapshot_id, normal_name
 from vmcell_api.store.records import Team
 from vmcell_api.store.snapshot_rows import TeamSnapshot
@@ -35,11 +35,15 @@ class Fork:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Two snapshots of one sandbox; `changed` are names of files that differ."""
+    """Two snapshots of one sandbox; `changed` are names of their own files that differ.
+
+    `files` are the guest's; none when only the snapshots' own were compared.
+    """
 
     older: NodeSnapshot
     newer: NodeSnapshot
     changed: tuple[str, ...]
+    files: Sequence[FileChange] | None = None
 
 
 class SnapshotPlane:
@@ -128,8 +132,13 @@ class SnapshotPlane:
         record, _ = self._control.get(team, sandbox_id)
         return self._catalog.of_sandbox(team, record.sandbox_id)
 
-    def difference(self, team: Team, sandbox_id: str, older: str, newer: str) -> Difference:
-        """What differs between two snapshots of a sandbox, as their manifests tell."""
+    def difference(
+        self, team: Team, sandbox_id: str, older: str, newer: str, *, by_file: bool
+    ) -> Difference:
+        """What differs between two snapshots of a sandbox, as their manifests tell.
+
+        `by_file`: both are restored for a moment and say which files they have; 409 without room.
+        """
         rows = {row.snapshot_id: row for row, _ in self.history(team, sandbox_id)}
         for name in (older, newer):
             if name not in rows:
@@ -140,7 +149,14 @@ class SnapshotPlane:
         after = {row.name: row.digest for row in rows[newer].files}
         names = sorted(before.keys() | after.keys())
         changed = tuple(name for name in names if before.get(name) != after.get(name))
-        return Difference(older=rows[older], newer=rows[newer], changed=changed)
+        files = self._changed_files(older, newer) if by_file else None
+        return Difference(older=rows[older], newer=rows[newer], changed=changed, files=files)
+
+    def _changed_files(self, older: str, newer: str) -> Sequence[FileChange]:
+        try:
+            return self._node.file_changes(older, newer)
+        except VmcellError as error:
+            raise self._resume_error(error, f"snapshot {older} or {newer}") from error
 
     def memory(self, team: Team, sandbox_id: str) -> dict[str, object]:
         """What a running sandbox has of the host's memory."""

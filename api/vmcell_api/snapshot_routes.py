@@ -116,11 +116,16 @@ class Snapshots:
         resp.media = [snapshot_answers.history_row(row, name) for row, name in rows]
 
     def on_get_diff(self, req: falcon.Request, resp: falcon.Response, sandbox_id: str) -> None:
-        """Which parts of two snapshots of a sandbox differ."""
+        """Which parts of two snapshots of a sandbox differ; `files=true`: which files of it."""
         older, newer = (req.get_param(name) or "" for name in ("older", "newer"))
         if not older or not newer:
             raise CallerError("older and newer are needed; give the ids of two snapshots")
-        found = self._plane.difference(req.context.team, sandbox_id, older, newer)
+        wish = req.get_param("files") or "false"
+        if wish not in ("true", "false"):
+            raise CallerError(f"files is {wish[:40]!r}; it takes true or false")
+        found = self._plane.difference(
+            req.context.team, sandbox_id, older, newer, by_file=wish == "true"
+        )
         resp.media = snapshot_answers.difference(found)
 
     def on_get_memory(self, req: falcon.Request, resp: falcon.Response, sandbox_id: str) -> None:

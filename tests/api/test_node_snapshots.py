@@ -10,7 +10,7 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,11 +35,10 @@ from stand_in_images import GOOD, import_stand_ins
 from vmcell_api.config import ApiConfig
 from vmcell_api.egress import CLOSED
 from vmcell_api.node import node as node_module
-from vmcell_api.node import sandbox_files
 from vmcell_api.node.containerd import Containerd
 from vmcell_api.node.node import Node
 from vmcell_api.node.sandbox import PAUSED, PAUSING, RUNNING
-from vmcell_api.node.snapshot_records import KEPT, PAUSE, UNDO, new_snapshot_id
+from vmcell_api.node.snapshot_records import KEPT, UNDO, new_snapshot_id
 from vmcell_api.volumes.names import VolumeMount, new_volume_id
 from vmcell_protos.errors import CallerError, HostError
 
@@ -476,91 +475,3 @@ def test_a_rollback_that_fails_changes_nothing(
     with pytest.raises(HostError, match="in use"):
         node.rollback(source.sandbox_id, record.snapshot_id, undo_life_ms=1000)
     node.kill(full.sandbox_id)
-
-
-# noded that starts anew.
-
-
-def test_the_next_noded_knows_paused_sandboxes_and_snapshots(
-    config: ApiConfig, containerd: RealContainerd, double: CheckpointDouble
-) -> None:
-    with opened_node(config) as first:
-        sandbox = first.create(request_of(auto_resume=True))
-        snapshot = first.snapshot(sandbox.sandbox_id, new_snapshot_id(KEPT))
-        rolled, undo = first.rollback(sandbox.sandbox_id, snapshot.snapshot_id, undo_life_ms=60_000)
-        paused = first.pause(sandbox.sandbox_id)
-    for name in ("access-token", "environment.json"):  # a host that was started anew
-        (sandbox_files.folder_of(config.state_dir, rolled.container) / name).unlink()
-    with opened_node(config) as second:
-        try:
-            assert second.list() == [paused]
-            kinds = {row.snapshot_id: row.kind for row in second.snapshots.records()}
-            assert kinds == {
-                snapshot.snapshot_id: KEPT,
-                undo.snapshot_id: UNDO,
-                paused.snapshot_id: PAUSE,
-            }
-            assert second.slots.free_count == 3
-            resumed, _ = second.resume(sandbox.sandbox_id, 0, by_request=True)
-            assert resumed.container == rolled.container
-            assert init_of(containerd, rolled.container)["accessToken"] == TOKEN
-            second.pause(sandbox.sandbox_id)
-            second.resume(sandbox.sandbox_id, 0)
-            remove_all(second, containerd, config)
-        finally:
-            second.slots.close_all()
-
-
-def test_a_sandbox_whose_pause_was_cut_off_runs_on(
-    config: ApiConfig, containerd: RealContainerd, double: CheckpointDouble
-) -> None:
-    with opened_node(config) as first:
-        sandbox = first.create(request_of())
-        record = first._suspension.begin(sandbox, new_snapshot_id(PAUSE), kind=PAUSE)
-    assert containerd.ctr("tasks", "list").split()[-1] == "PAUSED"
-    with opened_node(config) as second:
-        try:
-            assert second.list() == [sandbox]
-            assert containerd.ctr("tasks", "list").split()[-1] == "RUNNING"
-            assert not second.snapshots.is_whole(record.snapshot_id)
-            remove_all(second, containerd, config)
-        finally:
-            second.slots.close_all()
-
-
-def test_a_sandbox_whose_snapshot_is_gone_is_lost(
-    config: ApiConfig, containerd: RealContainerd, double: CheckpointDouble
-) -> None:
-    with opened_node(config) as first:
-        lost = first.pause(first.create(request_of()).sandbox_id)
-        other = first.create(request_of())
-        assert other.slot_number != lost.slot_number
-    Path(config.snapshot_dir, lost.snapshot_id, "manifest.json").unlink()
-    with opened_node(config) as second:
-        try:
-            assert second.list() == [other]
-            remove_all(second, containerd, config)
-        finally:
-            second.slots.close_all()
-
-
-def test_a_sandbox_that_ended_meanwhile_pauses_if_it_says_so(
-    config: ApiConfig, containerd: RealContainerd, double: CheckpointDouble
-) -> None:
-    with opened_node(config) as first:
-        kept = first.create(request_of(timeout_ms=1000, pause_on_timeout=True)).sandbox_id
-        first.create(request_of(timeout_ms=1000))
-    wait_until(_later_than(time.monotonic() + 1.2), "time stands still")
-    with opened_node(config) as second:
-        try:
-            wait_until(
-                lambda: [row.state for row in second.list()] == [PAUSED], "it does not pause"
-            )
-            assert second.list()[0].sandbox_id == kept
-            remove_all(second, containerd, config)
-        finally:
-            second.slots.close_all()
-
-
-def _later_than(moment: float) -> Callable[[], bool]:
-    return lambda: time.monotonic() > moment

@@ -122,6 +122,8 @@ def test_snapshot_copies_and_rollback(node: Node, config: ApiConfig) -> None:
     copy = node.create(_request(snapshot_id=record.snapshot_id, access_token="other"))
     of_copy = node.snapshot(copy.sandbox_id, new_snapshot_id(KEPT))
     assert node.snapshots.manifest(of_copy.snapshot_id).parent == record.snapshot_id
+    assert node.file_changes(record.snapshot_id, of_copy.snapshot_id) == []
+    assert len(node.list()) == 2, "what was restored for that is gone"
     rolled, undo = node.rollback(sandbox.sandbox_id, record.snapshot_id, undo_life_ms=60_000)
     node.snapshots.remove(record.snapshot_id)
     assert node.get(sandbox.sandbox_id) == rolled

@@ -338,6 +338,12 @@ def test_rollback_undo_history_and_diff(service: ApiService, client: Client) -> 
     assert listed == {first, second}, "undo points are no templates"
     diff = client("GET", f"{base}/diff", query_string=f"older={first}&newer={second}").json
     assert (diff["changed"], diff["unchanged"]) == (["memory"], ["disk"])
+    assert "files" not in diff
+    query = f"older={first}&newer={second}&files=true"
+    files = client("GET", f"{base}/diff", query_string=query).json["files"]
+    assert files == [{"path": "/a", "change": "modified", "sizeBefore": 1, "sizeAfter": 2}]
+    bad = client("GET", f"{base}/diff", query_string=query.replace("true", "1"))
+    assert_error(bad, 400, "files")
     unknown = client("GET", f"{base}/diff", query_string=f"older={first}&newer=x")
     assert_error(unknown, 404, "'x' is none")
     assert_error(client("GET", f"{base}/diff"), 400, "older")

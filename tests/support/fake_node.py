@@ -13,6 +13,7 @@ from vmcell_api.node.volume_use import VolumeUse
 from vmcell_api.node_client import (
     PAUSED,
     RUNNING,
+    FileChange,
     NewSandbox,
     NodeInfo,
     NodeSnapshot,
@@ -181,6 +182,11 @@ class FakeNode:
             )
         undo_id = f"undo-{len(self.saved):020}"
         return running, self.make_snapshot(sandbox_id, undo_id, life_s=undo_life_s)
+
+    def file_changes(self, older_id: str, newer_id: str) -> list[FileChange]:
+        self._saved(older_id)
+        self._saved(newer_id)
+        return [FileChange(path="/a", what="modified", size_before=1, size_after=2)]
 
     def memory(self, sandbox_id: str) -> dict[str, object]:
         running = self._running(sandbox_id)

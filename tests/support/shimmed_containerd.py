@@ -18,8 +18,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Envd(BaseHTTPRequestHandler):
     def do_POST(self):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.send_response(204)
+        lists = self.path.endswith("/ListDir")
+        self.send_response(200 if lists else 204)
         self.end_headers()
+        if lists:
+            self.wfile.write(b'{{"entries": []}}')
 
     do_GET = do_POST
 

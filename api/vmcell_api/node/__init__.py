@@ -27,6 +27,7 @@ pauses         pause and resume
 rollbacks      back to a snapshot
 warm_start     the snapshots of templates
 survey         what an earlier noded left
+file_diff      which files differ between two snapshots
 memory_use     memory of the host that a sandbox has
 node           every sandbox of the host and the verbs on them
 zygote         the node's zygote, kept while noded runs

@@ -205,6 +205,7 @@ class SandboxBuilder:
             address=slot.guest_address,
             state=PARKED,
         )
+        token = token if record.access_token else ""  # such an envd takes none
         parked = self._restored(sandbox, record, slot, life, access_token=token, environment={})
         self._containerd.set_labels(sandbox.container, {STATE_LABEL: PARKED})
         return parked

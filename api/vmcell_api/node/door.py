@@ -185,6 +185,16 @@ class Door(node_pb2_grpc.NodeServicer):
         )
 
     @answering
+    def DiffSnapshots(
+        self, request: node_pb2.DiffSnapshotsRequest
+    ) -> node_pb2.DiffSnapshotsResponse:
+        """Which files differ between two snapshots."""
+        older, newer = (_checked_snapshot_id(name) for name in (request.older_id, request.newer_id))
+        found = self._node.file_changes(older, newer)
+        rows = [node_pb2.FileChange(**asdict(row)) for row in found]
+        return node_pb2.DiffSnapshotsResponse(changes=rows)
+
+    @answering
     def ReadMemory(self, request: node_pb2.SandboxRef) -> node_pb2.MemoryUse:
         """What a sandbox has of the host's memory."""
         sandbox, processes = self._node.memory(_checked_id(request.sandbox_id))

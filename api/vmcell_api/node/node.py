@@ -14,11 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from vmcell_api.egress import Egress
+from vmcell_api.egress import CLOSED, Egress
+from vmcell_api.identifiers import new_access_token, new_sandbox_id
 from vmcell_api.metric_sample import MetricSample
 from vmcell_api.node.build import MachineLife, SandboxBuilder, SandboxRequest
 from vmcell_api.node.containerd import Containerd
 from vmcell_api.node.deadlines import Deadlines
+from vmcell_api.node.file_diff import FileChange, Tree, compare, read_tree
 from vmcell_api.node.memory_use import ProcessMemory, read_memory
 from vmcell_api.node.metrics import MetricSampler
 from vmcell_api.node.pauses import Pauses
@@ -79,7 +81,7 @@ class Node:
             containerd, slots, state_dir, later=lambda call: self._later(call), gone=self._is_gone
         )
         self._expiries = Deadlines(lambda key: self._later(self._expire, key))
-        self._suspension = Suspension(containerd, snapshots, state_dir)
+        self._suspension = Suspension(containerd, snapshots, state_dir, stands=self._stands)
         self.pool = self._new_pool(pool_sizes or {})
         self._pauses = self._new_pauses()
         self._rollbacks = self._new_rollbacks()
@@ -347,6 +349,21 @@ class Node:
         self._expire_later(undo)
         return rolled, undo
 
+    def file_changes(self, older_id: str, newer_id: str) -> Sequence[FileChange]:
+        """Which files differ between two snapshots; see `file_diff`."""
+        return compare(self._tree_of(older_id), self._tree_of(newer_id))
+
+    def _tree_of(self, snapshot_id: str) -> Tree:
+        """The files of a snapshot, which is restored for that, nobody's and without a network."""
+        sandbox_id, token, life = new_sandbox_id(), new_access_token(), MachineLife()
+        with self.snapshots.in_use(snapshot_id) as record:
+            slot = self.pool.claim(CLOSED)
+            try:
+                sandbox = self._builder.park(sandbox_id, record, slot, life, token)
+                return read_tree(sandbox.address, token if record.access_token else "")
+            finally:
+                self._removals.remove(sandbox_id, slot.number)
+
     def _expire_later(self, record: SnapshotRecord) -> None:
         if record.expires_at_unix_ms:
             left_s = (record.expires_at_unix_ms - unix_ms_now()) / 1000
@@ -411,6 +428,18 @@ class Node:
         except VmcellError as error:
             log.error("sandbox %s is not paused at its end: %s", sandbox.sandbox_id, error)
             self._registry.set_due(entry, sandbox_id=sandbox.sandbox_id, left_ms=PAUSE_AGAIN_MS)
+
+    def _stands(self, sandbox: Sandbox, error: VmcellError) -> None:
+        """A sandbox that is to run, and whose vCPUs may stand still: tried again until they run."""
+
+        def let_run() -> None:
+            with (
+                contextlib.suppress(CallerError),  # ended or paused meanwhile, or it runs already
+                self._registry.locked(sandbox.sandbox_id, state=RUNNING) as (_, found),
+            ):
+                self.containerd.resume_task(found.container)
+
+        self._removals.try_later(sandbox.container, let_run, error)
 
     def _is_gone(self, container_id: str) -> None:
         self._registry.forget_container(container_id)

@@ -77,7 +77,7 @@ class Pauses:
             try:
                 paused = self._suspension.commit_pause(sandbox, record)
             except BaseException:
-                self._suspension.call_off(sandbox, record)
+                self._suspension.abandon(sandbox, record)
                 raise
         except BaseException:
             entry.sandbox = sandbox
@@ -117,6 +117,9 @@ class Pauses:
         if entry.stuck is None:
             return
         try:
+            if entry.mislabelled:
+                self._suspension.label_paused(sandbox)
+                entry.mislabelled = False
             end_machine(
                 self._containerd,
                 self._slots,
@@ -151,7 +154,7 @@ class Pauses:
                 woken = self._builder.wake(sandbox, record, slot, entry.life, timeout_ms=timeout_ms)
             except BaseException:
                 entry.past_pids.add(entry.life.pid)
-                entry.stuck = slot.number
+                entry.stuck, entry.mislabelled = slot.number, True
                 self.end_stuck_machine(entry, sandbox)
                 raise
         entry.sandbox = woken

@@ -24,7 +24,7 @@ class Entry:
     `life` is that of its present task, whose `died` is set without the lock: it ends a build that
     waits for the guest. The end of one of `past_pids` is old news. `wanted` counts those who wait
     for the lock to resume it; they call a pause off. `stuck` is the slot of a machine that was to
-    end and has not.
+    end and has not, `mislabelled`: the labels of a paused one may say that it runs.
     """
 
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -34,6 +34,7 @@ class Entry:
     past_pids: set[int] = field(default_factory=set)
     wanted: int = 0
     stuck: int | None = None
+    mislabelled: bool = False
     due_monotonic_s: float = 0.0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 
 from vmcell_api.node import sandbox_files
 from vmcell_api.node.containerd import Containerd
@@ -32,12 +33,23 @@ RUN, STAND = "run", "pause"
 
 
 class Suspension:
-    """Saves machines and keeps the labels true meanwhile. The caller holds the sandbox's lock."""
+    """Saves machines and keeps the labels true meanwhile. The caller holds the sandbox's lock.
 
-    def __init__(self, containerd: Containerd, records: SnapshotRecords, state_dir: str) -> None:
+    `stands(sandbox, error)` is told of one that could not be let run on; it is tried again there.
+    """
+
+    def __init__(
+        self,
+        containerd: Containerd,
+        records: SnapshotRecords,
+        state_dir: str,
+        *,
+        stands: Callable[[Sandbox, VmcellError], None],
+    ) -> None:
         self._containerd = containerd
         self._records = records
         self._state_dir = state_dir
+        self._stands = stands
 
     def save(
         self,
@@ -119,23 +131,36 @@ class Suspension:
         self._label_running(sandbox)
         self._records.discard(record.snapshot_id)
 
+    def abandon(self, sandbox: Sandbox, record: SnapshotRecord) -> None:
+        """Lets a sandbox run on of which nobody knows whether its labels say that it is paused.
+
+        The snapshot goes only when they are known to say that it runs.
+        """
+        self.run_on(sandbox)
+        if self._label_running(sandbox):
+            self._records.discard(record.snapshot_id)
+
     def commit_pause(self, sandbox: Sandbox, record: SnapshotRecord) -> Sandbox:
         """Writes that the snapshot is the sandbox from now on; its machine may be ended."""
         paused = sandbox.in_state(PAUSED, snapshot_id=record.snapshot_id)
         paused = paused.ending_at(record.created_at_unix_ms)
-        labels = paused.labels(PAUSED)
-        changed = {name: labels[name] for name in (STATE_LABEL, SNAPSHOT_LABEL, END_LABEL)}
-        self._containerd.set_labels(sandbox.container, changed)
+        self.label_paused(paused)
         return paused
 
+    def label_paused(self, paused: Sandbox) -> None:
+        """Writes it again, where that may have been overwritten."""
+        labels = paused.labels(PAUSED)
+        changed = {name: labels[name] for name in (STATE_LABEL, SNAPSHOT_LABEL, END_LABEL)}
+        self._containerd.set_labels(paused.container, changed)
+
     def run_on(self, sandbox: Sandbox) -> None:
-        """Lets the task run, whether it stands or not; a failure is logged."""
+        """Lets the task run, whether it stands or not; what fails is tried again."""
         try:
             self._containerd.resume_task(sandbox.container)
         except CallerError:
             return  # it runs, or is gone, which its end tells
         except HostError as error:
-            log.error("sandbox %s may stand still: %s", sandbox.sandbox_id, error)
+            self._stands(sandbox, error)
 
     def settle(self, sandbox: Sandbox) -> Sandbox:
         """A sandbox whose pause an earlier noded had begun and not finished: it runs on."""
@@ -143,8 +168,11 @@ class Suspension:
         self._label_running(sandbox)
         return sandbox.in_state(RUNNING)
 
-    def _label_running(self, sandbox: Sandbox) -> None:
+    def _label_running(self, sandbox: Sandbox) -> bool:
+        """Whether it is labelled; if not, the next noded lets it run on, which it does already."""
         try:
             self._containerd.set_labels(sandbox.container, {STATE_LABEL: RUNNING})
-        except VmcellError as error:  # the next noded lets it run on, which it does already
+        except VmcellError as error:
             log.error("sandbox %s runs, but %s", sandbox.sandbox_id, error)
+            return False
+        return True

@@ -70,7 +70,19 @@ SCHEMAS = {
             "unchanged": array(TEXT),
             "allocatedBytesOlder": _BYTES,
             "allocatedBytesNewer": _BYTES,
-        }
+        },
+        {
+            "files": array(
+                record(
+                    {
+                        "path": TEXT,
+                        "change": one_of("added", "removed", "modified"),
+                        "sizeBefore": _BYTES,
+                        "sizeAfter": _BYTES,
+                    }
+                )
+            )
+        },
     ),
     "SandboxMemory": record(
         {
@@ -124,13 +136,11 @@ def _rollback(path: str) -> Operation:
     )
 
 
-def _of_sandbox(name: str, summary: str, schema: Json, **query: Json) -> Operation:
+def _of_sandbox(name: str, summary: str, schema: Json) -> Operation:
     return Operation(
         method="GET",
         path=f"/vmcell/sandboxes/{{sandbox_id}}/{name}",
         summary=summary,
-        query=query,
-        required_query=tuple(query),
         answers={200: schema},
         errors=(404, 409, 504),
     )
@@ -189,12 +199,14 @@ OPERATIONS = (
         "A sandbox's snapshots with parents and sizes, undo points too, oldest first.",
         array(ref("SandboxSnapshot")),
     ),
-    _of_sandbox(
-        "diff",
-        "Which parts of two snapshots of a sandbox differ.",
-        ref("SnapshotDifference"),
-        older=TEXT,
-        newer=TEXT,
+    Operation(
+        method="GET",
+        path="/vmcell/sandboxes/{sandbox_id}/diff",
+        summary="Which parts of two snapshots differ; files=true: which files, asked of both.",
+        query={"older": TEXT, "newer": TEXT, "files": one_of("true", "false")},
+        required_query=("older", "newer"),
+        answers={200: ref("SnapshotDifference")},
+        errors=(404, 409, 504),
     ),
     _of_sandbox(
         "memory",

@@ -219,6 +219,32 @@ class RollbackResponse(_message.Message):
     undo: Snapshot
     def __init__(self, sandbox: _Optional[_Union[Sandbox, _Mapping]] = ..., undo: _Optional[_Union[Snapshot, _Mapping]] = ...) -> None: ...
 
+class DiffSnapshotsRequest(_message.Message):
+    __slots__ = ("older_id", "newer_id")
+    OLDER_ID_FIELD_NUMBER: _ClassVar[int]
+    NEWER_ID_FIELD_NUMBER: _ClassVar[int]
+    older_id: str
+    newer_id: str
+    def __init__(self, older_id: _Optional[str] = ..., newer_id: _Optional[str] = ...) -> None: ...
+
+class DiffSnapshotsResponse(_message.Message):
+    __slots__ = ("changes",)
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
+    changes: _containers.RepeatedCompositeFieldContainer[FileChange]
+    def __init__(self, changes: _Optional[_Iterable[_Union[FileChange, _Mapping]]] = ...) -> None: ...
+
+class FileChange(_message.Message):
+    __slots__ = ("path", "what", "size_before", "size_after")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    WHAT_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    SIZE_AFTER_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    what: str
+    size_before: int
+    size_after: int
+    def __init__(self, path: _Optional[str] = ..., what: _Optional[str] = ..., size_before: _Optional[int] = ..., size_after: _Optional[int] = ...) -> None: ...
+
 class MemoryUse(_message.Message):
     __slots__ = ("processes", "guest_memory_bytes")
     PROCESSES_FIELD_NUMBER: _ClassVar[int]

@@ -104,6 +104,11 @@ class NodeStub:
                 request_serializer=vmcell__protos_dot_pb_dot_node__pb2.RollbackRequest.SerializeToString,
                 response_deserializer=vmcell__protos_dot_pb_dot_node__pb2.RollbackResponse.FromString,
                 _registered_method=True)
+        self.DiffSnapshots = channel.unary_unary(
+                '/vmcell.node.v1.Node/DiffSnapshots',
+                request_serializer=vmcell__protos_dot_pb_dot_node__pb2.DiffSnapshotsRequest.SerializeToString,
+                response_deserializer=vmcell__protos_dot_pb_dot_node__pb2.DiffSnapshotsResponse.FromString,
+                _registered_method=True)
         self.ReadMemory = channel.unary_unary(
                 '/vmcell.node.v1.Node/ReadMemory',
                 request_serializer=vmcell__protos_dot_pb_dot_node__pb2.SandboxRef.SerializeToString,
@@ -216,6 +221,13 @@ class NodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DiffSnapshots(self, request, context):
+        """Restores both for a moment, one after the other, and asks each for its files.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReadMemory(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -308,6 +320,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.RollbackSandbox,
                     request_deserializer=vmcell__protos_dot_pb_dot_node__pb2.RollbackRequest.FromString,
                     response_serializer=vmcell__protos_dot_pb_dot_node__pb2.RollbackResponse.SerializeToString,
+            ),
+            'DiffSnapshots': grpc.unary_unary_rpc_method_handler(
+                    servicer.DiffSnapshots,
+                    request_deserializer=vmcell__protos_dot_pb_dot_node__pb2.DiffSnapshotsRequest.FromString,
+                    response_serializer=vmcell__protos_dot_pb_dot_node__pb2.DiffSnapshotsResponse.SerializeToString,
             ),
             'ReadMemory': grpc.unary_unary_rpc_method_handler(
                     servicer.ReadMemory,
@@ -703,6 +720,33 @@ class Node:
             '/vmcell.node.v1.Node/RollbackSandbox',
             vmcell__protos_dot_pb_dot_node__pb2.RollbackRequest.SerializeToString,
             vmcell__protos_dot_pb_dot_node__pb2.RollbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DiffSnapshots(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmcell.node.v1.Node/DiffSnapshots',
+            vmcell__protos_dot_pb_dot_node__pb2.DiffSnapshotsRequest.SerializeToString,
+            vmcell__protos_dot_pb_dot_node__pb2.DiffSnapshotsResponse.FromString,
             options,
             channel_credentials,
             insecure,
