@@ -24,7 +24,7 @@ def start(image: str, count: int, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from vmcell_tools.bench_start import bench_start, rows_of
+    from vmcell_tools.bench.start import bench_start, rows_of
     from vmcell_tools.progress import Progress
 
     with Progress("vmcell bench") as progress:
