@@ -12,9 +12,10 @@ import tempfile
 
 CODE_GPA = 0x10_0000
 COM1 = 0x3F8
-# movw $0x3f8, %dx; movb $'.', %al; 1: out %al, %dx; jmp 1b
-# Says something with every instruction but one, so its console tells when it runs.
-TALK = b"\x66\xba" + struct.pack("<H", COM1) + b"\xb0.\xee\xeb\xfd"
+# movw $0x3f8, %dx; movb $10, %al; 1: out %al, %dx; jmp 1b
+# Ends a line with every other instruction, and each line reaches the console's file when it ends:
+# the first byte there tells when the guest runs.
+TALK = b"\x66\xba" + struct.pack("<H", COM1) + b"\xb0\n\xee\xeb\xfd"
 
 
 def elf(code: bytes, *, gpa: int = CODE_GPA, entry: int = CODE_GPA) -> bytes:

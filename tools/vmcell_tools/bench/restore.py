@@ -48,7 +48,9 @@ def bench_restore(count: int, memory_mib: int, progress: Progress) -> Report:
         report.add("  fork, build", "vmcell", "zygote asked → devices and state are there"),
         report.add("  go on", "vmcell", "told to go on → first guest instruction"),
     ]
-    boot = report.add("boot", "vmcell", f"zygote asked → first guest instruction, no snapshot; {size}")
+    boot = report.add(
+        "boot", "vmcell", f"zygote asked → first guest instruction, no snapshot; {size}"
+    )
     fork = report.add("fork", "vmcell", "zygote asked → pid of a VMM without a machine")
     with tempfile.TemporaryDirectory(prefix="vmcell-bench-") as name, ExitStack() as opened:
         progress.step("starting a zygote, saving a machine")

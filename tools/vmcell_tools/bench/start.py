@@ -15,25 +15,17 @@ parts of vmcell's share come from the shim's log, whose lines carry nanoseconds:
 from __future__ import annotations
 
 import calendar
-import json
 import re
 import statistics
-import subprocess
 import time
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
-from vmcell_api.node import oci_image
-from vmcell_api.node.containerd import Containerd
-from vmcell_protos.errors import HostError
-from vmcell_shim.config import load_config
+from vmcell_protos.errors import HostError, VmcellError
+from vmcell_tools.bench.containers import RUNC, VMCELL, Containers, Target
 from vmcell_tools.progress import Progress
 
-NAMESPACE = "default"
-VMCELL, RUNC = "io.containerd.vmcell.v2", "io.containerd.runc.v2"
 PARTS = ("containerd", "shim", "VMM", "kernel", "agent", "container", "start")
-CALL_TIMEOUT_S = 600.0
 _LINE = re.compile(r'time="([^"]+)\.(\d{9})Z" level=\w+ msg="([^"]*)"')
 _BOOTED = re.compile(r"kernel booted in (\d+) ms")
 
@@ -72,19 +64,17 @@ def bench_start(image: str, count: int, progress: Progress) -> list[Result]:
 
     Raises HostError when containerd does not answer, CallerError for an unknown image.
     """
-    containerd = Containerd(
-        "/run/containerd/containerd.sock", namespace=NAMESPACE, snapshotter="overlayfs"
-    )
+    containers = Containers(Target(image=image), "start")
     try:
-        parent, spec = _chain_id(containerd, image), _spec()
         samples: dict[str, list[Sample]] = {VMCELL: [], RUNC: []}
         failures = dict.fromkeys(samples, 0)
+        progress.step("starting containers")
         for turn in range(count + 1):
-            progress.step(f"start {turn} of {count}")
+            progress.count(turn, count)
             for runtime, rows in samples.items():
                 try:
-                    sample = _one(containerd, runtime, image, parent, spec, f"bench-{turn}")
-                except HostError as error:
+                    sample = _one(containers, runtime, containers.name(turn))
+                except VmcellError as error:
                     failures[runtime] += 1
                     progress.note(f"{runtime}: {error}")
                     continue
@@ -95,29 +85,16 @@ def bench_start(image: str, count: int, progress: Progress) -> list[Result]:
             for name, rows in samples.items()
         ]
     finally:
-        containerd.close()
+        for sentence in containers.close():
+            progress.note(sentence)
 
 
-def _one(
-    containerd: Containerd, runtime: str, image: str, parent: str, spec: bytes, name: str
-) -> Sample:
-    lease = f"lease-{name}"
-    containerd.create_lease(lease, {})
-    marks = [time.time_ns()]
+def _one(containers: Containers, runtime: str, name: str) -> Sample:
     try:
-        mounts = containerd.prepare_snapshot(name, parent=parent, labels={}, lease=lease)
-        marks.append(time.time_ns())
-        containerd.create_container(
-            name, image=image, labels={}, runtime=runtime, spec=spec, lease=lease
-        )
-        marks.append(time.time_ns())
-        containerd.create_task(name, mounts, timeout_s=CALL_TIMEOUT_S)
-        marks.append(time.time_ns())
-        containerd.start_task(name, timeout_s=CALL_TIMEOUT_S)
-        marks.append(time.time_ns())
-        parts = _parts(name, marks) if runtime == VMCELL else {}
+        marks = containers.start(name, runtime)
+        parts = parts_of(containers.shim_log(name), marks) if runtime == VMCELL else {}
     finally:
-        _remove(containerd, name, lease)
+        containers.remove(name)
     steps = [(after - before) / 1e6 for before, after in pairwise(marks)]
     return Sample(
         total_ms=(marks[-1] - marks[0]) / 1e6,
@@ -127,22 +104,6 @@ def _one(
         start_ms=steps[3],
         parts=parts,
     )
-
-
-def _remove(containerd: Containerd, name: str, lease: str) -> None:
-    waiting = containerd.wait_task(name)
-    containerd.kill_task(name)
-    waiting.result(timeout=CALL_TIMEOUT_S)
-    containerd.delete_task(name)
-    containerd.delete_container(name)
-    containerd.remove_snapshot(name)
-    containerd.delete_lease(lease)
-
-
-def _parts(name: str, marks: list[int]) -> dict[str, float]:
-    """What the shim's log says of a start that is still running."""
-    path = Path(load_config().state_dir) / NAMESPACE / name / "shim.log"
-    return parts_of(path.read_text(), marks)
 
 
 def parts_of(log: str, marks: list[int]) -> dict[str, float]:
@@ -177,26 +138,6 @@ def parts_of(log: str, marks: list[int]) -> dict[str, float]:
 def _unix_ns(seconds: str, fraction: str) -> int:
     whole = time.strptime(seconds, "%Y-%m-%dT%H:%M:%S")
     return calendar.timegm(whole) * 10**9 + int(fraction)
-
-
-def _chain_id(containerd: Containerd, image: str) -> str:
-    target = containerd.image_target(image)
-    manifest = target.digest
-    data = containerd.read_blob(manifest)
-    if target.media_type in oci_image.INDEX_TYPES:
-        manifest = oci_image.manifest_digest(data, image)
-        data = containerd.read_blob(manifest)
-    config = containerd.read_blob(oci_image.config_digest(data, image))
-    return oci_image.parse_config(config, image).chain_id
-
-
-def _spec() -> bytes:
-    """What `ctr run` gives a container, with a program that waits."""
-    text = subprocess.run(["ctr", "oci", "spec"], capture_output=True, check=True).stdout
-    spec = json.loads(text)
-    spec["process"].update(args=["/bin/sleep", "600"], terminal=False)
-    spec["linux"].pop("seccomp", None)
-    return json.dumps(spec).encode()
 
 
 def rows_of(results: list[Result]) -> list[tuple[str, ...]]:
