@@ -71,8 +71,9 @@ def start(image: str, count: int, as_json: bool) -> None:
     from vmcell_tools.bench.start import bench_start, rows_of
     from vmcell_tools.progress import Progress
 
+    target = _target(image, "/run/containerd/containerd.sock", "default")
     with Progress("vmcell bench") as progress:
-        results = bench_start(image, count, progress)
+        results = bench_start(target, count, progress)
     if as_json:
         print_json([asdict(result) for result in results])
         return
@@ -88,7 +89,7 @@ def start(image: str, count: int, as_json: bool) -> None:
 def restore(count: int, memory_mib: int, as_json: bool) -> None:
     """Time from the zygote's fork to the first instruction of a saved machine.
 
-    Runs on any /dev/kvm, a hand-made guest in the place of Linux. As root, with a network interface.
+    Runs on any /dev/kvm, with a hand-made guest for a Linux; as root with a network interface.
     """
     from vmcell_tools.bench.restore import bench_restore
 

@@ -34,7 +34,7 @@ SNAPSHOT_ANNOTATION = "io.vmcell.snapshot"
 MEMORY_ANNOTATION = "io.vmcell.memory-mib"
 PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 WAITING = ("/bin/sleep", "86400")
-SHARED_MEMORY = "/dev/shm"  # noqa: S108  a mount of the container's own
+SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True, kw_only=True)

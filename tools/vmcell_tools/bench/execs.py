@@ -1,6 +1,8 @@
-"""How long a program takes that does nothing, beside a container's own: vmcell and runc by turns."""
+"""How long a program takes that does nothing, in a running container: vmcell and runc by turns."""
 
 from __future__ import annotations
+
+from functools import partial
 
 from vmcell_protos.errors import VmcellError
 from vmcell_tools.bench.containers import RUNC, VMCELL, Containers, Target, opened
@@ -25,7 +27,7 @@ def bench_exec(target: Target, count: int, progress: Progress) -> Report:
         for turn in range(count):
             for runtime in NAMES:
                 if runtime in running:
-                    sample([series[runtime]], lambda name=runtime: (_one(containers, name, turn),))
+                    sample([series[runtime]], partial(_one, containers, runtime, turn))
             progress.count(turn + 1, count)
     report.compare("exec, vmcell to runc, p50", series[VMCELL], series[RUNC], BOUND)
     return report.finish()
@@ -41,5 +43,6 @@ def _is_up(containers: Containers, runtime: str, series: Series) -> bool:
     return True
 
 
-def _one(containers: Containers, runtime: str, turn: int) -> float:
-    return containers.run_in(containers.name(NAMES[runtime]), ["true"], f"e{turn + 1}")
+def _one(containers: Containers, runtime: str, turn: int) -> tuple[float]:
+    took_ms = containers.run_in(containers.name(NAMES[runtime]), ["true"], f"e{turn + 1}")
+    return (took_ms,)

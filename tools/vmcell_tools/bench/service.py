@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 
 from vmcell_protos.errors import VmcellError
 from vmcell_tools.bench.containers import RUNC, Containers, Target, opened
@@ -39,7 +40,7 @@ def bench_create(
             _create(client, template, create, kill)
             if containers is not None:
                 name = containers.name(turn)
-                sample([run], lambda name=name: (_run_ms(containers, name),))
+                sample([run], partial(_run_ms, containers, name))
                 containers.discard(name)
             progress.count(turn + 1, count)
     report.compare("create of vmcell to run of runc, p50", create, run, BOUND)
@@ -58,9 +59,9 @@ def _peer(target: Target, report: Report, resources: ExitStack) -> Containers | 
     return containers
 
 
-def _run_ms(containers: Containers, name: str) -> float:
+def _run_ms(containers: Containers, name: str) -> tuple[float]:
     marks = containers.start(name, RUNC)
-    return (marks[-1] - marks[0]) / 1e6
+    return ((marks[-1] - marks[0]) / 1e6,)
 
 
 def _create(client: ServiceClient, template: str, create: Series, kill: Series) -> None:

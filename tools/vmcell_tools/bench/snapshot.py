@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
+from functools import partial
 
 from vmcell_protos.errors import HostError
 from vmcell_tools.bench.containers import MEMORY_ANNOTATION, Containers, Target, opened
@@ -41,7 +42,7 @@ def bench_snapshot(target: Target, count: int, memory_mib: int, progress: Progre
             progress.step(f"snapshots after {dirty_mib} MiB written")
             for turn in range(count):
                 saved = containers.name(f"{dirty_mib}-{turn}")
-                if sample(series, lambda saved=saved: _one(containers, name, saved, dirty_mib)):  # noqa: B023
+                if sample(series, partial(_one, containers, name, saved, dirty_mib)):
                     containers.remove_saved(before)
                     before = saved
                 progress.count(turn + 1, count)

@@ -59,12 +59,12 @@ class Result:
         return statistics.median(rows)
 
 
-def bench_start(image: str, count: int, progress: Progress) -> list[Result]:
+def bench_start(target: Target, count: int, progress: Progress) -> list[Result]:
     """`count` starts of each runtime, by turns, after one of each that is not counted.
 
     Raises HostError when containerd does not answer, CallerError for an unknown image.
     """
-    containers = Containers(Target(image=image), "start")
+    containers = Containers(target, "start")
     try:
         samples: dict[str, list[Sample]] = {VMCELL: [], RUNC: []}
         failures = dict.fromkeys(samples, 0)
