@@ -1,4 +1,4 @@
-"""Instructions for hand-made guests, for the lane `kvm`; the ELF file is vmcell_tools.bench.payload's."""
+"""Instructions for hand-made guests, for the lane `kvm`; vmcell_tools.bench.payload has the ELF."""
 
 from __future__ import annotations
 

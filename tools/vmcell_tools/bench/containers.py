@@ -21,7 +21,7 @@ from google.protobuf.any_pb2 import Any
 
 from vmcell_api.node import oci_image
 from vmcell_api.node.containerd import Containerd, translate
-from vmcell_protos.errors import GuestError, HostError, VmcellError
+from vmcell_protos.errors import CallerError, GuestError, HostError, VmcellError
 from vmcell_protos.pb.containerd import content_pb2, content_pb2_grpc, tasks_pb2, tasks_pb2_grpc
 from vmcell_shim.checkpoint import OPTIONS_TYPE
 from vmcell_shim.config import ShimConfig, load_config
@@ -126,11 +126,18 @@ class Containers:
         answer = self.containerd.call(
             self._tasks.Checkpoint, request, f"saving {name}", timeout_s=CALL_TIMEOUT_S
         )
-        for row in answer.descriptors:  # of containerd's own, and without content
-            blob = content_pb2.DeleteContentRequest(digest=row.digest)
-            self.containerd.call(
-                self._content.Delete, blob, f"removing blob {row.digest}", timeout_s=CALL_TIMEOUT_S
-            )
+        for row in answer.descriptors:
+            self._delete_blob(row.digest)
+
+    def _delete_blob(self, digest: str) -> None:
+        """One that containerd made of a snapshot, without content: all of them may be the same."""
+        request = content_pb2.DeleteContentRequest(digest=digest)
+        tried = f"removing blob {digest}"
+        try:
+            self.containerd.call(self._content.Delete, request, tried, timeout_s=CALL_TIMEOUT_S)
+        except CallerError as error:
+            if error.code != "not_found":
+                raise
 
     def restore(self, name: str, snapshot_id: str, memory_mib: int) -> list[int]:
         """A container that goes on from a snapshot; marks as of `start`. Raises VmcellError."""

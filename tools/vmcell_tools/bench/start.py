@@ -50,13 +50,13 @@ class Result:
     samples: list[Sample]
     failures: int
 
-    def p50(self, name: str) -> float:
-        """The median of a field of Sample, or of one of its parts."""
+    def p50(self, name: str) -> float | None:
+        """The median of a field of Sample, or of one of its parts; None without a sample."""
         rows = [
             sample.parts[name] if name in sample.parts else getattr(sample, name)
             for sample in self.samples
         ]
-        return statistics.median(rows)
+        return statistics.median(rows) if rows else None
 
 
 def bench_start(target: Target, count: int, progress: Progress) -> list[Result]:
@@ -153,6 +153,11 @@ def rows_of(results: list[Result]) -> list[tuple[str, ...]]:
         ("  task started", "start_ms"),
     ):
         mine, other = ours.p50(field), theirs.p50(field)
-        rows.append((title, f"{mine:.1f}", f"{other:.1f}", f"{mine / other:.2f}"))
-    rows += [(f"    {part}", f"{ours.p50(part):.1f}", "", "") for part in PARTS]
+        ratio = f"{mine / other:.2f}" if mine and other else "–"
+        rows.append((title, _cell(mine), _cell(other), ratio))
+    rows += [(f"    {part}", _cell(ours.p50(part)), "", "") for part in PARTS]
     return rows
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
