@@ -7,6 +7,7 @@ machine     which machine measured, in which lane
 report      a run as a table and as JSON
 payload     hand-made guests of a few instructions
 zygote      a zygote of the benchmark's own
+qemu_microvm  QEMU's microvm with such a guest, as a peer
 restore     a saved machine → its first instruction
 containers  containers made, saved, restored and removed through containerd
 start       starts of containers timed, by part, beside runc

@@ -13,25 +13,26 @@ import select
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmcell_protos.errors import HostError
+from vmcell_protos.errors import HostError, VmcellError
 from vmcell_runtime.config import BlkConfig, MachineConfig, NetConfig, PmemConfig, VsockConfig
 from vmcell_runtime.handle import SavedFiles, VmmHandle, launch
 from vmcell_runtime.virtio.host_abi import IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, IFREQ, TUNSETIFF
 from vmcell_runtime.zygote_client import fork_vmm
 from vmcell_tools.bench.payload import TALK, elf, memory_file
+from vmcell_tools.bench.qemu_microvm import DEVICES, QemuMicrovm, missing_microvm
 from vmcell_tools.bench.report import Ratio, Report
-from vmcell_tools.bench.samples import sample
+from vmcell_tools.bench.samples import Series, sample
 from vmcell_tools.bench.zygote import private_zygote
 from vmcell_tools.progress import Progress
 
 DEADLINE_S = 60.0
 BUDGET_MS = 4.0
-BASE_IMAGE_BYTES, ROOT_IMAGE_BYTES, DISK_BYTES = 80 << 20, 30 << 20, 64 << 20
+FILES = {"base": 80 << 20, "root": 30 << 20, "disk": 64 << 20}  # two images, a disk: bytes
 TAP_NAME = b"vmcbench%d"  # the kernel fills in a number
 
 
@@ -57,13 +58,19 @@ def bench_restore(count: int, memory_mib: int, progress: Progress) -> Report:
         opened.enter_context(private_zygote(Path(name)))
         machines = PayloadMachines(Path(name), memory_mib, opened)
         machines.save()
+        peer = _peer(Path(name), memory_mib, report)
         progress.step("restoring")
         for turn in range(count):
             sample(restored, machines.restore)
             sample([boot], machines.boot)
             sample([fork], machines.fork)
+            for series, measure in peer:
+                sample([series], measure)
             progress.count(turn + 1, count)
     report.compare("restore to boot, p50", restored[0], boot)
+    for series, _ in peer:
+        if series.what == "QEMU restore":
+            report.compare("restore of vmcell to QEMU microvm, p50", restored[0], series)
     value = restored[0].p50
     report.ratios.append(
         Ratio(
@@ -77,6 +84,30 @@ def bench_restore(count: int, memory_mib: int, progress: Progress) -> Report:
     return report.finish()
 
 
+def _peer(
+    folder: Path, memory_mib: int, report: Report
+) -> list[tuple[Series, Callable[[], tuple[float]]]]:
+    """QEMU's two figures and how to take them; none, and a note, where it cannot be measured."""
+    reason = missing_microvm()
+    qemu = QemuMicrovm(folder, memory_mib, [folder / name for name in FILES])
+    if not reason:
+        try:
+            qemu.save()
+        except (VmcellError, OSError) as error:
+            reason = str(error)
+    if reason:
+        report.notes.append(f"left out: QEMU microvm: {reason}")
+        return []
+    size = f"same guest, {memory_mib} MiB, {DEVICES}, warm page cache"
+    boot = report.add(
+        "QEMU boot", "QEMU microvm", f"QEMU started → first guest instruction; {size}"
+    )
+    restore = report.add(
+        "QEMU restore", "QEMU microvm", f"the same, -incoming a saved state; {size}"
+    )
+    return [(boot, qemu.boot), (restore, qemu.restore)]
+
+
 class PayloadMachines:
     """One machine and its snapshot, and VMMs made of either; what they use is in `folder`."""
 
@@ -88,14 +119,7 @@ class PayloadMachines:
         self._kernel = self._own(memory_file(elf(TALK)))
         flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
         self._log = self._own(os.open(folder / "vmm.log", flags))
-        self._files = [
-            self._own(_file(folder / name, size))
-            for name, size in (
-                ("base", BASE_IMAGE_BYTES),
-                ("root", ROOT_IMAGE_BYTES),
-                ("disk", DISK_BYTES),
-            )
-        ]
+        self._files = [self._own(_file(folder / name, size)) for name, size in FILES.items()]
         self._saved: SavedFiles | None = None
 
     def _own(self, fd: int) -> int:
