@@ -12,6 +12,7 @@ from vmm_bench import descriptors
 
 from vmcell_protos.errors import HostError
 from vmcell_tools.bench import restore
+from vmcell_tools.bench.qemu_microvm import missing_microvm
 from vmcell_tools.bench.restore import PayloadMachines, bench_restore
 from vmcell_tools.progress import Progress
 
@@ -24,7 +25,10 @@ def test_restore() -> None:
     report = bench_restore(3, 512, QUIET)
     assert (descriptors(), sys.path, os.environ["VMCELL_ZYGOTE"]) == before
     rows = {row.what.strip(): row for row in report.series}
-    assert list(rows) == ["restore", "fork, build", "go on", "boot", "fork"]
+    ours, peer = ["restore", "fork, build", "go on", "boot", "fork"], ["QEMU boot", "QEMU restore"]
+    has_qemu = not any("QEMU" in note for note in report.notes)
+    assert has_qemu == (missing_microvm() == ""), report.notes
+    assert list(rows) == ours + peer * has_qemu
     for row in rows.values():
         assert (len(row.values), row.failures) == (3, []), report.lines()
         assert min(row.values) > 0
@@ -32,8 +36,8 @@ def test_restore() -> None:
         *(rows[name].values for name in ("restore", "fork, build", "go on")), strict=True
     ):
         assert whole == pytest.approx(first + second)
-    assert [ratio.value is not None for ratio in report.ratios] == [True, True]
-    assert bool(report.notes) == (os.geteuid() != 0)
+    assert [ratio.value is not None for ratio in report.ratios] == [True] * (2 + has_qemu)
+    assert any("TAP" in note for note in report.notes) == (os.geteuid() != 0)
 
 
 def test_a_vmm_that_no_zygote_forked_is_no_sample(
