@@ -18,7 +18,7 @@ from vmcell_protos.errors import CallerError
 from vmcell_tools.bench.clone import bench_clone
 from vmcell_tools.bench.containers import Target
 from vmcell_tools.bench.execs import bench_exec
-from vmcell_tools.bench.idle import bench_density, bench_memory
+from vmcell_tools.bench.idle import Wanted, bench_density, bench_memory
 from vmcell_tools.bench.report import Report
 from vmcell_tools.bench.samples import Series
 from vmcell_tools.bench.snapshot import DIRTY_MIB, bench_snapshot
@@ -97,7 +97,7 @@ def test_clone(target: Target) -> None:
 
 
 def test_memory(target: Target) -> None:
-    report = bench_memory(target, 3, MEMORY_MIB, QUIET)
+    report = bench_memory(target, Wanted(count=3, memory_mib=MEMORY_MIB), QUIET)
     for what in ("PSS", "private dirty"):
         both = of(report, what, "sandbox")
         assert all_taken(both, 3), report.lines()
@@ -110,9 +110,9 @@ def test_memory(target: Target) -> None:
 
 
 def test_density(target: Target) -> None:
-    report = bench_density(target, 3, MEMORY_MIB, QUIET)
-    assert all_taken(of(report, "exec", "each"), 3), report.lines()
-    assert "3 of 3 sandboxes answered, all of 3 up at once" in report.notes
+    report = bench_density(target, Wanted(count=25, memory_mib=MEMORY_MIB, at_once=4), QUIET)
+    assert all_taken(of(report, "exec", "each"), 25), report.lines()
+    assert "25 of 25 sandboxes answered, all of 25 up at once" in report.notes
 
 
 def test_start_counts_what_fails(target: Target) -> None:

@@ -40,6 +40,10 @@ def _memory_mib(default: int) -> Callable:
     )
 
 
+def _at_once(default: int) -> Callable:
+    return click.option("--at-once", default=default, show_default=True, type=click.IntRange(1, 64))
+
+
 image_option = click.option(
     "--image",
     default="docker.io/vmcell/small:latest",
@@ -133,7 +137,7 @@ def snapshot(
 @namespace_option
 @_count(10)
 @click.option("--many", default=100, show_default=True, type=click.IntRange(1, 1000))
-@click.option("--at-once", default=8, show_default=True, type=click.IntRange(1, 64))
+@_at_once(8)
 @_memory_mib(128)
 @json_option
 def clone(
@@ -159,15 +163,23 @@ def clone(
 @namespace_option
 @_count(20)
 @_memory_mib(128)
+@_at_once(1)
 @json_option
 def memory(
-    image: str, address: str, namespace: str, count: int, memory_mib: int, as_json: bool
+    image: str,
+    address: str,
+    namespace: str,
+    count: int,
+    memory_mib: int,
+    at_once: int,
+    as_json: bool,
 ) -> None:
     """Memory of n idle sandboxes: each one's own, and what the host has less for each."""
-    from vmcell_tools.bench.idle import bench_memory
+    from vmcell_tools.bench.idle import Wanted, bench_memory
 
     target = _target(image, address, namespace)
-    _show(lambda progress: bench_memory(target, count, memory_mib, progress), as_json)
+    wanted = Wanted(count=count, memory_mib=memory_mib, at_once=at_once)
+    _show(lambda progress: bench_memory(target, wanted, progress), as_json)
 
 
 @bench.command()
@@ -176,15 +188,23 @@ def memory(
 @namespace_option
 @_count(100)
 @_memory_mib(128)
+@_at_once(4)
 @json_option
 def density(
-    image: str, address: str, namespace: str, count: int, memory_mib: int, as_json: bool
+    image: str,
+    address: str,
+    namespace: str,
+    count: int,
+    memory_mib: int,
+    at_once: int,
+    as_json: bool,
 ) -> None:
     """n idle sandboxes at once, every one of which has to answer."""
-    from vmcell_tools.bench.idle import bench_density
+    from vmcell_tools.bench.idle import Wanted, bench_density
 
     target = _target(image, address, namespace)
-    _show(lambda progress: bench_density(target, count, memory_mib, progress), as_json)
+    wanted = Wanted(count=count, memory_mib=memory_mib, at_once=at_once)
+    _show(lambda progress: bench_density(target, wanted, progress), as_json)
 
 
 @bench.command()

@@ -7,7 +7,8 @@ own pages, the kernel's tables and everything else in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 from vmcell_api.node.memory_use import read_memory
@@ -24,20 +25,28 @@ PSS_MIB, DIRTY_MIB, MARGINAL_MB = 5, 3, 12
 MARGINAL = "fall of MemAvailable since before the first sandbox ÷ sandboxes"
 
 
-def bench_memory(target: Target, count: int, memory_mib: int, progress: Progress) -> Report:
-    """`count` idle sandboxes at once, each looked at. Raises HostError when containerd does not
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """How many sandboxes, of what size, restored how many at a time."""
+
+    count: int
+    memory_mib: int
+    at_once: int = 1
+
+
+def bench_memory(target: Target, wanted: Wanted, progress: Progress) -> Report:
+    """As many idle sandboxes at once, each looked at. Raises HostError when containerd does not
     answer, CallerError for an unknown image, VmcellError when no guest can be saved."""
     report = Report(name="memory")
+    up = f"guest RAM left out, {wanted.count} sandboxes up"
     own = [
-        report.add(
-            what, who, f"{meaning} of {process}, guest RAM left out, {count} sandboxes up", "MiB"
-        )
+        report.add(what, who, f"{meaning} of {process}, {up}", "MiB")
         for process, who in (("shim + VMM", "sandbox"), ("the shim", "shim"), ("the VMM", "VMM"))
         for what, meaning in (("PSS", "PSS"), ("private dirty", "private dirty pages"))
     ]
     ram = report.add("guest RAM", "sandbox", "PSS of the mappings of guest RAM", "MiB")
     with opened(target, "mem", report.notes) as containers:
-        names, marginal = _fill(report, containers, count, memory_mib, progress)
+        names, marginal = _fill(report, containers, wanted, progress)
         progress.step("looking at each")
         for name in names:
             sample([*own, ram], partial(_own_mib, containers, name))
@@ -48,20 +57,21 @@ def bench_memory(target: Target, count: int, memory_mib: int, progress: Progress
     return report.finish()
 
 
-def bench_density(target: Target, count: int, memory_mib: int, progress: Progress) -> Report:
-    """`count` idle sandboxes at once, every one of which has to answer. Raises as bench_memory."""
+def bench_density(target: Target, wanted: Wanted, progress: Progress) -> Report:
+    """As many idle sandboxes at once, every one of which has to answer. Raises as bench_memory."""
     report = Report(name="density")
     answered = report.add(
-        "exec", "each", f"`true` with all {count} up: Exec sent → Wait has answered"
+        "exec", "each", f"`true` with all {wanted.count} up: Exec sent → Wait has answered"
     )
     with opened(target, "dense", report.notes) as containers:
-        names, marginal = _fill(report, containers, count, memory_mib, progress)
+        names, marginal = _fill(report, containers, wanted, progress)
         progress.step("asking each")
         for number, name in enumerate(names):
             sample([answered], partial(_answer, containers, name))
             progress.count(number + 1, len(names))
         report.notes.append(
-            f"{len(answered.values)} of {count} sandboxes answered, all of {len(names)} up at once"
+            f"{len(answered.values)} of {wanted.count} sandboxes answered, "
+            f"all of {len(names)} up at once"
         )
         progress.step("removing them")
     _hold(report, "marginal at the end to 12 MB", last_mb(marginal), MARGINAL_MB)
@@ -69,48 +79,51 @@ def bench_density(target: Target, count: int, memory_mib: int, progress: Progres
 
 
 def _fill(
-    report: Report, containers: Containers, count: int, memory_mib: int, progress: Progress
+    report: Report,
+    containers: Containers,
+    wanted: Wanted,
+    progress: Progress,
 ) -> tuple[list[str], Series]:
     """The sandboxes that are up, and the marginal cost at each point of the curve, in MB."""
+    meaning = f"root to be prepared → restored task started, {wanted.at_once} at a time; "
     restored = report.add(
         "restore",
         "sandbox",
-        f"root to be prepared → restored task started; guest of {memory_mib} MiB",
+        f"{meaning}guest of {wanted.memory_mib} MiB, nothing removed meanwhile",
     )
     marginal = report.add("marginal", "host", MARGINAL, "MB")
-    saved = save_source(containers, memory_mib, progress)
+    saved = save_source(containers, wanted.memory_mib, progress)
+
+    def restore(name: str) -> tuple[float]:
+        marks = containers.restore(name, saved, wanted.memory_mib)
+        return ((marks[-1] - marks[0]) / 1e6,)
+
     # One that comes and goes: what the first of all brings into caches is nobody's own.
-    containers.restore(containers.name("warm"), saved, memory_mib)
+    restore(containers.name("warm"))
     containers.remove(containers.name("warm"))
     progress.step("restoring sandboxes")
     before = available_bytes()
-    names: list[str] = []
-    step = max(1, count // CURVE_POINTS)
-    for number in range(1, count + 1):
-        name = containers.name(number)
-        if sample([restored], _restorer(containers, name, saved, memory_mib)):
-            names.append(name)
-        else:
-            containers.discard(name)
-        if names and (number % step == 0 or number == count):
-            fallen = before - available_bytes()
-            marginal.values.append(fallen / len(names) / 1e6)
-            report.notes.append(
-                f"MemAvailable with {len(names)} sandboxes: {fallen / 1e6:.1f} MB less, "
-                f"{fallen / len(names) / 1e6:.2f} MB each"
-            )
-        progress.count(number, count)
-    return names, marginal
-
-
-def _restorer(
-    containers: Containers, name: str, saved: str, memory_mib: int
-) -> Callable[[], tuple[float]]:
-    def measure() -> tuple[float]:
-        marks = containers.restore(name, saved, memory_mib)
-        return ((marks[-1] - marks[0]) / 1e6,)
-
-    return measure
+    up: list[str] = []
+    step = max(1, wanted.count // CURVE_POINTS)
+    with ThreadPoolExecutor(max_workers=wanted.at_once) as pool:
+        for first in range(1, wanted.count + 1, step):
+            numbers = range(first, min(first + step, wanted.count + 1))
+            names = [containers.name(number) for number in numbers]
+            made = [pool.submit(sample, [restored], partial(restore, name)) for name in names]
+            for name, one in zip(names, made, strict=True):
+                if one.result():
+                    up.append(name)
+                else:
+                    containers.discard(name)
+            if up:
+                fallen = before - available_bytes()
+                marginal.values.append(fallen / len(up) / 1e6)
+                report.notes.append(
+                    f"MemAvailable with {len(up)} sandboxes: {fallen / 1e6:.1f} MB less, "
+                    f"{fallen / len(up) / 1e6:.2f} MB each"
+                )
+            progress.count(numbers[-1], wanted.count)
+    return up, marginal
 
 
 def _own_mib(containers: Containers, name: str) -> list[float]:
