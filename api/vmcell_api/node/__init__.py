@@ -16,7 +16,6 @@ volume_use     which sandboxes have which volumes
 sandbox        a sandbox, as labels and back
 snapshot_records  what is known of each snapshot, and its end
 metrics        what sandboxes used over time
-memory_use     memory of the host that a sandbox has
 teardown       removing a sandbox, however much of it there is
 build          making a sandbox
 deadlines      a timer on the monotonic clock

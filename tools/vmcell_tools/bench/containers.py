@@ -22,9 +22,8 @@ from google.protobuf.any_pb2 import Any
 
 from vmcell_api.node import oci_image
 from vmcell_api.node.containerd import Containerd, translate
-from vmcell_protos.errors import CallerError, GuestError, HostError, VmcellError
-from vmcell_protos.pb.containerd import content_pb2, content_pb2_grpc, tasks_pb2, tasks_pb2_grpc
-from vmcell_shim.checkpoint import OPTIONS_TYPE
+from vmcell_protos.errors import GuestError, HostError, VmcellError
+from vmcell_protos.pb.containerd import tasks_pb2, tasks_pb2_grpc
 from vmcell_shim.config import ShimConfig, load_config
 from vmcell_shim.snapshot_store import remove_snapshot
 
@@ -69,7 +68,6 @@ class Containers:
             self.containerd.close()
             raise
         self._tasks = self.containerd.stub(tasks_pb2_grpc.TasksStub)
-        self._content = self.containerd.stub(content_pb2_grpc.ContentStub)
 
     @property
     def config(self) -> ShimConfig:
@@ -121,25 +119,9 @@ class Containers:
         """A snapshot of a running container of vmcell's, which goes on. Raises VmcellError."""
         self._saved.add(snapshot_id)
         options = {"snapshot_id": snapshot_id, "then": "run", "drop_caches": drop_caches}
-        request = tasks_pb2.CheckpointTaskRequest(
-            container_id=name,
-            options=Any(type_url=OPTIONS_TYPE, value=json.dumps(options).encode()),
+        self.containerd.checkpoint_task(
+            name, json.dumps(options).encode(), timeout_s=CALL_TIMEOUT_S
         )
-        answer = self.containerd.call(
-            self._tasks.Checkpoint, request, f"saving {name}", timeout_s=CALL_TIMEOUT_S
-        )
-        for row in answer.descriptors:
-            self._delete_blob(row.digest)
-
-    def _delete_blob(self, digest: str) -> None:
-        """One that containerd made of a snapshot, without content: all of them may be the same."""
-        request = content_pb2.DeleteContentRequest(digest=digest)
-        tried = f"removing blob {digest}"
-        try:
-            self.containerd.call(self._content.Delete, request, tried, timeout_s=CALL_TIMEOUT_S)
-        except CallerError as error:
-            if error.code != "not_found":
-                raise
 
     def restore(self, name: str, snapshot_id: str, memory_mib: int) -> list[int]:
         """A container that goes on from a snapshot; marks as of `start`. Raises VmcellError."""
