@@ -95,16 +95,16 @@ def test_create(service: tuple[Service, str]) -> None:
     state, url = service
     state.refused = ("POST sandboxes", 3)
     client = ServiceClient(url, "e2b_key")
-    report = bench_create(client, "base", NOWHERE, 4, QUIET)
+    report = bench_create(client, "base", NOWHERE, count=4, save_s=0, progress=QUIET)
     client.close()
     create, kill, run = report.series
     assert (len(create.values), len(kill.values), run.values) == (3, 3, [])
     (failure,) = create.failures
     assert failure.endswith("POST /v2/sandboxes: 409, no room: 4 of 4")
     assert state.sandboxes == set()
-    (note,) = report.notes
-    assert note.startswith("left out: runc: ")
-    assert "asking" in note or "nowhere" in note or "image" in note
+    saving, peer = report.notes
+    assert saving == "the template had 0 s to be saved after its first sandbox"
+    assert peer.startswith("left out: runc: looking up image docker.io/vmcell/small:latest: ")
     assert report.ratios[0].value is None
 
 
@@ -134,7 +134,7 @@ def test_a_template_that_cannot_be_made_is_no_benchmark(service: tuple[Service, 
     state.refused = ("POST sandboxes", 1)
     client = ServiceClient(url, "e2b_key")
     with pytest.raises(CallerError, match="no room"):
-        bench_create(client, "base", NOWHERE, 4, QUIET)
+        bench_create(client, "base", NOWHERE, count=4, save_s=0, progress=QUIET)
     client.close()
 
 

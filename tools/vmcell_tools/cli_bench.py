@@ -72,18 +72,23 @@ def start(image: str, count: int, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
+    from vmcell_tools.bench.report import Report
     from vmcell_tools.bench.start import bench_start, rows_of
     from vmcell_tools.progress import Progress
 
     target = _target(image, "/run/containerd/containerd.sock", "default")
+    report = Report(name="start")
     with Progress("vmcell bench") as progress:
         results = bench_start(target, count, progress)
+    report.finish()
     if as_json:
-        print_json([asdict(result) for result in results])
+        print_json({**report.json(), "results": [asdict(result) for result in results]})
         return
     print_table(("p50 in ms", "vmcell", "runc", "ratio"), rows_of(results))
     for result in results:
         click.echo(f"{result.runtime}: n = {len(result.samples)}, failures = {result.failures}")
+    for line in report.lines():
+        click.echo(line)
 
 
 @bench.command()
@@ -213,7 +218,15 @@ def density(
 @key_option
 @image_option
 @address_option
+@namespace_option
 @_count(20)
+@click.option(
+    "--save-s",
+    default=20.0,
+    show_default=True,
+    type=click.FloatRange(0, 3600),
+    help="Seconds that the node has to save the template after its first sandbox.",
+)
 @json_option
 def create(
     template: str,
@@ -221,15 +234,22 @@ def create(
     key: str | None,
     image: str,
     address: str,
+    namespace: str,
     count: int,
+    save_s: float,
     as_json: bool,
 ) -> None:
     """Time of a create by the API, against runc where containerd is on this machine."""
     from vmcell_tools.bench.service import bench_create
     from vmcell_tools.bench.service_client import service_client
 
-    client, target = service_client(url, key), _target(image, address, "default")
-    _show(lambda progress: bench_create(client, template, target, count, progress), as_json)
+    client, target = service_client(url, key), _target(image, address, namespace)
+    _show(
+        lambda progress: bench_create(
+            client, template, target, count=count, save_s=save_s, progress=progress
+        ),
+        as_json,
+    )
 
 
 @bench.command()
