@@ -85,12 +85,8 @@ def _fill(
     progress: Progress,
 ) -> tuple[list[str], Series]:
     """The sandboxes that are up, and the marginal cost at each point of the curve, in MB."""
-    meaning = f"root to be prepared → restored task started, {wanted.at_once} at a time; "
-    restored = report.add(
-        "restore",
-        "sandbox",
-        f"{meaning}guest of {wanted.memory_mib} MiB, nothing removed meanwhile",
-    )
+    meaning = f"root to be prepared → restored task started, {wanted.at_once} at a time"
+    restored = report.add("restore", "sandbox", f"{meaning}; guest of {wanted.memory_mib} MiB")
     marginal = report.add("marginal", "host", MARGINAL, "MB")
     saved = save_source(containers, wanted.memory_mib, progress)
 
