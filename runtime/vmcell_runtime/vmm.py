@@ -43,6 +43,9 @@ from vmcell_runtime.machine import Machine
 from vmcell_runtime.snapshot.state import MAX_STATE_BYTES, decode
 from vmcell_runtime.vcpu import prepare_kicks
 
+# Of each thread. Less than a huge page, which a kernel that gives them unasked would else put under
+# the first byte of a stack.
+STACK_BYTES = 1 << 20
 EXIT_FAILED = 1
 EXIT_UNEXPECTED = 70  # EX_SOFTWARE
 _SAVED_FDS = 2  # memory and state, of a machine that is restored
@@ -55,6 +58,7 @@ def main(shim_fd: int) -> NoReturn:
     shim = socket.socket(fileno=shim_fd)
     _end_process_on_surprise(shim)
     prepare_kicks()
+    threading.stack_size(STACK_BYTES)
     try:
         leave_network()
         machine = _make(shim)

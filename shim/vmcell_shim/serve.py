@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 
 from vmcell_shim.dispatch import Dispatch
@@ -22,6 +23,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmcell_shim.args import Invocation
 
+# Of each thread; vmcell_runtime.vmm says why.
+_STACK_BYTES = 1 << 20
 _IDLE_S = 30.0
 _TICK_S = 5.0
 _FLUSH_S = 2.0
@@ -30,6 +33,7 @@ _ANSWER_S = 1.0
 
 def serve(listener_fd: int, path: str, invocation: Invocation, bundle: str) -> None:
     """Runs until the shim has nothing to do any more; the socket's file `path` is removed then."""
+    threading.stack_size(_STACK_BYTES)
     journal = Journal(os.path.join(bundle, "log"), invocation.id)
     journal.catch_bugs()
     _outlive_containerd(journal)

@@ -26,6 +26,7 @@ from payload import (
     say,
     store32,
 )
+from thread_stacks import stacks_of_default_size
 from vmm_bench import DEADLINE_S, Bench, processor_ticks, vmm_bench
 
 from vmcell_protos.errors import CallerError, HostError
@@ -68,6 +69,13 @@ def test_a_guests_end_has_its_reason(bench: Bench, code: bytes, reason: str, det
     assert ended.reason == reason
     assert detail in ended.detail
     assert f"ended: {reason}" in bench.log
+
+
+def test_no_stack_of_a_thread_has_room_for_a_huge_page(bench: Bench) -> None:
+    running = bench.launch(say(b"x\n") + HLT_FOREVER, vcpu_count=4)
+    bench.wait_console(bool)
+    assert len(os.listdir(f"/proc/{running.pid}/task")) > 4
+    assert stacks_of_default_size(running.pid) == 0
 
 
 def test_a_killed_vmm_says_so(bench: Bench) -> None:

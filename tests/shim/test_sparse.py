@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -255,3 +258,33 @@ def test_an_error_of_the_clone_that_says_nothing_of_cloning(
     monkeypatch.setattr(sparse.fcntl, "ioctl", broken)
     with open_file(1) as fd, open_file() as writer, pytest.raises(OSError, match="broken disk"):
         copy_sparse(fd, writer)
+
+
+_COPY_IN_A_THREAD = """
+import os, sys, threading
+sys.path[:0] = {path!r}
+from vmcell_shim.sparse import copy_sparse
+
+def private_dirty_kib():
+    with open("/proc/self/smaps_rollup") as rows:
+        return next(int(row.split()[1]) for row in rows if row.startswith("Private_Dirty"))
+
+reader, writer = (os.open(name, os.O_RDWR) for name in sys.argv[1:])
+before = private_dirty_kib()
+copying = threading.Thread(target=copy_sparse, args=(reader, writer))
+copying.start()
+copying.join()
+print(private_dirty_kib() - before)
+"""
+
+
+def test_a_thread_that_has_copied_leaves_little_memory_behind(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"x" * (8 << 20))
+    target.touch()
+    program = _COPY_IN_A_THREAD.format(path=sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", program, source, target], capture_output=True, check=True, text=True
+    )
+    assert target.read_bytes() == source.read_bytes()
+    assert int(done.stdout) < 512

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from shim_harness import wait_until
+from thread_stacks import stacks_of_default_size
 from zygote_harness import (
     BINARY,
     NO_ZYGOTE_STATUS,
@@ -49,6 +50,12 @@ pytestmark = pytest.mark.root
 
 # What a direct run may take beside the deadline, on a machine with other things to do.
 DIRECT_S = 3.0
+
+
+def test_no_stack_of_a_thread_has_room_for_a_huge_page(zygote: Zygote, bundle: Path) -> None:
+    pid = only_server(bundle, start(zygote, bundle))
+    assert settled_traits(pid)["Threads"] == ["2"]
+    assert stacks_of_default_size(pid) == 0
 
 
 def test_start_and_delete_are_done_by_it(zygote: Zygote, bundle: Path, folder: Path) -> None:

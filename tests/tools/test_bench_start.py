@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vmcell_protos.errors import HostError
-from vmcell_tools.bench_start import PARTS, RUNC, VMCELL, Result, Sample, parts_of, rows_of
+from vmcell_tools.bench.start import PARTS, RUNC, VMCELL, Result, Sample, parts_of, rows_of
 
 SECOND = 10**9
 START = 1_795_411_528 * SECOND  # 2026-11-23T05:25:28Z

@@ -46,7 +46,7 @@ dev_faults       guests and kernels that the software CPU lost
 leak_check       what sandboxes have on a machine
 dev_service      images and the E2B service in the dev VM
 volume_client    a team's volumes, by a running API
-bench_start      starts of containers timed, by part, beside runc
+bench            figures of this host
 operator_desk    the store, opened for the operator's commands, which are audited
 demo             an E2B client against a real microVM
 template_client  the API's template routes

@@ -17,6 +17,8 @@ KERNEL_COMMAND_LINE = (
 # QEMU's software CPU runs `rep movsb` a byte at a time, and `rep movsq` slower than a plain loop.
 # A kernel that believes in neither clears memory 9 times and copies it 2 to 3 times as fast there.
 TCG_COMMAND_LINE = " clearcpuid=rep_good"
+# So that a benchmark inside knows what its clock counts.
+ACCELERATOR_WORD = "vmcell.accelerator="
 ACCELERATORS: dict[str, tuple[str, ...]] = {
     "kvm": ("-accel", "kvm", "-cpu", "host"),
     "tcg": ("-accel", "tcg,thread=multi", "-cpu", "max,-erms"),
@@ -76,6 +78,7 @@ def qemu_command(machine: Machine) -> list[str]:
     cpu_count = 1 if machine.accelerator == "icount" else machine.cpu_count
     memory = f"memory-backend-memfd,id=mem,size={machine.memory_mib}M,share=on"
     append = KERNEL_COMMAND_LINE + (TCG_COMMAND_LINE if machine.accelerator == "tcg" else "")
+    append += f" {ACCELERATOR_WORD}{machine.accelerator}"
     command = [
         QEMU,
         *("-name", f"vmcell-dev-{machine.name}"),

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from rich.status import Status
 
+BAR_WIDTH = 24
+
 
 class Progress:
     """Prints the steps of `title`; `step` begins one and thereby ends the one before.
@@ -64,6 +66,15 @@ class Progress:
             self._status.update(f"{self._title}: {text}")
         else:
             self._line(text)
+
+    def count(self, done: int, total: int) -> None:
+        """`done` of `total` parts of the running step: a bar, or a line at each tenth in a log."""
+        if self._status is not None:
+            filled = BAR_WIDTH * done // max(1, total)
+            bar = "━" * filled + "╌" * (BAR_WIDTH - filled)
+            self._status.update(f"{self._title}: {self._step} {bar} {done} of {total}")
+        elif done * 10 // max(1, total) != (done - 1) * 10 // max(1, total):
+            self._line(f"{self._step}: {done} of {total}")
 
     def note(self, text: str) -> None:
         """A line of its own that is no step: a warning, a result."""

@@ -28,7 +28,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from vmcell_protos.pb.containerd import types_pb2 as vmcell__protos_dot_pb_dot_containerd_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'vmcell_protos/pb/containerd/tasks.proto\x12#vmcell.containerd.services.tasks.v1\x1a\x19google/protobuf/any.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\'vmcell_protos/pb/containerd/types.proto\"\x90\x02\n\x11\x43reateTaskRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12.\n\x06rootfs\x18\x03 \x03(\x0b\x32\x1e.vmcell.containerd.types.Mount\x12\r\n\x05stdin\x18\x04 \x01(\t\x12\x0e\n\x06stdout\x18\x05 \x01(\t\x12\x0e\n\x06stderr\x18\x06 \x01(\t\x12\x10\n\x08terminal\x18\x07 \x01(\x08\x12\x37\n\ncheckpoint\x18\x08 \x01(\x0b\x32#.vmcell.containerd.types.Descriptor\x12%\n\x07options\x18\t \x01(\x0b\x32\x14.google.protobuf.Any\x12\x14\n\x0cruntime_path\x18\n \x01(\t\"7\n\x12\x43reateTaskResponse\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\"5\n\x0cStartRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\"\x1c\n\rStartResponse\x12\x0b\n\x03pid\x18\x01 \x01(\r\")\n\x11\x44\x65leteTaskRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\"m\n\x0e\x44\x65leteResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x13\n\x0b\x65xit_status\x18\x03 \x01(\r\x12-\n\texited_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"3\n\nGetRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\"@\n\x0bGetResponse\x12\x31\n\x07process\x18\x01 \x01(\x0b\x32 .vmcell.containerd.types.Process\"\"\n\x10ListTasksRequest\x12\x0e\n\x06\x66ilter\x18\x01 \x01(\t\"D\n\x11ListTasksResponse\x12/\n\x05tasks\x18\x01 \x03(\x0b\x32 .vmcell.containerd.types.Process\"Q\n\x0bKillRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\x12\x0e\n\x06signal\x18\x03 \x01(\r\x12\x0b\n\x03\x61ll\x18\x04 \x01(\x08\"(\n\x10PauseTaskRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\")\n\x11ResumeTaskRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\"o\n\x15\x43heckpointTaskRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x19\n\x11parent_checkpoint\x18\x02 \x01(\t\x12%\n\x07options\x18\x03 \x01(\x0b\x32\x14.google.protobuf.Any\"R\n\x16\x43heckpointTaskResponse\x12\x38\n\x0b\x64\x65scriptors\x18\x01 \x03(\x0b\x32#.vmcell.containerd.types.Descriptor\"4\n\x0bWaitRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\"R\n\x0cWaitResponse\x12\x13\n\x0b\x65xit_status\x18\x01 \x01(\r\x12-\n\texited_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\xc3\x08\n\x05Tasks\x12y\n\x06\x43reate\x12\x36.vmcell.containerd.services.tasks.v1.CreateTaskRequest\x1a\x37.vmcell.containerd.services.tasks.v1.CreateTaskResponse\x12n\n\x05Start\x12\x31.vmcell.containerd.services.tasks.v1.StartRequest\x1a\x32.vmcell.containerd.services.tasks.v1.StartResponse\x12u\n\x06\x44\x65lete\x12\x36.vmcell.containerd.services.tasks.v1.DeleteTaskRequest\x1a\x33.vmcell.containerd.services.tasks.v1.DeleteResponse\x12h\n\x03Get\x12/.vmcell.containerd.services.tasks.v1.GetRequest\x1a\x30.vmcell.containerd.services.tasks.v1.GetResponse\x12u\n\x04List\x12\x35.vmcell.containerd.services.tasks.v1.ListTasksRequest\x1a\x36.vmcell.containerd.services.tasks.v1.ListTasksResponse\x12P\n\x04Kill\x12\x30.vmcell.containerd.services.tasks.v1.KillRequest\x1a\x16.google.protobuf.Empty\x12k\n\x04Wait\x12\x30.vmcell.containerd.services.tasks.v1.WaitRequest\x1a\x31.vmcell.containerd.services.tasks.v1.WaitResponse\x12V\n\x05Pause\x12\x35.vmcell.containerd.services.tasks.v1.PauseTaskRequest\x1a\x16.google.protobuf.Empty\x12X\n\x06Resume\x12\x36.vmcell.containerd.services.tasks.v1.ResumeTaskRequest\x1a\x16.google.protobuf.Empty\x12\x85\x01\n\nCheckpoint\x12:.vmcell.containerd.services.tasks.v1.CheckpointTaskRequest\x1a;.vmcell.containerd.services.tasks.v1.CheckpointTaskResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'vmcell_protos/pb/containerd/tasks.proto\x12#vmcell.containerd.services.tasks.v1\x1a\x19google/protobuf/any.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\'vmcell_protos/pb/containerd/types.proto\"\x90\x02\n\x11\x43reateTaskRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12.\n\x06rootfs\x18\x03 \x03(\x0b\x32\x1e.vmcell.containerd.types.Mount\x12\r\n\x05stdin\x18\x04 \x01(\t\x12\x0e\n\x06stdout\x18\x05 \x01(\t\x12\x0e\n\x06stderr\x18\x06 \x01(\t\x12\x10\n\x08terminal\x18\x07 \x01(\x08\x12\x37\n\ncheckpoint\x18\x08 \x01(\x0b\x32#.vmcell.containerd.types.Descriptor\x12%\n\x07options\x18\t \x01(\x0b\x32\x14.google.protobuf.Any\x12\x14\n\x0cruntime_path\x18\n \x01(\t\"7\n\x12\x43reateTaskResponse\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\"5\n\x0cStartRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\"\x1c\n\rStartResponse\x12\x0b\n\x03pid\x18\x01 \x01(\r\")\n\x11\x44\x65leteTaskRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\"=\n\x14\x44\x65leteProcessRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\"m\n\x0e\x44\x65leteResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x13\n\x0b\x65xit_status\x18\x03 \x01(\r\x12-\n\texited_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"3\n\nGetRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\"@\n\x0bGetResponse\x12\x31\n\x07process\x18\x01 \x01(\x0b\x32 .vmcell.containerd.types.Process\"\"\n\x10ListTasksRequest\x12\x0e\n\x06\x66ilter\x18\x01 \x01(\t\"D\n\x11ListTasksResponse\x12/\n\x05tasks\x18\x01 \x03(\x0b\x32 .vmcell.containerd.types.Process\"Q\n\x0bKillRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\x12\x0e\n\x06signal\x18\x03 \x01(\r\x12\x0b\n\x03\x61ll\x18\x04 \x01(\x08\"\xa0\x01\n\x12\x45xecProcessRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\r\n\x05stdin\x18\x02 \x01(\t\x12\x0e\n\x06stdout\x18\x03 \x01(\t\x12\x0e\n\x06stderr\x18\x04 \x01(\t\x12\x10\n\x08terminal\x18\x05 \x01(\x08\x12\"\n\x04spec\x18\x06 \x01(\x0b\x32\x14.google.protobuf.Any\x12\x0f\n\x07\x65xec_id\x18\x07 \x01(\t\"(\n\x10PauseTaskRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\")\n\x11ResumeTaskRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\"o\n\x15\x43heckpointTaskRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x19\n\x11parent_checkpoint\x18\x02 \x01(\t\x12%\n\x07options\x18\x03 \x01(\x0b\x32\x14.google.protobuf.Any\"R\n\x16\x43heckpointTaskResponse\x12\x38\n\x0b\x64\x65scriptors\x18\x01 \x03(\x0b\x32#.vmcell.containerd.types.Descriptor\"4\n\x0bWaitRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\"R\n\x0cWaitResponse\x12\x13\n\x0b\x65xit_status\x18\x01 \x01(\r\x12-\n\texited_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\x9d\n\n\x05Tasks\x12y\n\x06\x43reate\x12\x36.vmcell.containerd.services.tasks.v1.CreateTaskRequest\x1a\x37.vmcell.containerd.services.tasks.v1.CreateTaskResponse\x12n\n\x05Start\x12\x31.vmcell.containerd.services.tasks.v1.StartRequest\x1a\x32.vmcell.containerd.services.tasks.v1.StartResponse\x12u\n\x06\x44\x65lete\x12\x36.vmcell.containerd.services.tasks.v1.DeleteTaskRequest\x1a\x33.vmcell.containerd.services.tasks.v1.DeleteResponse\x12h\n\x03Get\x12/.vmcell.containerd.services.tasks.v1.GetRequest\x1a\x30.vmcell.containerd.services.tasks.v1.GetResponse\x12u\n\x04List\x12\x35.vmcell.containerd.services.tasks.v1.ListTasksRequest\x1a\x36.vmcell.containerd.services.tasks.v1.ListTasksResponse\x12P\n\x04Kill\x12\x30.vmcell.containerd.services.tasks.v1.KillRequest\x1a\x16.google.protobuf.Empty\x12k\n\x04Wait\x12\x30.vmcell.containerd.services.tasks.v1.WaitRequest\x1a\x31.vmcell.containerd.services.tasks.v1.WaitResponse\x12W\n\x04\x45xec\x12\x37.vmcell.containerd.services.tasks.v1.ExecProcessRequest\x1a\x16.google.protobuf.Empty\x12\x7f\n\rDeleteProcess\x12\x39.vmcell.containerd.services.tasks.v1.DeleteProcessRequest\x1a\x33.vmcell.containerd.services.tasks.v1.DeleteResponse\x12V\n\x05Pause\x12\x35.vmcell.containerd.services.tasks.v1.PauseTaskRequest\x1a\x16.google.protobuf.Empty\x12X\n\x06Resume\x12\x36.vmcell.containerd.services.tasks.v1.ResumeTaskRequest\x1a\x16.google.protobuf.Empty\x12\x85\x01\n\nCheckpoint\x12:.vmcell.containerd.services.tasks.v1.CheckpointTaskRequest\x1a;.vmcell.containerd.services.tasks.v1.CheckpointTaskResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,30 +45,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STARTRESPONSE']._serialized_end=625
   _globals['_DELETETASKREQUEST']._serialized_start=627
   _globals['_DELETETASKREQUEST']._serialized_end=668
-  _globals['_DELETERESPONSE']._serialized_start=670
-  _globals['_DELETERESPONSE']._serialized_end=779
-  _globals['_GETREQUEST']._serialized_start=781
-  _globals['_GETREQUEST']._serialized_end=832
-  _globals['_GETRESPONSE']._serialized_start=834
-  _globals['_GETRESPONSE']._serialized_end=898
-  _globals['_LISTTASKSREQUEST']._serialized_start=900
-  _globals['_LISTTASKSREQUEST']._serialized_end=934
-  _globals['_LISTTASKSRESPONSE']._serialized_start=936
-  _globals['_LISTTASKSRESPONSE']._serialized_end=1004
-  _globals['_KILLREQUEST']._serialized_start=1006
-  _globals['_KILLREQUEST']._serialized_end=1087
-  _globals['_PAUSETASKREQUEST']._serialized_start=1089
-  _globals['_PAUSETASKREQUEST']._serialized_end=1129
-  _globals['_RESUMETASKREQUEST']._serialized_start=1131
-  _globals['_RESUMETASKREQUEST']._serialized_end=1172
-  _globals['_CHECKPOINTTASKREQUEST']._serialized_start=1174
-  _globals['_CHECKPOINTTASKREQUEST']._serialized_end=1285
-  _globals['_CHECKPOINTTASKRESPONSE']._serialized_start=1287
-  _globals['_CHECKPOINTTASKRESPONSE']._serialized_end=1369
-  _globals['_WAITREQUEST']._serialized_start=1371
-  _globals['_WAITREQUEST']._serialized_end=1423
-  _globals['_WAITRESPONSE']._serialized_start=1425
-  _globals['_WAITRESPONSE']._serialized_end=1507
-  _globals['_TASKS']._serialized_start=1510
-  _globals['_TASKS']._serialized_end=2601
+  _globals['_DELETEPROCESSREQUEST']._serialized_start=670
+  _globals['_DELETEPROCESSREQUEST']._serialized_end=731
+  _globals['_DELETERESPONSE']._serialized_start=733
+  _globals['_DELETERESPONSE']._serialized_end=842
+  _globals['_GETREQUEST']._serialized_start=844
+  _globals['_GETREQUEST']._serialized_end=895
+  _globals['_GETRESPONSE']._serialized_start=897
+  _globals['_GETRESPONSE']._serialized_end=961
+  _globals['_LISTTASKSREQUEST']._serialized_start=963
+  _globals['_LISTTASKSREQUEST']._serialized_end=997
+  _globals['_LISTTASKSRESPONSE']._serialized_start=999
+  _globals['_LISTTASKSRESPONSE']._serialized_end=1067
+  _globals['_KILLREQUEST']._serialized_start=1069
+  _globals['_KILLREQUEST']._serialized_end=1150
+  _globals['_EXECPROCESSREQUEST']._serialized_start=1153
+  _globals['_EXECPROCESSREQUEST']._serialized_end=1313
+  _globals['_PAUSETASKREQUEST']._serialized_start=1315
+  _globals['_PAUSETASKREQUEST']._serialized_end=1355
+  _globals['_RESUMETASKREQUEST']._serialized_start=1357
+  _globals['_RESUMETASKREQUEST']._serialized_end=1398
+  _globals['_CHECKPOINTTASKREQUEST']._serialized_start=1400
+  _globals['_CHECKPOINTTASKREQUEST']._serialized_end=1511
+  _globals['_CHECKPOINTTASKRESPONSE']._serialized_start=1513
+  _globals['_CHECKPOINTTASKRESPONSE']._serialized_end=1595
+  _globals['_WAITREQUEST']._serialized_start=1597
+  _globals['_WAITREQUEST']._serialized_end=1649
+  _globals['_WAITRESPONSE']._serialized_start=1651
+  _globals['_WAITRESPONSE']._serialized_end=1733
+  _globals['_TASKS']._serialized_start=1736
+  _globals['_TASKS']._serialized_end=3045
 # @@protoc_insertion_point(module_scope)

@@ -70,6 +70,16 @@ class TasksStub:
                 request_serializer=vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.WaitRequest.SerializeToString,
                 response_deserializer=vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.WaitResponse.FromString,
                 _registered_method=True)
+        self.Exec = channel.unary_unary(
+                '/containerd.services.tasks.v1.Tasks/Exec',
+                request_serializer=vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.ExecProcessRequest.SerializeToString,
+                response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+                _registered_method=True)
+        self.DeleteProcess = channel.unary_unary(
+                '/containerd.services.tasks.v1.Tasks/DeleteProcess',
+                request_serializer=vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.DeleteProcessRequest.SerializeToString,
+                response_deserializer=vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.DeleteResponse.FromString,
+                _registered_method=True)
         self.Pause = channel.unary_unary(
                 '/containerd.services.tasks.v1.Tasks/Pause',
                 request_serializer=vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.PauseTaskRequest.SerializeToString,
@@ -132,6 +142,18 @@ class TasksServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Exec(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteProcess(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Pause(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -187,6 +209,16 @@ def add_TasksServicer_to_server(servicer, server):
                     servicer.Wait,
                     request_deserializer=vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.WaitRequest.FromString,
                     response_serializer=vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.WaitResponse.SerializeToString,
+            ),
+            'Exec': grpc.unary_unary_rpc_method_handler(
+                    servicer.Exec,
+                    request_deserializer=vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.ExecProcessRequest.FromString,
+                    response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'DeleteProcess': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteProcess,
+                    request_deserializer=vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.DeleteProcessRequest.FromString,
+                    response_serializer=vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.DeleteResponse.SerializeToString,
             ),
             'Pause': grpc.unary_unary_rpc_method_handler(
                     servicer.Pause,
@@ -393,6 +425,60 @@ class Tasks:
             '/containerd.services.tasks.v1.Tasks/Wait',
             vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.WaitRequest.SerializeToString,
             vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.WaitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Exec(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/containerd.services.tasks.v1.Tasks/Exec',
+            vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.ExecProcessRequest.SerializeToString,
+            google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteProcess(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/containerd.services.tasks.v1.Tasks/DeleteProcess',
+            vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.DeleteProcessRequest.SerializeToString,
+            vmcell__protos_dot_pb_dot_containerd_dot_tasks__pb2.DeleteResponse.FromString,
             options,
             channel_credentials,
             insecure,

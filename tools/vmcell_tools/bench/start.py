@@ -15,25 +15,17 @@ parts of vmcell's share come from the shim's log, whose lines carry nanoseconds:
 from __future__ import annotations
 
 import calendar
-import json
 import re
 import statistics
-import subprocess
 import time
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
-from vmcell_api.node import oci_image
-from vmcell_api.node.containerd import Containerd
-from vmcell_protos.errors import HostError
-from vmcell_shim.config import load_config
+from vmcell_protos.errors import HostError, VmcellError
+from vmcell_tools.bench.containers import RUNC, VMCELL, Containers, Target
 from vmcell_tools.progress import Progress
 
-NAMESPACE = "default"
-VMCELL, RUNC = "io.containerd.vmcell.v2", "io.containerd.runc.v2"
 PARTS = ("containerd", "shim", "VMM", "kernel", "agent", "container", "start")
-CALL_TIMEOUT_S = 600.0
 _LINE = re.compile(r'time="([^"]+)\.(\d{9})Z" level=\w+ msg="([^"]*)"')
 _BOOTED = re.compile(r"kernel booted in (\d+) ms")
 
@@ -58,33 +50,31 @@ class Result:
     samples: list[Sample]
     failures: int
 
-    def p50(self, name: str) -> float:
-        """The median of a field of Sample, or of one of its parts."""
+    def p50(self, name: str) -> float | None:
+        """The median of a field of Sample, or of one of its parts; None without a sample."""
         rows = [
             sample.parts[name] if name in sample.parts else getattr(sample, name)
             for sample in self.samples
         ]
-        return statistics.median(rows)
+        return statistics.median(rows) if rows else None
 
 
-def bench_start(image: str, count: int, progress: Progress) -> list[Result]:
+def bench_start(target: Target, count: int, progress: Progress) -> list[Result]:
     """`count` starts of each runtime, by turns, after one of each that is not counted.
 
     Raises HostError when containerd does not answer, CallerError for an unknown image.
     """
-    containerd = Containerd(
-        "/run/containerd/containerd.sock", namespace=NAMESPACE, snapshotter="overlayfs"
-    )
+    containers = Containers(target, "start")
     try:
-        parent, spec = _chain_id(containerd, image), _spec()
         samples: dict[str, list[Sample]] = {VMCELL: [], RUNC: []}
         failures = dict.fromkeys(samples, 0)
+        progress.step("starting containers")
         for turn in range(count + 1):
-            progress.step(f"start {turn} of {count}")
+            progress.count(turn, count)
             for runtime, rows in samples.items():
                 try:
-                    sample = _one(containerd, runtime, image, parent, spec, f"bench-{turn}")
-                except HostError as error:
+                    sample = _one(containers, runtime, containers.name(turn))
+                except VmcellError as error:
                     failures[runtime] += 1
                     progress.note(f"{runtime}: {error}")
                     continue
@@ -95,29 +85,16 @@ def bench_start(image: str, count: int, progress: Progress) -> list[Result]:
             for name, rows in samples.items()
         ]
     finally:
-        containerd.close()
+        for sentence in containers.close():
+            progress.note(sentence)
 
 
-def _one(
-    containerd: Containerd, runtime: str, image: str, parent: str, spec: bytes, name: str
-) -> Sample:
-    lease = f"lease-{name}"
-    containerd.create_lease(lease, {})
-    marks = [time.time_ns()]
+def _one(containers: Containers, runtime: str, name: str) -> Sample:
     try:
-        mounts = containerd.prepare_snapshot(name, parent=parent, labels={}, lease=lease)
-        marks.append(time.time_ns())
-        containerd.create_container(
-            name, image=image, labels={}, runtime=runtime, spec=spec, lease=lease
-        )
-        marks.append(time.time_ns())
-        containerd.create_task(name, mounts, timeout_s=CALL_TIMEOUT_S)
-        marks.append(time.time_ns())
-        containerd.start_task(name, timeout_s=CALL_TIMEOUT_S)
-        marks.append(time.time_ns())
-        parts = _parts(name, marks) if runtime == VMCELL else {}
+        marks = containers.start(name, runtime)
+        parts = parts_of(containers.shim_log(name), marks) if runtime == VMCELL else {}
     finally:
-        _remove(containerd, name, lease)
+        containers.remove(name)
     steps = [(after - before) / 1e6 for before, after in pairwise(marks)]
     return Sample(
         total_ms=(marks[-1] - marks[0]) / 1e6,
@@ -127,22 +104,6 @@ def _one(
         start_ms=steps[3],
         parts=parts,
     )
-
-
-def _remove(containerd: Containerd, name: str, lease: str) -> None:
-    waiting = containerd.wait_task(name)
-    containerd.kill_task(name)
-    waiting.result(timeout=CALL_TIMEOUT_S)
-    containerd.delete_task(name)
-    containerd.delete_container(name)
-    containerd.remove_snapshot(name)
-    containerd.delete_lease(lease)
-
-
-def _parts(name: str, marks: list[int]) -> dict[str, float]:
-    """What the shim's log says of a start that is still running."""
-    path = Path(load_config().state_dir) / NAMESPACE / name / "shim.log"
-    return parts_of(path.read_text(), marks)
 
 
 def parts_of(log: str, marks: list[int]) -> dict[str, float]:
@@ -179,26 +140,6 @@ def _unix_ns(seconds: str, fraction: str) -> int:
     return calendar.timegm(whole) * 10**9 + int(fraction)
 
 
-def _chain_id(containerd: Containerd, image: str) -> str:
-    target = containerd.image_target(image)
-    manifest = target.digest
-    data = containerd.read_blob(manifest)
-    if target.media_type in oci_image.INDEX_TYPES:
-        manifest = oci_image.manifest_digest(data, image)
-        data = containerd.read_blob(manifest)
-    config = containerd.read_blob(oci_image.config_digest(data, image))
-    return oci_image.parse_config(config, image).chain_id
-
-
-def _spec() -> bytes:
-    """What `ctr run` gives a container, with a program that waits."""
-    text = subprocess.run(["ctr", "oci", "spec"], capture_output=True, check=True).stdout
-    spec = json.loads(text)
-    spec["process"].update(args=["/bin/sleep", "600"], terminal=False)
-    spec["linux"].pop("seccomp", None)
-    return json.dumps(spec).encode()
-
-
 def rows_of(results: list[Result]) -> list[tuple[str, ...]]:
     """The table: each phase of each runtime, vmcell's parts below."""
     by_name = {result.runtime: result for result in results}
@@ -212,6 +153,11 @@ def rows_of(results: list[Result]) -> list[tuple[str, ...]]:
         ("  task started", "start_ms"),
     ):
         mine, other = ours.p50(field), theirs.p50(field)
-        rows.append((title, f"{mine:.1f}", f"{other:.1f}", f"{mine / other:.2f}"))
-    rows += [(f"    {part}", f"{ours.p50(part):.1f}", "", "") for part in PARTS]
+        ratio = f"{mine / other:.2f}" if mine and other else "–"
+        rows.append((title, _cell(mine), _cell(other), ratio))
+    rows += [(f"    {part}", _cell(ours.p50(part)), "", "") for part in PARTS]
     return rows
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
