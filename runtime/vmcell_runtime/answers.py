@@ -11,10 +11,9 @@ import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from vmcell_protos.errors import CallerError, HostError, VmcellError
+from vmcell_protos.errors import CallerError, VmcellError
 from vmcell_runtime import control
 from vmcell_runtime.machine import Machine
-from vmcell_runtime.snapshot.state import encode
 from vmcell_runtime.virtio.balloon import Balloon
 
 Send = Callable[[control.Event], None]
@@ -93,13 +92,7 @@ def _do(machine: Machine, request: control.Plain, fds: Sequence[int], send: Send
 
 def _save(machine: Machine, request_id: int, memory_fd: int, state_fd: int) -> control.Saved:
     try:
-        state, memory_bytes = machine.saving.save(memory_fd)
-        with open(state_fd, "wb", closefd=False) as file:
-            file.write(encode(state))
-    except OSError as error:
-        raise HostError(
-            f"writing the machine's state failed: {error.strerror}", code="resource_exhausted"
-        ) from error
+        memory_bytes = machine.saving.save(memory_fd, state_fd)
     finally:
         os.close(memory_fd)
         os.close(state_fd)

@@ -23,6 +23,7 @@ stand between the two.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -196,6 +197,8 @@ class _Ram:
         """
         pages = self.length_bytes // PAGE_BYTES
         entries = os.pread(page_map_fd, 8 * pages, 8 * (self.address // PAGE_BYTES))
+        if len(entries) != 8 * pages:
+            raise OSError(errno.EIO, f"the kernel tells {len(entries) // 8} of {pages} pages")
         return entries[7::8].translate(_OWN_PAGE)
 
     def discard(self, gpa: int, length: int) -> None:

@@ -1,4 +1,4 @@
-"""A machine that stands still becomes a state and a file of its memory, and may go on afterwards.
+"""A machine that stands still becomes a file of its state and one of its memory, and may go on.
 
 What is written is what the guest has changed since its memory last was a file. Afterwards that file
 is its memory again: pages it only reads are shared with every other guest of the same file, and the
@@ -20,8 +20,9 @@ from vmcell_runtime.kvm.vcpu_state import save_vcpu
 from vmcell_runtime.kvm.vm import Vm
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.pausing import Pausing, State
-from vmcell_runtime.snapshot.state import MachineState
+from vmcell_runtime.snapshot.state import MachineState, encode
 from vmcell_runtime.virtio.mmio import MmioTransport
+from vmcell_runtime.virtio.saved import TransportState
 
 
 class Processor(NamedTuple):
@@ -59,12 +60,13 @@ class Saving:
         self._hotplug = hotplug
         self._pausing = pausing
 
-    def save(self, memory_fd: int) -> tuple[MachineState, int]:
-        """The state, and how many bytes of memory were written to `memory_fd`.
+    def save(self, memory_fd: int, state_fd: int) -> int:
+        """Writes memory and state; how many bytes of memory that took.
 
-        The file has the length of the RAM: a copy of the one the RAM came from, or a hole. It must
-        never be written to again. CallerError unless the machine is paused, or if it has devices
-        that cannot be saved; HostError as writing fails, and the machine can go on as before.
+        The memory's file has the length of the RAM: a copy of the one the RAM came from, or a hole.
+        It must never be written to again. CallerError unless the machine is paused, or if it has
+        devices that cannot be saved; HostError as writing fails. After an error the machine can go
+        on as before, and the file that its memory stands on is the one it was.
         """
         if self._pausing.state is not State.PAUSED:
             raise CallerError(
@@ -83,10 +85,32 @@ class Saving:
             for transport in self._transports:
                 rows.append(transport.save())
                 held.append(transport)
-            written = self._save_memory(memory_fd)
+            written = self._write(memory_fd, state_fd, rows)
+            # Only now: whoever hears of an error takes the old file for the base of the next save.
+            self._memory.lay_image(memory_fd)
         finally:
             for transport in held:
                 transport.go_on()
+        return written
+
+    def _write(self, memory_fd: int, state_fd: int, rows: list[TransportState]) -> int:
+        try:
+            written = self._memory.save_pages(memory_fd)
+        except OSError as error:
+            raise HostError(
+                f"writing the guest's memory failed: {error.strerror}", code="resource_exhausted"
+            ) from error
+        document = encode(self._state(rows))
+        try:
+            with open(state_fd, "wb", closefd=False) as file:
+                file.write(document)
+        except OSError as error:
+            raise HostError(
+                f"writing the machine's state failed: {error.strerror}", code="resource_exhausted"
+            ) from error
+        return written
+
+    def _state(self, rows: list[TransportState]) -> MachineState:
         processor = self._processor
         time = self._pausing.stopped_at
         return MachineState(
@@ -103,14 +127,4 @@ class Saving:
             serial=self._serial.save(),
             cmos_index=self._cmos.index,
             transports=tuple(rows),
-        ), written
-
-    def _save_memory(self, memory_fd: int) -> int:
-        try:
-            written = self._memory.save_pages(memory_fd)
-        except OSError as error:
-            raise HostError(
-                f"writing the guest's memory failed: {error.strerror}", code="resource_exhausted"
-            ) from error
-        self._memory.lay_image(memory_fd)
-        return written
+        )

@@ -85,6 +85,7 @@ class Guest:
         self._wake: ResumeGuestRequest | None = None
         self._memory_fd = -1
         self._memory_bytes = 0
+        self._memory_unknown = False
         self._stream_ids = itertools.count(1)
         self.end: VmmExit | None = None
         self.ended = threading.Event()
@@ -243,7 +244,13 @@ class Guest:
 
     def copy_memory(self, writer: int) -> None:
         """Into an empty file what save() is to be given: what the memory last was saved to or came
-        from, or a hole of its length. The vCPUs may run. Raises OSError."""
+        from, or a hole of its length. The vCPUs may run. Raises OSError, HostError."""
+        if self._memory_unknown:
+            raise HostError(
+                "nobody knows what file the guest's memory stands on: its VMM did not answer when "
+                "it was last to be saved; it cannot be saved any more",
+                code="failed_precondition",
+            )
         if self._memory_fd >= 0:
             copy_sparse(self._memory_fd, writer)
         else:
@@ -253,11 +260,17 @@ class Guest:
         """The guest that stands still is in two files; how many bytes of memory were written.
 
         `memory_fd` as copy_memory() has filled it; nobody may write to that file afterwards. Both
-        stay the caller's. Raises VmcellError.
+        stay the caller's. Raises VmcellError, OSError.
         """
-        written = self._running().save(memory_fd, state_fd)
         # One that cannot be written by: it is the guest's memory from here on.
         fresh = os.open(f"/proc/self/fd/{memory_fd}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            written = self._running().save(memory_fd, state_fd)
+        except BaseException as error:
+            os.close(fresh)
+            # It may do it yet, and then its memory is the new file.
+            self._memory_unknown |= getattr(error, "code", "") == "deadline_exceeded"
+            raise
         self._keep_memory(fresh)
         return written
 

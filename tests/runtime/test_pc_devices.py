@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmcell_protos.errors import CallerError
 from vmcell_runtime.devices import serial as uart
 from vmcell_runtime.devices.cmos import Cmos
 from vmcell_runtime.devices.console import LOG_LIMIT_BYTES, ConsoleLog, LastWords, printable
@@ -257,3 +258,47 @@ def test_an_interrupt_line_is_an_eventfd() -> None:
     assert os.eventfd_read(line.fd) == 2
     line.close()
     line.close()
+
+
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 255)), max_size=30))
+def test_a_loaded_port_is_the_saved_one(writes: list[tuple[int, int]]) -> None:
+    serial, loaded = Serial(RecordedIrq(), Sink()), Serial(RecordedIrq(), Sink())
+    for offset, value in writes:
+        serial.write(offset, 1, value)
+    loaded.load(serial.save())
+    assert loaded.save() == serial.save()
+    for offset in (2, 5, 0, 1, 3, 4, 6, 7, 2, 5):
+        assert loaded.read(offset, 1) == serial.read(offset, 1)
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_an_interrupt_that_waits_is_raised_by_the_loaded_port(
+    serial: Serial, irq: RecordedIrq, looped: bool
+) -> None:
+    serial.write(uart.IER, 1, uart.IER_RECEIVED if looped else uart.IER_TRANSMIT_EMPTY)
+    if looped:
+        serial.write(uart.MCR, 1, uart.MCR_LOOP)
+        serial.write(uart.DATA, 1, ord("x"))
+    assert irq.count == 1
+    line = RecordedIrq()
+    loaded = Serial(line, Sink())
+    loaded.load(serial.save())
+    assert line.count == 1
+    assert loaded.read(uart.IIR_FCR, 1) & 0x0F == (
+        uart.IIR_RECEIVED if looped else uart.IIR_TRANSMIT_EMPTY
+    )
+    loaded.read(uart.DATA, 1)
+    quiet = RecordedIrq()
+    Serial(quiet, Sink()).load(loaded.save())
+    assert quiet.count == 0
+
+
+def test_registers_that_cannot_be_are_refused(serial: Serial) -> None:
+    saved = serial.save()
+    for name in saved:
+        for value in (256, -2, *(() if name == "looped" else (-1,))):
+            with pytest.raises(CallerError, match=f"register {name} "):
+                serial.load({**saved, name: value})
+        with pytest.raises(CallerError, match=f"register {name} "):
+            serial.load({other: number for other, number in saved.items() if other != name})
+    assert serial.save() == saved

@@ -175,6 +175,24 @@ def test_a_full_disk_leaves_the_guest_as_it_was(bench: Bench) -> None:
     assert counted(bench.console)
 
 
+def test_a_save_that_failed_is_no_base_of_the_next(bench: Bench, tmp_path: Path) -> None:
+    vmm = bench.launch(TOUCH)
+    bench.wait_console(lambda more: len(more) > 1000)
+    vmm.pause()
+    with (tmp_path / "failed").open("w+b") as memory, open("/dev/full", "wb") as full:
+        memory.truncate(64 << 20)
+        with pytest.raises(HostError, match="No space left"):
+            vmm.save(memory.fileno(), full.fileno())
+    snapshot = bench.save(vmm, tmp_path / "snapshot")
+    end(vmm)
+    start = len(bench.console)
+    clone = bench.restore(snapshot)
+    clone.resume()
+    bench.wait_console(lambda more: len(more) > 2000, start)
+    end(clone)
+    assert touched(bench.console)
+
+
 def test_what_does_not_fit_is_refused(bench: Bench, tmp_path: Path) -> None:
     vmm = bench.launch(COUNT, vsock=VsockConfig(guest_cid=3))
     vmm.pause()

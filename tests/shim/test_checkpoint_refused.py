@@ -277,6 +277,52 @@ def test_a_vmm_that_cannot_write(
     monkeypatch.undo()
 
 
+def test_a_vmm_that_does_not_answer_is_not_saved_again(
+    shim: Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have its memory on the file of either save: the next would lack what lies between."""
+
+    def late(*_: object) -> int:
+        raise HostError("VMM 1 did not save within 300.0 s", code="deadline_exceeded")
+
+    start(shim)
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeVmm, "save", late)
+        with refused("deadline_exceeded"):
+            save(shim)
+    for _ in range(2):
+        with pytest.raises(VmcellError, match="nobody knows what file") as caught:
+            save(shim)
+        assert caught.value.code == "failed_precondition"
+    assert shim.state().status == task.TaskStatus_RUNNING
+    assert snapshots(shim) == []
+    end(shim)
+    assert shim.left_behind() == []
+
+
+def test_a_full_table_of_descriptors_is_seen_before_it_is_saved(
+    shim: Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A VMM that has saved has its memory on the new file: the shim must have that too."""
+    real, asked = os.open, []
+
+    def full(path: Any, *args: Any, **kwargs: Any) -> int:
+        if str(path).startswith("/proc/self/fd/"):
+            raise OSError(24, "Too many open files")
+        return real(path, *args, **kwargs)
+
+    start(shim)
+    with monkeypatch.context() as patch:
+        patch.setattr(guest_module.os, "open", full)
+        patch.setattr(FakeVmm, "save", lambda *row: asked.append(row) or 0)
+        with pytest.raises(VmcellError, match="Too many open files"):
+            save(shim)
+    assert asked == []
+    save(shim)
+    assert snapshots(shim) == ["s1"]
+    end(shim)
+
+
 def test_death_of_the_vmm_while_it_is_saved(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
     def die(self: FakeVmm, *_: object) -> int:
         self.kill()

@@ -98,8 +98,10 @@ class Serial:
             self._divisor = [values["divisor_low"], values["divisor_high"]]
             self._looped = None if values["looped"] < 0 else values["looped"]
             self._transmit_pending = bool(values["transmit_pending"])
-        if values["transmit_pending"]:
-            self._irq.fire()
+            waits = self._looped is not None and self._interrupts_enabled & IER_RECEIVED
+            # The line may have been raised for it and not have reached the guest.
+            if waits or self._transmit_pending:
+                self._irq.fire()
 
     def flush(self) -> None:
         """Pushes a line without its end to the sink's file; for the machine's own end."""

@@ -246,7 +246,11 @@ class MmioTransport:
                 row.descriptor_gpa, row.driver_gpa = saved.descriptor_gpa, saved.driver_gpa
                 row.device_gpa = saved.device_gpa
             self._device.remember(state.own)
-            if self._status == status.RUNNING:
+            # A driver that has taken a queue from its device has stopped it.
+            count = self._device.queue_count(self._driver_features)
+            if self._status == status.RUNNING and all(
+                row.ready for row in self._queue_registers[:count]
+            ):
                 try:
                     self._take_over(state)
                 except GuestError as error:
