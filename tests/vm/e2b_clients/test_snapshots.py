@@ -18,7 +18,10 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
 PATIENCE_S = 300
 COUNTER = "i=0; while :; do i=$((i+1)); echo $i >> /home/user/steps; sleep 0.5; done"
-IDENTITY = "cat /proc/sys/kernel/random/boot_id /etc/machine-id; od -An -tx1 -N16 /dev/urandom"
+IDENTITY = (
+    "cat /proc/sys/kernel/random/boot_id; cat /etc/machine-id || echo none; "
+    "od -An -tx1 -N16 /dev/urandom; hostname -I"
+)
 
 
 def _create(template: str = "base", **options: Any) -> Sandbox:
