@@ -114,10 +114,13 @@ def _fill(
             if up:
                 fallen = before - available_bytes()
                 marginal.values.append(fallen / len(up) / 1e6)
-                report.notes.append(
+                point = (
                     f"MemAvailable with {len(up)} sandboxes: {fallen / 1e6:.1f} MB less, "
                     f"{fallen / len(up) / 1e6:.2f} MB each"
                 )
+                report.notes.append(point)
+                # At once too: a machine that is filled to its end may not live to print a report.
+                progress.note(point)
             progress.count(numbers[-1], wanted.count)
     return up, marginal
 
