@@ -21,6 +21,7 @@ from vmcell_tools.progress import Progress
 
 MIB = 1 << 20
 CURVE_POINTS = 10
+ANSWER_WITHIN_S = 60.0  # a guest that has lost its way is a failure, and others are to be asked
 PSS_MIB, DIRTY_MIB, MARGINAL_MB = 5, 3, 12
 MARGINAL = "fall of MemAvailable since before the first sandbox ÷ sandboxes"
 
@@ -136,7 +137,7 @@ def _own_mib(containers: Containers, name: str) -> list[float]:
 
 
 def _answer(containers: Containers, name: str) -> tuple[float]:
-    return (containers.run_in(name, ["true"], "answer"),)
+    return (containers.run_in(name, ["true"], "answer", within_s=ANSWER_WITHIN_S),)
 
 
 def last_mb(marginal: Series) -> float | None:
