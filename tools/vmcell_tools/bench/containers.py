@@ -128,22 +128,33 @@ class Containers:
         annotations = {SNAPSHOT_ANNOTATION: snapshot_id, MEMORY_ANNOTATION: str(memory_mib)}
         return self.start(name, annotations=annotations)
 
-    def run_in(self, name: str, words: Sequence[str], exec_id: str) -> float:
+    def run_in(
+        self,
+        name: str,
+        words: Sequence[str],
+        exec_id: str,
+        *,
+        within_s: float = CALL_TIMEOUT_S,
+    ) -> float:
         """Milliseconds from Exec sent to Wait answered; GuestError unless the program ends with 0.
-        Its output goes nowhere. Raises VmcellError."""
+        Its output goes nowhere. Each call has `within_s` seconds. Raises VmcellError."""
         process = {"args": list(words), "cwd": "/", "env": [PATH], "user": {"uid": 0, "gid": 0}}
         spec = Any(type_url=PROCESS_TYPE_URL, value=json.dumps(process).encode())
         began = time.perf_counter_ns()
         self._call(
-            "Exec", tasks_pb2.ExecProcessRequest(container_id=name, exec_id=exec_id, spec=spec)
+            "Exec",
+            tasks_pb2.ExecProcessRequest(container_id=name, exec_id=exec_id, spec=spec),
+            within_s,
         )
         try:
             waiting = self._tasks.Wait.future(
                 tasks_pb2.WaitRequest(container_id=name, exec_id=exec_id),
-                timeout=CALL_TIMEOUT_S,
+                timeout=within_s,
                 metadata=[("containerd-namespace", self.namespace)],
             )
-            self._call("Start", tasks_pb2.StartRequest(container_id=name, exec_id=exec_id))
+            self._call(
+                "Start", tasks_pb2.StartRequest(container_id=name, exec_id=exec_id), within_s
+            )
             try:
                 status = waiting.result().exit_status
             except grpc.RpcError as error:
@@ -151,14 +162,14 @@ class Containers:
             ended = time.perf_counter_ns()
         finally:
             request = tasks_pb2.DeleteProcessRequest(container_id=name, exec_id=exec_id)
-            self._call("DeleteProcess", request)
+            self._call("DeleteProcess", request, within_s)
         if status:
             raise GuestError(f"{' '.join(words)} in {name} ended with {status}")
         return (ended - began) / 1e6
 
-    def _call(self, method: str, request: object) -> None:
+    def _call(self, method: str, request: object, within_s: float) -> None:
         tried = f"{method} of {getattr(request, 'exec_id', '')}"
-        self.containerd.call(getattr(self._tasks, method), request, tried, timeout_s=CALL_TIMEOUT_S)
+        self.containerd.call(getattr(self._tasks, method), request, tried, timeout_s=within_s)
 
     def shim_log(self, name: str) -> str:
         """What the shim of a running container has written. HostError."""

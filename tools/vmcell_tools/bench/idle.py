@@ -21,6 +21,7 @@ from vmcell_tools.progress import Progress
 
 MIB = 1 << 20
 CURVE_POINTS = 10
+ANSWER_WITHIN_S = 60.0  # a guest that has lost its way is a failure, and others are to be asked
 PSS_MIB, DIRTY_MIB, MARGINAL_MB = 5, 3, 12
 MARGINAL = "fall of MemAvailable since before the first sandbox ÷ sandboxes"
 
@@ -114,10 +115,13 @@ def _fill(
             if up:
                 fallen = before - available_bytes()
                 marginal.values.append(fallen / len(up) / 1e6)
-                report.notes.append(
+                point = (
                     f"MemAvailable with {len(up)} sandboxes: {fallen / 1e6:.1f} MB less, "
                     f"{fallen / len(up) / 1e6:.2f} MB each"
                 )
+                report.notes.append(point)
+                # At once too: a machine that is filled to its end may not live to print a report.
+                progress.note(point)
             progress.count(numbers[-1], wanted.count)
     return up, marginal
 
@@ -133,7 +137,7 @@ def _own_mib(containers: Containers, name: str) -> list[float]:
 
 
 def _answer(containers: Containers, name: str) -> tuple[float]:
-    return (containers.run_in(name, ["true"], "answer"),)
+    return (containers.run_in(name, ["true"], "answer", within_s=ANSWER_WITHIN_S),)
 
 
 def last_mb(marginal: Series) -> float | None:
