@@ -1,4 +1,4 @@
-"""Guest memory written to a file and laid out from one: what is written, and what is found again."""
+"""Guest memory written to a file and laid out from one: what is written, and what comes back."""
 
 from __future__ import annotations
 

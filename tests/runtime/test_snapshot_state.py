@@ -147,7 +147,6 @@ def test_what_bursts_a_parser_is_refused(document: bytes) -> None:
 def read_or_refused(document: bytes) -> None:
     try:
         found = decode(document)
-    except CallerError as error:
-        assert len(str(error)) < 500
+    except CallerError:
         return
     assert decode(encode(found)) == found
