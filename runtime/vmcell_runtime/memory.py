@@ -284,6 +284,7 @@ class GuestMemory:
         self._pins = 0
         self.shared = shared
         self._from_image = False
+        self._torn = False  # a part of it stands on another file than the rest
         self._ram = [_Ram(0, low, 0, shared=shared)]
         if ram_bytes > low:
             self._ram.append(_Ram(HIGH_RAM_GPA, ram_bytes - low, low, shared=shared))
@@ -399,11 +400,13 @@ class GuestMemory:
             for ram in self._ram:
                 ram.lay_image(fd)
         except OSError as error:
+            self._torn = True
             raise HostError(f"mapping the image of a guest's memory failed: {error}") from error
-        self._from_image = True
+        self._from_image, self._torn = True, False
 
     def save_pages(self, fd: int) -> int:
-        """Writes every page that is not as in the image, or all but zeros without one; bytes.
+        """Writes every page that is not as in the image, or all but zeros without one; bytes. All
+        of them where `lay_image` failed half way.
 
         `fd` is open for writing on a file of `ram_bytes`: a copy of the image, or a hole. Nobody
         may be writing to the memory. CallerError if the RAM is shared; OSError as it comes.
@@ -415,7 +418,11 @@ class GuestMemory:
         try:
             for ram in self._ram:
                 flags = ram.own_pages(page_map_fd)
-                for first, end in _runs(flags if self._from_image else _without_zeros(ram, flags)):
+                if self._torn:
+                    flags = b"\1" * len(flags)
+                elif not self._from_image:
+                    flags = _without_zeros(ram, flags)
+                for first, end in _runs(flags):
                     written += _write_pages(ram, fd, first * PAGE_BYTES, end * PAGE_BYTES)
         finally:
             os.close(page_map_fd)

@@ -100,12 +100,7 @@ class Container:
         self._request = request
         self._config = config
         self._footprint = Footprint(
-            request.id,
-            sandbox=sandbox,
-            config=config,
-            files=files,
-            own_dir=own_dir,
-            journal=journal,
+            self.id, sandbox=sandbox, config=config, files=files, own_dir=own_dir, journal=journal
         )
         self._events = events
         self._journal = journal
@@ -359,13 +354,19 @@ class Container:
 
     def _kill_paused(self, signal: int) -> None:
         """A VM that stands still takes a signal when it goes on; SIGKILL makes it go on, or ends
-        one that has written back all there is, to be saved."""
+        one that cannot, or that has written back all there is, to be saved."""
         if signal == SIGKILL and (self.init.state == SAVING or self.guest.stands_still):
             self.guest.kill()
-        else:
-            self._held_signals.append(signal)
+            return
+        self._held_signals.append(signal)
+        try:
             if signal == SIGKILL:
                 self.resume()
+        except VmcellError as error:
+            if self.init.state != PAUSED:
+                raise
+            self._journal.error(f"{self.id} does not go on to be killed: {error}")
+            self.guest.kill()
 
     def pause(self) -> None:
         """All processes of the container stand still: alone in its VM by the vCPUs, in a pod by the
@@ -425,9 +426,7 @@ class Container:
         self.init.advance("update")
         limits = parse_object(resources, "the resources")
         needed_mib = memory_of_update(
-            limits,
-            vcpus=self.sandbox.vcpus,
-            memory_mib=self.sandbox.memory_mib,
+            limits, vcpus=self.sandbox.vcpus, memory_mib=self.sandbox.memory_mib
         )
         request = UpdateContainerRequest(container_id=self.id, resources_json=resources)
         self.guest.call("UpdateContainer", request, Empty, _UPDATE_ANSWER_S)

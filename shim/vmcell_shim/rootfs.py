@@ -259,6 +259,10 @@ def _make_disk(
 ) -> None:
     if disk_from:
         try:
+            limit_bytes = (source.disk_mib or writable_mib) << 20
+            if source.disk and not source.disk_mib:
+                limit_bytes = os.stat(disk).st_size
+            _check_length(os.stat(disk_from).st_size, limit_bytes)
             copy_disk(disk_from, disk)
         except OSError as error:
             raise HostError(f"cannot copy a snapshot's disk to {disk}: {error}") from error
@@ -267,3 +271,13 @@ def _make_disk(
             raise CallerError(f"the root's file for writes {disk!r} is not there")
     else:
         writable_disk(disk, source.disk_mib or writable_mib, cache_dir)
+
+
+def _check_length(length_bytes: int, limit_bytes: int) -> None:
+    """How much of the host's disk a guest may fill is no snapshot's to say. CallerError."""
+    if length_bytes > limit_bytes:
+        raise CallerError(
+            f"the snapshot has a disk of {length_bytes} bytes and the container may have "
+            f"{limit_bytes}; make writable_mib larger where it is to go on",
+            code="failed_precondition",
+        )

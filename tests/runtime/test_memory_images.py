@@ -1,4 +1,4 @@
-"""Guest memory written to a file and laid out from one: what is written, and found again."""
+"""Guest memory written to a file and laid out from one: what is written, and what comes back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmcell_protos.errors import CallerError
+from vmcell_protos.errors import CallerError, HostError
 from vmcell_runtime import memory as memory_module
 from vmcell_runtime.memory import HIGH_RAM_GPA, LOW_RAM_LIMIT_BYTES, PAGE_BYTES, GuestMemory
 
@@ -182,6 +182,40 @@ def test_a_kernel_that_tells_too_little_is_an_error(
     with pytest.raises(OSError, match="63 of 64 pages") as caught:
         small.save_pages(make_file())
     assert caught.value.errno == errno.EIO
+
+
+def test_memory_of_which_a_part_stands_on_another_file_is_written_whole(
+    make_file: MakeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever heard of the error gives a copy of the old file for the next save, or a hole."""
+    monkeypatch.setattr(memory_module, "LOW_RAM_LIMIT_BYTES", SMALL // 2)
+    memory = GuestMemory(SMALL)
+    real = memory_module._Ram.lay_image
+
+    def fail(ram: memory_module._Ram, fd: int) -> None:
+        if ram.gpa:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        real(ram, fd)
+
+    try:
+        memory.write(0, fill(0) + fill(1))
+        memory.write(HIGH_RAM_GPA, fill(2))
+        lost = make_file()
+        memory.save_pages(lost)
+        with monkeypatch.context() as patch:
+            patch.setattr(memory_module._Ram, "lay_image", fail)
+            with pytest.raises(HostError, match="Cannot allocate"):
+                memory.lay_image(lost)
+        memory.write(0, bytes(PAGE_BYTES))
+        old = make_file()
+        os.pwrite(old, fill(9) * PAGES, 0)
+        assert memory.save_pages(old) == SMALL
+        low, high = memory.read(0, SMALL // 2), memory.read(HIGH_RAM_GPA, SMALL // 2)
+        assert os.pread(old, SMALL, 0) == low + high
+        memory.lay_image(old)
+        assert memory.save_pages(make_file(source=old)) == 0
+    finally:
+        memory.close()
 
 
 def test_what_is_no_image_of_it_is_refused(make_file: MakeFile) -> None:

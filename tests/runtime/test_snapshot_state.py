@@ -145,12 +145,8 @@ def test_what_bursts_a_parser_is_refused(document: bytes) -> None:
 
 
 def read_or_refused(document: bytes) -> None:
-    error: CallerError | None = None
     try:
         found = decode(document)
-    except CallerError as refusal:
-        error = refusal
-    if error is not None:
-        assert len(str(error)) < 500
+    except CallerError:
         return
     assert decode(encode(found)) == found

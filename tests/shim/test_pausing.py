@@ -10,8 +10,9 @@ from fake_vmm import FakeVmm
 from shim_harness import Shim, refused
 
 from vmcell_protos import task
-from vmcell_protos.errors import VmcellError
+from vmcell_protos.errors import CallerError, HostError, VmcellError
 from vmcell_protos.wellknown import Any, Empty
+from vmcell_shim.guest import Guest
 from vmcell_shim.sizing import memory_of_update
 
 Json = dict[str, object]
@@ -64,6 +65,33 @@ def test_pause_and_resume(shim: Shim, begin: Callable[[Shim], None]) -> None:
 def test_a_paused_container_can_be_killed(shim: Shim, begin: Callable[[Shim], None]) -> None:
     begin(shim)
     pause(shim)
+    shim.kill(9)
+    assert shim.wait() == 137
+    shim.delete()
+    assert shim.left_behind() == []
+
+
+@pytest.mark.parametrize("error", [HostError("x", code="deadline_exceeded"), CallerError("x")])
+@pytest.mark.parametrize("stuck", ["vmm", "agent"])
+def test_a_paused_container_that_does_not_go_on_can_be_killed(
+    shim: Shim, monkeypatch: pytest.MonkeyPatch, stuck: str, error: VmcellError
+) -> None:
+    real = Guest.call
+
+    def call(guest: Guest, method: str, *row: object) -> object:
+        if method == "ConfigureGuest":
+            raise error
+        return real(guest, method, *row)
+
+    def go_on(_: FakeVmm) -> None:
+        raise error
+
+    alone(shim)
+    pause(shim)
+    if stuck == "vmm":
+        monkeypatch.setattr(FakeVmm, "resume", go_on)
+    else:
+        monkeypatch.setattr(Guest, "call", call)
     shim.kill(9)
     assert shim.wait() == 137
     shim.delete()

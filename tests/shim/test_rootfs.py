@@ -19,11 +19,24 @@ from vmcell_shim.rootfs import (
     parse_mounts,
     prepare_root,
 )
+from vmcell_shim.saved_container import SavedRoot
 
 GUEST_KERNEL = Path(__file__).resolve().parents[2] / "kernel/x86_64.config"
 
 
-def prepare(source: RootSource, directory: Path, *, max_lowers: int = 7) -> RootImages:
+class SavedDisk(SavedRoot):
+    """That of a snapshot whose images fit and whose disk is the file `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def disk_for(self, lowers: tuple[str, ...], *, writable: bool) -> str:
+        return str(self._path)
+
+
+def prepare(
+    source: RootSource, directory: Path, *, max_lowers: int = 7, saved: SavedRoot | None = None
+) -> RootImages:
     return prepare_root(
         source,
         cache_dir=str(directory / "cache"),
@@ -31,6 +44,7 @@ def prepare(source: RootSource, directory: Path, *, max_lowers: int = 7) -> Root
         writable_mib=64,
         cache_limit_mib=1024,
         max_lowers=max_lowers,
+        saved=saved,
     )
 
 
@@ -237,3 +251,19 @@ def test_layers_that_containerd_has_mounted(store: Path, tmp_path: Path) -> None
             places.append(str(place))
         images = prepare(parse_mounts([overlay(places)], "", False), store)
         assert images.lowers == tuple(layers)
+
+
+def test_a_snapshot_does_not_say_how_much_of_the_disk_may_be_filled(tmp_path: Path) -> None:
+    root, saved = tmp_path / "root", tmp_path / "saved"
+    root.mkdir()
+    saved.write_bytes(b"what was written")
+    source = parse_mounts([], str(root), False)
+    os.truncate(saved, 64 << 20)
+    images = prepare(source, tmp_path, saved=SavedDisk(saved))
+    assert Path(images.disk).read_bytes() == saved.read_bytes()
+    Path(images.disk).unlink()
+    os.truncate(saved, (64 << 20) + 4096)
+    with pytest.raises(CallerError, match="make writable_mib larger") as caught:
+        prepare(source, tmp_path, saved=SavedDisk(saved))
+    assert caught.value.code == "failed_precondition"
+    assert not Path(images.disk).exists()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
-from guest_driver import GuestDriver, Plug
+from guest_driver import EVENT_IDX, RAM_BYTES, VERSION_1, GuestDriver, Plug
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from turning_loop import TurningLoop
 
 from vmcell_protos.errors import CallerError
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.virtio.balloon import Balloon
-from vmcell_runtime.virtio.device import Activation, PlainDevice
+from vmcell_runtime.virtio.device import Activation, PlainDevice, VirtioDevice
 from vmcell_runtime.virtio.queue import Chain
 from vmcell_runtime.virtio.rng import Rng
-from vmcell_runtime.virtio.saved import TransportState
+from vmcell_runtime.virtio.saved import QueueState, TransportState
+from vmcell_runtime.virtio.vsock.device import Vsock
 
 RUNNING = 15
 QUEUE_READY = 0x44
@@ -233,3 +239,60 @@ def test_a_balloon_remembers_its_size(plug: Plug, memory: GuestMemory) -> None:
     for own in ({}, {"wanted_pages": most + 1, "actual_pages": 0}, {"wanted_pages": -1}):
         with pytest.raises(CallerError, match="cannot be"):
             plug(Balloon(memory)).transport.load(state._replace(own=own))
+
+
+WORDS = st.sampled_from((0, 1, 3, 8, 15, 16, 256, 1 << 16, 1 << 31)) | st.integers(0, 2**32 - 1)
+GPAS = st.sampled_from((0, 0x10_0000, 0x10_1000, RAM_BYTES - 4, 1 << 32, 2**64 - 1))
+HALVES = st.integers(0, 2**16 - 1)
+QUEUES = st.builds(
+    QueueState, WORDS, st.sampled_from((True, True, False)), GPAS, GPAS, GPAS, HALVES, HALVES
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_whatever_was_saved_a_device_takes_or_refuses(data: st.DataObject) -> None:
+    """And what it took it works with: at the worst it needs a reset."""
+    memory, loop = GuestMemory(RAM_BYTES), TurningLoop()
+    kinds: list[Callable[[], VirtioDevice]] = [
+        Keeper,
+        lambda: Rng(memory),
+        lambda: Balloon(memory),
+        lambda: Vsock(memory, loop, 3),
+    ]
+    make = data.draw(st.sampled_from(kinds))
+    old, new = GuestDriver(make(), memory, loop), GuestDriver(make(), memory, loop)
+    try:
+        old.start()
+        state = old.transport.save()
+        fields = {
+            "status": st.sampled_from((0, 1, 3, 11, 15, 15, 15, 79, 143, 255)),
+            "driver_features": st.sampled_from((0, VERSION_1, VERSION_1 | EVENT_IDX, 1 << 63)),
+            "queue_select": WORDS,
+            "driver_features_select": WORDS,
+            "device_features_select": WORDS,
+            "interrupt_status": WORDS,
+            "config_generation": WORDS,
+            "queues": st.tuples(*[st.just(row) | QUEUES for row in state.queues]),
+            "own": st.just(state.own)
+            | st.dictionaries(
+                st.sampled_from(("wanted_pages", "actual_pages", "x")), st.integers(-1, 2**64 - 1)
+            ),
+        }
+        names = data.draw(st.sets(st.sampled_from(sorted(fields))))
+        changed = state._replace(**{name: data.draw(fields[name]) for name in sorted(names)})
+        try:
+            new.transport.load(changed)
+        except CallerError:
+            return
+        loop.settle()
+        for offset in range(0, 0x110, 4):
+            new.get(offset)
+        new.start()
+        assert new.get(0x70) == RUNNING
+        loop.settle()
+    finally:
+        old.close()
+        new.close()
+        loop.close()
+        memory.close()

@@ -124,6 +124,7 @@ class kvm_device_attr(ctypes.Structure):
 KVM_VCPU_TSC_CTRL = 0
 KVM_VCPU_TSC_OFFSET = 0
 MSR_IA32_TSC = 0x10
+MSR_IA32_TSC_DEADLINE = 0x6E0
 
 
 @c_struct(4)

@@ -1,8 +1,11 @@
 """All of a vCPU that KVM holds, taken out and put back; the order matters and is kept here.
 
 Out (api.rst 4.36 ff.; virt/kvm of Linux 6.1): KVM_GET_MP_STATE first, for it lets pending INITs and
-SIPIs take effect; the events last, for the other requests may still change them. Back: the APIC's
-base (in sregs) before the APIC, the APIC before its deadline MSR, and the events again last.
+SIPIs take effect; the deadline MSR before the APIC, for a timer that runs out in between is pending
+in the APIC and its MSR is 0 (each request may let it: kvm_arch_vcpu_load restarts it), and what is
+seen twice does no harm; the events last, for the other requests may still change them. Back: the
+APIC's base (in sregs) before the APIC, the APIC and the counter before the deadline MSR, and the
+events again last.
 """
 
 from __future__ import annotations
@@ -51,8 +54,8 @@ def save_vcpu(vcpu: Vcpu, msrs: list[int], xsave_bytes: int) -> VcpuState:
         xsave=vcpu.get_opaque(abi.KVM_GET_XSAVE2 if wide else abi.KVM_GET_XSAVE, xsave_bytes),
         xcrs=vcpu.get_opaque(abi.KVM_GET_XCRS, abi.XCRS_BYTES),
         debugregs=vcpu.get_opaque(abi.KVM_GET_DEBUGREGS, abi.DEBUGREGS_BYTES),
-        lapic=vcpu.get_opaque(abi.KVM_GET_LAPIC, abi.LAPIC_BYTES),
         msrs=vcpu.get_msrs(msrs),
+        lapic=vcpu.get_opaque(abi.KVM_GET_LAPIC, abi.LAPIC_BYTES),
         events=vcpu.get_opaque(abi.KVM_GET_VCPU_EVENTS, abi.EVENTS_BYTES),
     )
 
@@ -76,5 +79,9 @@ def load_vcpu(vcpu: Vcpu, state: VcpuState, xsave_bytes: int) -> None:
     vcpu.set_opaque(abi.KVM_SET_XCRS, state.xcrs)
     vcpu.set_opaque(abi.KVM_SET_DEBUGREGS, state.debugregs)
     vcpu.set_opaque(abi.KVM_SET_LAPIC, state.lapic)
-    vcpu.set_msrs(state.msrs)
+    vcpu.set_msrs(dict(sorted(state.msrs.items(), key=_is_deadline)))
     vcpu.set_opaque(abi.KVM_SET_VCPU_EVENTS, state.events)
+
+
+def _is_deadline(row: tuple[int, int]) -> bool:
+    return row[0] == abi.MSR_IA32_TSC_DEADLINE
