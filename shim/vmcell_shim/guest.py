@@ -314,6 +314,7 @@ class Guest:
         self.kill()
         vmm = self._handle
         if vmm is None:
+            self._keep_memory(-1)
             return
         if not self.ended.wait(_REAP_S):
             raise HostError(f"VMM {vmm.pid} does not end {_REAP_S:g} s after SIGKILL")

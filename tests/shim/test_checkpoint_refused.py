@@ -323,6 +323,22 @@ def test_a_full_table_of_descriptors_is_seen_before_it_is_saved(
     end(shim)
 
 
+def test_a_vmm_that_does_not_start_leaves_no_descriptor(
+    shim: Shim, other: Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise HostError("no process is left")
+
+    start(shim)
+    save(shim)
+    end(shim)
+    monkeypatch.setattr(guest_module.handle, "spawn", fail)
+    with pytest.raises(VmcellError, match="no process is left"):
+        restore(other, shim)
+    links = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    assert [link for link in links if link.endswith("/s1/memory")] == []
+
+
 def test_death_of_the_vmm_while_it_is_saved(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
     def die(self: FakeVmm, *_: object) -> int:
         self.kill()
