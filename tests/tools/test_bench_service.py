@@ -6,9 +6,11 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+from api_service import api_service, listening
 
 from vmcell_protos.errors import CallerError, HostError
 from vmcell_tools.bench.containers import Target
@@ -151,3 +153,16 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("E2B_API_KEY", "key")
     with pytest.raises(HostError, match=r"does not answer POST /v2/sandboxes at http://127"):
         service_client(None, None).create("base")
+
+
+def test_the_real_api_takes_these_calls(tmp_path: Path) -> None:
+    """In front of a node that only pretends."""
+    with api_service(tmp_path) as real, listening(real.app) as address:
+        client = ServiceClient(f"http://{address}", real.key)
+        created = bench_create(client, "base", NOWHERE, count=3, save_s=0, progress=QUIET)
+        rolled = bench_rollback(client, "base", 3, QUIET)
+        client.close()
+        assert real.node.running == {}
+    for row in (*created.series[:2], *rolled.series):
+        assert not row.failures, row
+        assert len(row.values) == (1 if row.what == "snapshot" else 3)
