@@ -70,10 +70,12 @@ def bench_density(target: Target, wanted: Wanted, progress: Progress) -> Report:
         for number, name in enumerate(names):
             sample([answered], partial(_answer, containers, name))
             progress.count(number + 1, len(names))
-        report.notes.append(
+        told = (
             f"{len(answered.values)} of {wanted.count} sandboxes answered, "
             f"all of {len(names)} up at once"
         )
+        report.notes.append(told)
+        progress.note(f"{told}, p50 {answered.p50 or 0:.1f} ms")
         progress.step("removing them")
     _hold(report, "marginal at the end to 12 MB", last_mb(marginal), MARGINAL_MB)
     return report.finish()
