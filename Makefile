@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in /usr/bin/python3 python3.13 python3.12 python3.11 pyt
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-plain test-root test-kvm test-vm test-long test-api-cases host venv artifacts \
+.PHONY: demo test test-at-once test-plain test-root test-kvm test-vm test-long test-api-cases host venv artifacts \
 	interpreter-image containerd2 dev-up clean help
 
 help:
@@ -40,9 +40,10 @@ interpreter-image: venv
 demo: artifacts
 	@$(BIN)/vmcell demo
 
-# The vm lane is the longest and leaves half of two processors idle, so the others run beside it,
-# niced: a guest's deadlines are nearer than theirs. Where there is no /dev/kvm the kvm lane needs
-# the dev VM, one at a time. BUILT keeps the lanes from making the same thing twice at once.
+# One lane after the other: a dev VM that shares its processors with other lanes is slower than it
+# saves time, and its guests' deadlines are near. `make test-at-once` runs the others beside it, niced.
+# Where there is no /dev/kvm the kvm lane needs the dev VM too. BUILT keeps the lanes from making the
+# same thing twice.
 BESIDE := test-plain test-root $(if $(wildcard /dev/kvm),test-kvm)
 IN_THE_DEV_VM := $(if $(wildcard /dev/kvm),,test-kvm) test-vm
 # Imported natively into the dev VM's disk before it starts; without this, in the VM when needed.
@@ -50,6 +51,9 @@ DEV_IMAGES := small base
 LANES := $(MAKE) --no-print-directory -k BUILT=1 DEV_IMAGES="$(DEV_IMAGES) code-interpreter-v1"
 
 test: venv artifacts containerd2 interpreter-image
+	@status=0; $(LANES) $(BESIDE) || status=1; $(LANES) $(IN_THE_DEV_VM) || status=1; exit $$status
+
+test-at-once: venv artifacts containerd2 interpreter-image
 	@$(BIN)/python tests/support/run_lanes.py build/lanes \
 		'vm=$(LANES) $(IN_THE_DEV_VM)' \
 		'plain-root-kvm=nice -n 10 $(LANES) $(BESIDE)'

@@ -1,8 +1,8 @@
 """Guests that the software CPU lost, and the one repetition of a test that met one.
 
-A test that fails while one is lost (vmcell_tools.dev_faults) is run once more, in a new dev VM
-after a panic, and says so; one that fails for another reason, or again, has failed. On a CPU with
-hardware KVM nothing is repeated.
+A test that fails while one is lost (vmcell_tools.dev_faults), or in a dev VM that does not answer
+any more, is run once more, in a new dev VM where it was that one, and says so; one that fails for
+another reason, or again, has failed. On a CPU with hardware KVM nothing is repeated.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from vmcell_tools.dev_faults import faults, panics
 from vmcell_tools.dev_service import VMCELL
 from vmcell_tools.dev_state import load
 
+ANSWER_S = 60
+
 
 def run_once_or_twice(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
     """pytest's protocol for one test of the vm lane; False where it is not to be repeated."""
@@ -30,7 +32,11 @@ def run_once_or_twice(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
     # A panic between two tests fails the second.
     gone = panics(out)
     lost = (faults(out) - before) | gone
-    if lost and any(report.failed for report in reports):
+    failed = any(report.failed for report in reports)
+    if failed and not gone and not _answers():
+        gone = {("now", "the dev VM, which does not answer")}
+        lost |= gone
+    if lost and failed:
         _say(item, f"{item.nodeid} is run again: the software CPU lost {sorted(lost)}")
         reports = _again(item, nextitem, gone=bool(gone)) or reports
     for report in reports:
@@ -57,6 +63,15 @@ def _again(
         _end_dev_vm()
     item._initrequest()  # type: ignore[attr-defined]  # as pytest's own rerun plugins do
     return runtestprotocol(item, nextitem=nextitem, log=False)
+
+
+def _answers() -> bool:
+    """Whether the dev VM runs a command within a minute, however busy it is."""
+    command = [*VMCELL, "dev", "run", "--timeout", str(ANSWER_S), "--", "true"]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=2 * ANSWER_S).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def _end_dev_vm() -> None:

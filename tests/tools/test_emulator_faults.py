@@ -18,6 +18,7 @@ sys.path.insert(0, {support!r})
 import emulator_faults
 emulator_faults._software_cpu_logs = lambda: Path({logs!r})
 emulator_faults._end_dev_vm = lambda: Path({logs!r}, "console.log").write_text("ended")
+emulator_faults._answers = lambda: not Path({logs!r}, "hung").exists()
 
 def pytest_runtest_protocol(item, nextitem):
     return True if emulator_faults.run_once_or_twice(item, nextitem) else None
@@ -36,6 +37,9 @@ def lose_a_guest():
 
 def lose_the_dev_vm():
     Path(LOGS, "console.log").write_text("[  285.083545] Kernel panic - not syncing: stack end")
+
+def hang_the_dev_vm():
+    Path(LOGS, "hung").touch()
 
 def new_dev_vm():
     console = Path(LOGS, "console.log")
@@ -150,3 +154,17 @@ def test_fixture_that_cannot_be_taken_down_is_reported(tmp_path: Path, scope: st
     assert counts.get("failed", 0) + counts.get("error", 0) >= 1
     assert "cannot be removed" in said
     assert "INTERNALERROR" not in said
+
+
+def test_dev_vm_that_does_not_answer_is_ended_before_the_repetition(tmp_path: Path) -> None:
+    counts, said = outcome(
+        tmp_path,
+        "def test_boot():\n"
+        "    runs.append(1)\n"
+        "    if len(runs) == 1:\n"
+        "        hang_the_dev_vm()\n"
+        "        raise AssertionError('no answer')\n"
+        "    assert Path(LOGS, 'console.log').read_text() == 'ended'\n",
+    )
+    assert counts == {"passed": 1}, said
+    assert "does not answer" in said
