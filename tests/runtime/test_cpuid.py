@@ -24,6 +24,7 @@ SUPPORTED = [
     CpuidEntry(0xB, 0, 1, 9, 9, 9, 9),
     CpuidEntry(0x1F, 0, 1, 9, 9, 9, 9),
     CpuidEntry(0x40000000, 0, 0, 0x40000001, 0x4B4D564B, 0x564B4D56, 0x4D),
+    CpuidEntry(0x40000001, 0, 0, ALL, 0, 0, 0),
     CpuidEntry(0x80000001, 0, 0, 0, 0, ALL, ALL),
     CpuidEntry(0x80000008, 0, 0, 0x3028, 0, ALL, 0),
     CpuidEntry(0x8000000A, 0, 0, 1, 2, 3, 4),
@@ -52,6 +53,8 @@ def test_the_guest_knows_its_hypervisor() -> None:
     table = leaves(0, 1)
     assert table[1, 0].ecx & 1 << 31
     assert table[0x40000000, 0] == SUPPORTED[7]
+    assert table[0x40000001, 0].eax & 1 << 3, "its clock"
+    assert not table[0x40000001, 0].eax & (1 << 4 | 1 << 10 | 1 << 14), "asynchronous page faults"
 
 
 @pytest.mark.parametrize("offered", [True, False])

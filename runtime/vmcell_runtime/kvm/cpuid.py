@@ -22,6 +22,9 @@ EDX1_HTT = 1 << 28
 ECX8001_CMP_LEGACY = 1 << 1
 ECX8001_SVM = 1 << 2
 ECX8001_PERFCTR_CORE = 1 << 23
+# A vCPU then waits for a page of an image that the host has to read, instead of being told of it by
+# an interrupt: a Linux with two vCPUs on the software CPU never went on from some of those.
+EAX_KVM_ASYNC_PF = 1 << 4 | 1 << 10 | 1 << 14
 
 _LEVEL_THREAD = 1
 _LEVEL_CORE = 2
@@ -99,6 +102,8 @@ def _edit(entry: CpuidEntry, vcpu: int, vcpu_count: int, tsc_deadline: bool) -> 
         case 0x80000008:
             ecx = entry.ecx & ~0xF0FF | id_bits << 12 | vcpu_count - 1
             return entry._replace(ecx=ecx)
+        case 0x40000001:
+            return entry._replace(eax=entry.eax & ~EAX_KVM_ASYNC_PF)
         case 0x8000001E:
             return entry._replace(eax=vcpu, ebx=vcpu, ecx=0)
     return entry
