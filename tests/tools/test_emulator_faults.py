@@ -168,3 +168,13 @@ def test_dev_vm_that_does_not_answer_is_ended_before_the_repetition(tmp_path: Pa
     )
     assert counts == {"passed": 1}, said
     assert "does not answer" in said
+
+
+def test_guest_without_a_shim_is_known_by_what_the_test_says(tmp_path: Path) -> None:
+    counts, said = outcome(
+        tmp_path,
+        "def test_boot():\n"
+        "    runs.append(1)\n"
+        "    assert len(runs) == 2, 'vmm 27: ended: triple_fault: a fault'\n",
+    )
+    assert counts == {"passed": 1}, said
