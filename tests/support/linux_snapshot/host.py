@@ -28,7 +28,9 @@ from vmcell_runtime.config import BlkConfig, MachineConfig, NetConfig, PmemConfi
 from vmcell_runtime.virtio import host_abi
 
 GUEST = Path(__file__).with_name("guest.py")
-TAP, HOST, PEER = "devices0", "192.0.2.1", "192.0.2.2"
+# Its own: what an earlier run left, if it was cut off, is not in the way.
+TAP = f"saved{os.getpid()}"
+HOST, PEER = "192.0.2.1", "192.0.2.2"
 MAC = "02:c0:ff:ee:00:01"
 CONTROL_PORT = 1024
 DEADLINE_S = 240
