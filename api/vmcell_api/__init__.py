@@ -7,6 +7,7 @@ scopes           what keys may do, and what each route needs
 logs             lines of all processes, without secrets
 egress           which addresses a sandbox may reach
 metric_sample    what a sandbox used at one moment
+snapshot_facts   what noded tells of snapshots
 guest_http       asking a guest's envd, bounded
 volumes          volumes on this node's disk
 node             noded: sandboxes through containerd
@@ -19,6 +20,7 @@ build_client     the API's side of noded's builds
 json_body        bodies with bounds, field by field
 request_bounds   what no request may hold
 query_numbers    whole numbers in queries
+page_cursor      where the next page of a list begins
 network_rules    E2B's network objects
 sandbox_bodies   E2B's create bodies and list queries
 sandbox_answers  E2B's sandbox objects

@@ -16,6 +16,7 @@ import grpc
 from vmcell_api.egress import OPEN, Egress
 from vmcell_api.guest_http import fetch
 from vmcell_api.metric_sample import MetricSample
+from vmcell_api.snapshot_facts import FileChange, SnapshotFile
 from vmcell_api.volumes.names import VolumeMount
 from vmcell_protos.errors import CODE_NAMES, CallerError, HostError, VmcellError
 from vmcell_protos.pb import node_pb2, node_pb2_grpc
@@ -95,16 +96,6 @@ class RunningSandbox:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapshotFile:
-    """One file of a snapshot; `digest` is "blake2b:<hex>"."""
-
-    name: str
-    size: int
-    allocated: int
-    digest: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class NodeSnapshot:
     """A snapshot as the node has it; times are unix milliseconds, 0: it does not expire.
 
@@ -129,16 +120,6 @@ class NodeSnapshot:
     def is_undo_point(self) -> bool:
         """Whether it is what a sandbox was before a rollback."""
         return self.snapshot_id.startswith("undo-")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileChange:
-    """`what` ("added", "removed", "modified") happened to a file between two snapshots."""
-
-    path: str
-    what: str
-    size_before: int
-    size_after: int
 
 
 @dataclass(frozen=True, kw_only=True)

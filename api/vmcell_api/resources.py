@@ -14,11 +14,11 @@ from vmcell_api.control_plane import ControlPlane, Page
 from vmcell_api.create_once import CreateOnce, parse_idempotency
 from vmcell_api.json_body import int_field, request_json
 from vmcell_api.network_rules import parse_network_update
+from vmcell_api.page_cursor import encode_cursor
 from vmcell_api.sandbox_bodies import (
     MAX_PAGE,
     MAX_REFRESH_S,
     ListQuery,
-    encode_cursor,
     parse_create,
     parse_list_query,
     parse_required_timeout,

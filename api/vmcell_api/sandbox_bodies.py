@@ -6,8 +6,6 @@ that is not what was asked for. Fields that are unknown to E2B are ignored, as E
 
 from __future__ import annotations
 
-import base64
-import binascii
 import datetime
 import re
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from urllib.parse import parse_qsl, unquote
 
 from vmcell_api.json_body import bool_field, int_field, text_field, text_map_field
 from vmcell_api.network_rules import ANY_NETWORK, NetworkWish, parse_network
+from vmcell_api.page_cursor import decode_cursor
 from vmcell_api.query_numbers import query_number
 from vmcell_api.volumes.names import MAX_MOUNT_PATH, check_mount_paths, check_volume_name
 from vmcell_protos.errors import CallerError
@@ -30,7 +29,7 @@ MAX_PAGE = 100
 STATES = ("running", "paused")
 # What is not planned for here.
 UNSUPPORTED_OPTIONS = ("mcp", "iam", "distributionScope")
-_CURSOR = re.compile(r"(\d{1,15})__([a-z0-9]{20})")
+_ROW_ID = re.compile(r"[a-z0-9]{20}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +197,7 @@ def parse_list_query(query_string: str) -> ListQuery:
     order = query.get("order") or "desc"
     if order not in ("asc", "desc"):
         raise CallerError(f"order is {order[:40]!r}; it takes asc or desc")
+    token = query.get("nextToken", "")
     return ListQuery(
         metadata=parse_metadata_query(query.get("metadata", "")),
         states=states,
@@ -205,7 +205,7 @@ def parse_list_query(query_string: str) -> ListQuery:
         started_after_unix_ms=_unix_ms(query.get("startedAfter", "")),
         template=query.get("template", ""),
         limit=parse_page_size(query.get("limit", "")),
-        after=_cursor(query.get("nextToken", "")),
+        after=decode_cursor(token, _ROW_ID) if token else None,
     )
 
 
@@ -215,24 +215,6 @@ def parse_metadata_query(value: str) -> dict[str, str]:
     SDKs quote keys and values, then the form, then the parameter: two decodings are left.
     """
     return {unquote(key): unquote(item) for key, item in parse_qsl(value, keep_blank_values=True)}
-
-
-def encode_cursor(started_at_unix_ms: int, sandbox_id: str) -> str:
-    """The `nextToken` that continues after this sandbox."""
-    return base64.urlsafe_b64encode(f"{started_at_unix_ms}__{sandbox_id}".encode()).decode()
-
-
-def _cursor(token: str) -> tuple[int, str] | None:
-    if not token:
-        return None
-    try:
-        text = base64.b64decode(token.encode(), altchars=b"-_", validate=True).decode()
-    except (binascii.Error, UnicodeError) as error:
-        raise CallerError("nextToken is none of this server's; start again without it") from error
-    match = _CURSOR.fullmatch(text)
-    if match is None:
-        raise CallerError("nextToken is none of this server's; start again without it")
-    return int(match[1]), match[2]
 
 
 def parse_page_size(text: str) -> int:

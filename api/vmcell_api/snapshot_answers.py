@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import re
-
 from vmcell_api import sandbox_answers
 from vmcell_api.http_errors import error_body, status_of
 from vmcell_api.node_client import NodeSnapshot
 from vmcell_api.sandbox_answers import Json, rfc3339
 from vmcell_api.snapshot_plane import Difference, Fork
 from vmcell_api.store.snapshot_rows import TeamSnapshot
-from vmcell_protos.errors import CallerError
-
-_CURSOR = re.compile(r"(\d{1,15})__(snap-[a-z0-9]{20})")
 
 
 def listed(row: TeamSnapshot) -> Json:
@@ -70,21 +63,3 @@ def difference(found: Difference) -> Json:
             for row in found.files
         ]
     return answer
-
-
-def encode_cursor(row: TeamSnapshot) -> str:
-    """The `nextToken` that continues after this snapshot."""
-    text = f"{row.created_at_unix_ms}__{row.snapshot_id}"
-    return base64.urlsafe_b64encode(text.encode()).decode()
-
-
-def decode_cursor(token: str) -> tuple[int, str]:
-    """(created at, id) of what `encode_cursor` wrote; raises CallerError."""
-    try:
-        text = base64.b64decode(token.encode(), altchars=b"-_", validate=True).decode()
-    except (binascii.Error, UnicodeError) as error:
-        raise CallerError("nextToken is none of this server's; start again without it") from error
-    match = _CURSOR.fullmatch(text)
-    if match is None:
-        raise CallerError("nextToken is none of this server's; start again without it")
-    return int(match[1]), match[2]

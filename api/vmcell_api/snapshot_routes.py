@@ -5,6 +5,8 @@ What E2B has and vmcell has not is refused by name: a snapshot of files alone (`
 
 from __future__ import annotations
 
+import re
+
 import falcon
 
 from vmcell_api import sandbox_answers, snapshot_answers
@@ -12,6 +14,7 @@ from vmcell_api.access import timeout_limit_s
 from vmcell_api.config import ApiConfig
 from vmcell_api.identifiers import sandbox_id_of
 from vmcell_api.json_body import bool_field, int_field, request_json, text_field
+from vmcell_api.page_cursor import decode_cursor, encode_cursor
 from vmcell_api.sandbox_bodies import (
     DEFAULT_TIMEOUT_V1_S,
     DEFAULT_TIMEOUT_V2_S,
@@ -23,6 +26,7 @@ from vmcell_protos.errors import CallerError
 
 MOST_FORKS = 20
 MAX_NAME_LENGTH = 260
+_ROW_ID = re.compile(r"snap-[a-z0-9]{20}")
 
 
 class Snapshots:
@@ -36,7 +40,7 @@ class Snapshots:
         """A page of the team's snapshots, newest first."""
         limit = parse_page_size(req.get_param("limit") or "")
         token = req.get_param("nextToken") or ""
-        after = snapshot_answers.decode_cursor(token) if token else None
+        after = decode_cursor(token, _ROW_ID) if token else None
         sandbox = req.get_param("sandboxID") or ""
         name = req.get_param("name") or ""
         # An id that is none has no snapshots either.
@@ -47,7 +51,9 @@ class Snapshots:
         page = rows[:limit]
         resp.media = [snapshot_answers.listed(row) for row in page]
         if len(rows) > len(page):
-            resp.set_header("X-Next-Token", snapshot_answers.encode_cursor(page[-1]))
+            last = page[-1]
+            token = encode_cursor(last.created_at_unix_ms, last.snapshot_id)
+            resp.set_header("X-Next-Token", token)
 
     def on_post_pause(self, req: falcon.Request, resp: falcon.Response, sandbox_id: str) -> None:
         """Pauses; 409: it is paused already, or a request called the pause off."""

@@ -10,7 +10,8 @@ from vmcell_api import template_answers, template_bodies
 from vmcell_api.config import ApiConfig
 from vmcell_api.encoded_paths import segment
 from vmcell_api.json_body import request_json, request_stream
-from vmcell_api.sandbox_bodies import encode_cursor, parse_list_query
+from vmcell_api.page_cursor import encode_cursor
+from vmcell_api.sandbox_bodies import parse_list_query
 from vmcell_api.store.records import Team
 from vmcell_api.template_plane import TemplatePlane
 from vmcell_api.upload_store import PREFIX, UploadStore

@@ -18,9 +18,9 @@ from vmcell_api.json_body import MAX_BODY_BYTES, parse_json, read_json
 from vmcell_api.node import oci_image
 from vmcell_api.node.oci_spec import SandboxMachine, build_spec
 from vmcell_api.node.slot_plan import slot_at
+from vmcell_api.page_cursor import encode_cursor
 from vmcell_api.sandbox_bodies import (
     CreateBody,
-    encode_cursor,
     parse_create,
     parse_list_query,
     parse_metadata_query,

@@ -13,13 +13,12 @@ from vmcell_api.node.volume_use import VolumeUse
 from vmcell_api.node_client import (
     PAUSED,
     RUNNING,
-    FileChange,
     NewSandbox,
     NodeInfo,
     NodeSnapshot,
     RunningSandbox,
-    SnapshotFile,
 )
+from vmcell_api.snapshot_facts import FileChange, SnapshotFile
 from vmcell_api.volumes.folders import VolumeFolders
 from vmcell_protos.errors import CallerError, HostError, VmcellError
 

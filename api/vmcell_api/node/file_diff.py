@@ -11,9 +11,9 @@ import base64
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from vmcell_api.guest_http import ENVD_PORT, ask
+from vmcell_api.snapshot_facts import FileChange
 from vmcell_protos.errors import GuestError
 
 # What a guest has of the host, of its kernel, or anew with each start.
@@ -29,16 +29,6 @@ _COMPARED = ("type", "size", "mode", "owner", "group", "modifiedTime", "symlinkT
 ADDED, REMOVED, MODIFIED = "added", "removed", "modified"
 
 Tree = Mapping[str, tuple[object, ...]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileChange:
-    """`what` happened to the file at `path`; sizes are bytes, 0 where it is not."""
-
-    path: str
-    what: str
-    size_before: int
-    size_after: int
 
 
 def read_tree(address: str, access_token: str, *, port: int = ENVD_PORT) -> dict[str, tuple]:

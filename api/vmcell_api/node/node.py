@@ -20,7 +20,7 @@ from vmcell_api.metric_sample import MetricSample
 from vmcell_api.node.build import MachineLife, SandboxBuilder, SandboxRequest
 from vmcell_api.node.containerd import Containerd
 from vmcell_api.node.deadlines import Deadlines
-from vmcell_api.node.file_diff import FileChange, Tree, compare, read_tree
+from vmcell_api.node.file_diff import Tree, compare, read_tree
 from vmcell_api.node.memory_use import ProcessMemory, read_memory
 from vmcell_api.node.metrics import MetricSampler
 from vmcell_api.node.pauses import Pauses
@@ -43,6 +43,7 @@ from vmcell_api.node.survey import ENDED, survey
 from vmcell_api.node.suspension import Suspension
 from vmcell_api.node.volume_use import VolumeUse
 from vmcell_api.node.warm_start import WarmStart
+from vmcell_api.snapshot_facts import FileChange
 from vmcell_protos.errors import CallerError, HostError, VmcellError
 
 log = logging.getLogger("vmcell.noded")

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from vmcell_api.identifiers import new_sandbox_id
 from vmcell_api.node.containerd import Containerd
+from vmcell_api.snapshot_facts import SnapshotFile
 from vmcell_protos.errors import CallerError, HostError
 
 log = logging.getLogger("vmcell.noded")
@@ -65,16 +66,6 @@ class SnapshotRecord:
     access_token: str = field(default="", repr=False)
     environment: dict[str, str] = field(default_factory=dict, repr=False)
     template_key: str = ""  # of a TEMPLATE: what it is the snapshot of
-
-
-@dataclass(frozen=True, kw_only=True)
-class SnapshotFile:
-    """One file of a snapshot as its manifest has it."""
-
-    name: str
-    size: int
-    allocated: int
-    digest: str
 
 
 @dataclass(frozen=True, kw_only=True)
