@@ -18,7 +18,7 @@ from typing import NamedTuple
 from vmcell_protos.errors import CallerError, HostError
 from vmcell_protos.task import RuncCheckpointOptions
 from vmcell_shim.digests import snapshot_digests
-from vmcell_shim.snapshot_manifest import DISK, MEMORY, STATE, Manifest, SavedFile, check_id
+from vmcell_shim.snapshot_manifest import DISK, MEMORY, STATE, Manifest, check_id, file_names
 from vmcell_shim.snapshot_store import SnapshotDraft
 from vmcell_shim.sparse import copy_sparse
 
@@ -161,9 +161,8 @@ class Checkpoint:
         """The draft is a whole snapshot, for its commit(). Raises VmcellError."""
         subject = self._subject
         has_disk = bool(subject.images.disk)
-        names = [STATE, MEMORY, *([DISK] if has_disk else [])]
         try:
-            files: dict[str, SavedFile] = self._draft.saved_files(names, self._digests)
+            files = self._draft.saved_files(file_names(disk=has_disk), self._digests)
             self._draft.seal(
                 Manifest(
                     created_unix_ns=time.time_ns(),

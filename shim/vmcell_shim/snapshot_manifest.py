@@ -54,6 +54,11 @@ class Manifest:
     files: dict[str, SavedFile]
 
 
+def file_names(*, disk: bool) -> tuple[str, ...]:
+    """The files beside the manifest of a snapshot with or without a disk for writes."""
+    return (STATE, MEMORY, DISK) if disk else (STATE, MEMORY)
+
+
 def check_id(snapshot_id: str) -> None:
     """CallerError unless it is a snapshot's id."""
     if not ID.fullmatch(snapshot_id):
@@ -125,8 +130,8 @@ def _manifest(tree: dict[str, Any]) -> Manifest:
     )
     if tree:
         raise ValueError(f"it has the unknown key {min(tree)!r}")
-    wanted = {STATE, MEMORY} | ({DISK} if manifest.disk else set())
-    if set(files) != wanted:
+    wanted = file_names(disk=manifest.disk)
+    if set(files) != set(wanted):
         raise ValueError(f"it names the files {sorted(files)}, not {sorted(wanted)}")
     if files[MEMORY].bytes != manifest.memory_mib << 20:
         raise ValueError("its memory has not the length it says")

@@ -27,6 +27,7 @@ from vmcell_shim.snapshot_manifest import (
     Manifest,
     SavedFile,
     check_id,
+    file_names,
     parse,
     render,
 )
@@ -116,12 +117,8 @@ class SnapshotDraft:
         """What is sealed is there under its id. CallerError if another came first; OSError."""
         try:
             os.rename(self.directory, self._path)
-        except FileExistsError as error:
-            raise CallerError(
-                f"snapshot {self.id} exists already", code="already_exists"
-            ) from error
         except OSError as error:
-            if os.path.exists(self._path):
+            if isinstance(error, FileExistsError) or os.path.exists(self._path):
                 raise CallerError(
                     f"snapshot {self.id} exists already", code="already_exists"
                 ) from error
@@ -179,8 +176,7 @@ def open_directory(path: str, name: str, digests: Digests) -> OpenSnapshot:
     opened: dict[str, int] = {}
     try:
         manifest = parse(_read_manifest(path, name), name)
-        names = [STATE, MEMORY, *([DISK] if manifest.disk else [])]
-        for file_name in names:
+        for file_name in file_names(disk=manifest.disk):
             opened[file_name] = open_file(path, name, file_name)
             _verify(opened[file_name], manifest.files[file_name], name, file_name, digests)
         return OpenSnapshot(
