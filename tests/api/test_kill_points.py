@@ -11,28 +11,23 @@ import json
 import os
 import signal
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from api_service import app_of
 from dying_node import (
     PATIENCE_S,
-    add_guest_addresses,
     doomed,
     noded_dies,
     nothing_left,
     opened,
     order_of,
     wait_until,
-    write_config,
 )
 from falcon import testing
 from kill_points import API_POINTS, NODED_POINTS, WHOLE, Point
-from own_netns import own_netns
-from real_containerd import RealContainerd, real_containerd
-from stand_in_images import GOOD, import_stand_ins
+from real_containerd import RealContainerd
+from stand_in_images import GOOD
 
 from vmcell_api import control_plane, create_once
 from vmcell_api.config import ApiConfig
@@ -44,19 +39,6 @@ from vmcell_api.store.records import Store
 from vmcell_api.tenancy import create_key
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture(scope="module")
-def containerd() -> Iterator[RealContainerd]:
-    with own_netns(), real_containerd(Path(tempfile.mkdtemp(prefix="vmc"))) as running:
-        add_guest_addresses()
-        import_stand_ins(running)
-        yield running
-
-
-@pytest.fixture
-def config(containerd: RealContainerd, tmp_path: Path) -> ApiConfig:
-    return write_config(containerd.socket, "io.containerd.runc.v2", tmp_path)
 
 
 @pytest.mark.parametrize("name", NODED_POINTS)

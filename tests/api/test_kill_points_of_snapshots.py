@@ -11,7 +11,6 @@ import http.client
 import json
 import os
 import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from api_service import app_of
 from checkpoint_double import CheckpointDouble
 from dying_node import (
     PATIENCE_S,
-    add_guest_addresses,
     doomed,
     nothing_left,
     opened,
@@ -31,12 +29,11 @@ from dying_node import (
 )
 from falcon import testing
 from kill_points import SAVING_API_POINTS, SAVING_POINTS
-from own_netns import own_netns
 from private_containerd import IMAGE as LAYERS
 from private_containerd import PrivateContainerd
-from real_containerd import RealContainerd, real_containerd
+from real_containerd import RealContainerd
 from shimmed_containerd import shimmed_containerd
-from stand_in_images import GOOD, import_stand_ins
+from stand_in_images import GOOD
 
 from vmcell_api.node import door
 from vmcell_api.store.database import migrate, open_engine
@@ -44,14 +41,6 @@ from vmcell_api.store.records import Store
 from vmcell_api.tenancy import create_key
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture(scope="module")
-def containerd() -> Iterator[RealContainerd]:
-    with own_netns(), real_containerd(Path(tempfile.mkdtemp(prefix="vmc"))) as running:
-        add_guest_addresses()
-        import_stand_ins(running)
-        yield running
 
 
 def test_there_are_as_many_points_as_the_issue_asks_for() -> None:

@@ -6,16 +6,14 @@ The runtime is runc and the shim's part a double, as in test_node_snapshots.
 from __future__ import annotations
 
 import itertools
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from checkpoint_double import CheckpointDouble
-from dying_node import add_guest_addresses, wait_until, write_config
-from own_netns import own_netns
-from real_containerd import RealContainerd, real_containerd
+from dying_node import wait_until
+from real_containerd import RealContainerd
 from saving_node import (
     TOKEN,
     init_of,
@@ -24,7 +22,6 @@ from saving_node import (
     remove_all,
     request_of,
 )
-from stand_in_images import import_stand_ins
 
 from vmcell_api.config import ApiConfig
 from vmcell_api.node import removal, sandbox_files
@@ -35,37 +32,6 @@ from vmcell_api.node.snapshot_records import KEPT, PAUSE, UNDO, new_snapshot_id
 from vmcell_protos.errors import HostError
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture(scope="module")
-def containerd() -> Iterator[RealContainerd]:
-    with own_netns(), real_containerd(Path(tempfile.mkdtemp(prefix="vmc"))) as running:
-        add_guest_addresses()
-        import_stand_ins(running)
-        yield running
-
-
-@pytest.fixture
-def config(containerd: RealContainerd, tmp_path: Path) -> ApiConfig:
-    return write_config(containerd.socket, "io.containerd.runc.v2", tmp_path)
-
-
-@pytest.fixture
-def double(config: ApiConfig, monkeypatch: pytest.MonkeyPatch) -> CheckpointDouble:
-    made = CheckpointDouble(config)
-    made.install(monkeypatch.setattr)
-    return made
-
-
-@pytest.fixture
-def node(config: ApiConfig, containerd: RealContainerd, double: CheckpointDouble) -> Iterator[Node]:
-    """An opened node; whatever the test left is removed and must leave nothing."""
-    with opened_node(config) as opened:
-        try:
-            yield opened
-            remove_all(opened, containerd, config)
-        finally:
-            opened.slots.close_all()
 
 
 def test_the_next_noded_knows_paused_sandboxes_and_snapshots(

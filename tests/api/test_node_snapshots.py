@@ -7,26 +7,21 @@ order of containerd's calls, labels and files, who wins a race, and what is left
 from __future__ import annotations
 
 import json
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from checkpoint_double import CheckpointDouble
-from dying_node import add_guest_addresses, wait_until, write_config
-from own_netns import own_netns
-from real_containerd import RealContainerd, real_containerd
+from dying_node import wait_until
+from real_containerd import RealContainerd
 from saving_node import (
     TOKEN,
     counted,
     init_of,
     labels_of,
     nothing_left,
-    opened_node,
-    remove_all,
     request_of,
     snapshot_names,
 )
@@ -43,37 +38,6 @@ from vmcell_api.volumes.names import VolumeMount, new_volume_id
 from vmcell_protos.errors import CallerError, HostError
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture(scope="module")
-def containerd() -> Iterator[RealContainerd]:
-    with own_netns(), real_containerd(Path(tempfile.mkdtemp(prefix="vmc"))) as running:
-        add_guest_addresses()
-        import_stand_ins(running)
-        yield running
-
-
-@pytest.fixture
-def config(containerd: RealContainerd, tmp_path: Path) -> ApiConfig:
-    return write_config(containerd.socket, "io.containerd.runc.v2", tmp_path)
-
-
-@pytest.fixture
-def double(config: ApiConfig, monkeypatch: pytest.MonkeyPatch) -> CheckpointDouble:
-    made = CheckpointDouble(config)
-    made.install(monkeypatch.setattr)
-    return made
-
-
-@pytest.fixture
-def node(config: ApiConfig, containerd: RealContainerd, double: CheckpointDouble) -> Iterator[Node]:
-    """An opened node; whatever the test left is removed and must leave nothing."""
-    with opened_node(config) as opened:
-        try:
-            yield opened
-            remove_all(opened, containerd, config)
-        finally:
-            opened.slots.close_all()
 
 
 # Pause and resume.

@@ -5,16 +5,14 @@ The verbs themselves are test_node_snapshots'.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from checkpoint_double import CheckpointDouble
-from dying_node import add_guest_addresses, wait_until, write_config
-from own_netns import own_netns
-from real_containerd import RealContainerd, real_containerd
+from dying_node import wait_until
+from real_containerd import RealContainerd
 from saving_node import (
     counted,
     init_of,
@@ -23,7 +21,7 @@ from saving_node import (
     request_of,
     snapshot_of,
 )
-from stand_in_images import GOOD, import_stand_ins
+from stand_in_images import GOOD
 
 from vmcell_api.config import ApiConfig
 from vmcell_api.egress import CLOSED
@@ -34,26 +32,6 @@ from vmcell_api.volumes.names import VolumeMount, new_volume_id
 from vmcell_protos.errors import HostError
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture(scope="module")
-def containerd() -> Iterator[RealContainerd]:
-    with own_netns(), real_containerd(Path(tempfile.mkdtemp(prefix="vmc"))) as running:
-        add_guest_addresses()
-        import_stand_ins(running)
-        yield running
-
-
-@pytest.fixture
-def config(containerd: RealContainerd, tmp_path: Path) -> ApiConfig:
-    return write_config(containerd.socket, "io.containerd.runc.v2", tmp_path)
-
-
-@pytest.fixture
-def double(config: ApiConfig, monkeypatch: pytest.MonkeyPatch) -> CheckpointDouble:
-    made = CheckpointDouble(config)
-    made.install(monkeypatch.setattr)
-    return made
 
 
 @pytest.fixture
