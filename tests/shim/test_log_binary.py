@@ -73,6 +73,15 @@ def rows(directory: Path) -> list[dict[str, object]]:
     return [json.loads(path.read_text()) for path in sorted(directory.glob("row.*"))]
 
 
+def pipes() -> set[str]:
+    """The pipes this process has; its other descriptors come and go with the publisher."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found.add(os.readlink(f"/proc/self/fd/{name}"))
+    return {link for link in found if link.startswith("pipe:")}
+
+
 def inherited() -> set[int]:
     """What this test run was started with; a shim closes such descriptors when it begins."""
     found = set()
@@ -207,11 +216,11 @@ def test_exec_whose_program_is_not_ready_can_be_added_again(shim: Shim) -> None:
 
 @pytest.mark.parametrize("uri", ["binary:///no/such/logger", "binary:///etc/passwd"])
 def test_program_that_cannot_run_is_named(shim: Shim, uri: str) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = pipes()
     with pytest.raises(VmcellError, match=uri.removeprefix("binary://")):
         shim.create("/bin/true", stdout=uri, stderr=uri)
     assert not shim.registry.in_use
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert pipes() <= before
 
 
 @pytest.mark.parametrize("uri", ["binary://nerdctl?x=y", "binary://", "binary:///x?a=%00"])
