@@ -71,7 +71,11 @@ class Pausing:
         while self._wishes and self.state is not State.PAUSING:
             wanted, done = self._wishes[0]
             if wanted is not self.state:
-                self._begin(wanted)
+                try:
+                    self._begin(wanted)
+                except BaseException:
+                    self._wishes.popleft()  # refused; whoever asks next is not answered for it
+                    raise
                 continue
             self._wishes.popleft()
             done()

@@ -8,6 +8,7 @@ next saving costs what changes until then.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 from vmcell_protos.errors import CallerError, HostError
@@ -79,18 +80,14 @@ class Saving:
                 code="failed_precondition",
             )
         self._serial.flush()  # the log is not of the guest's memory: what was said is said once
-        held: list[MmioTransport] = []
-        try:
+        with ExitStack() as held:
             rows = []
             for transport in self._transports:
                 rows.append(transport.save())
-                held.append(transport)
+                held.callback(transport.go_on)
             written = self._write(memory_fd, state_fd, rows)
             # Only now: whoever hears of an error takes the old file for the base of the next save.
             self._memory.lay_image(memory_fd)
-        finally:
-            for transport in held:
-                transport.go_on()
         return written
 
     def _write(self, memory_fd: int, state_fd: int, rows: list[TransportState]) -> int:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Change times have the granularity of the kernel's tick, 10 ms at most.
 _SETTLED_NS = 50_000_000
+# Records of files that are gone are found by nobody; beyond so many the older half is forgotten.
+_MAX_RECORDS = 4096
 
 
 class Digests:
@@ -75,6 +77,19 @@ class Digests:
             with suppress(FileNotFoundError):
                 os.unlink(partial)
             raise
+        self._forget_the_oldest()
+
+    def _forget_the_oldest(self) -> None:
+        written: list[tuple[int, str]] = []
+        with os.scandir(self._directory) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):  # another process forgets too
+                    written.append((entry.stat().st_mtime_ns, entry.path))
+        if len(written) <= _MAX_RECORDS:
+            return
+        for _, path in sorted(written)[: len(written) // 2]:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
 
 
 def snapshot_digests(config: ShimConfig) -> Digests:

@@ -114,7 +114,8 @@ class SnapshotDraft:
         _sync_directory(self.directory)
 
     def commit(self) -> None:
-        """What is sealed is there under its id. CallerError if another came first; OSError."""
+        """What is sealed is there under its id, or after an error not at all. CallerError if
+        another came first; OSError."""
         try:
             os.rename(self.directory, self._path)
         except OSError as error:
@@ -123,7 +124,11 @@ class SnapshotDraft:
                     f"snapshot {self.id} exists already", code="already_exists"
                 ) from error
             raise
-        _sync_directory(os.path.dirname(self._path))
+        try:
+            _sync_directory(os.path.dirname(self._path))
+        except OSError:
+            os.rename(self._path, self.directory)
+            raise
 
     def discard(self) -> None:
         """Nothing of it is left. Idempotent, and nothing to do after commit()."""
@@ -148,6 +153,7 @@ def remove_snapshot(root: str, snapshot_id: str) -> None:
     gone = _hidden(root, snapshot_id)
     try:
         os.rename(path, gone)
+        _sync_directory(root)  # a crash does not bring back what was told to be gone
         shutil.rmtree(gone)
     except FileNotFoundError:
         return

@@ -57,3 +57,11 @@ def test_another_vendor_is_named() -> None:
     hostile = VENDOR._replace(ebx=0xFFFFFFFF)
     [found] = missing_features([hostile], [VENDOR])
     assert found.startswith("vendor ")
+
+
+def test_fewer_bits_of_physical_address_are_named() -> None:
+    wide, narrow = entry(0x80000008, eax=0x3030), entry(0x80000008, eax=0x302E)
+    assert missing_features([VENDOR, wide], [VENDOR, narrow]) == [
+        "48 bits of physical address (here 46)"
+    ]
+    assert missing_features([VENDOR, narrow], [VENDOR, wide]) == []

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import cast
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -190,3 +191,19 @@ def test_where_the_counter_cannot_be_moved_only_kvmclock_stands() -> None:
     after = host.readings()
     assert after[0] - before[0] < 20
     assert after[1] - before[1] > 3_000_000
+
+
+def test_a_refused_wish_is_not_granted_to_the_next() -> None:
+    vcpu = MadeUpVcpu()
+    clock = MadeUpClock([vcpu])
+    loop = TurningLoop()
+    pausing = Pausing(
+        loop, cast("list[VcpuThread]", [vcpu]), cast("GuestClock", clock), paused=True
+    )
+    vcpu.stand()
+    granted: list[str] = []
+    with pytest.raises(AssertionError):  # this clock goes already
+        pausing.resume(partial(granted.append, "first"))
+    clock.goes = False
+    pausing.resume(partial(granted.append, "second"))
+    assert (granted, pausing.state, vcpu.runs) == (["second"], State.RUNNING, True)

@@ -249,3 +249,20 @@ def test_a_directory_that_takes_no_record(
     with pytest.raises(OSError, match="no space"):
         counted.digests.of_path(str(file))
     assert list(counted.directory.iterdir()) == []
+
+
+def test_records_nobody_finds_are_forgotten(
+    counted: Counted, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MAX_RECORDS", 10)
+    counted.directory.mkdir()
+    for number in range(10):
+        record = counted.directory / f"0-{number:x}"
+        record.write_text("[]")
+        os.utime(record, ns=(number, number))
+    counted(file)
+    left = {path.name for path in counted.directory.iterdir()}
+    assert left.isdisjoint(f"0-{number:x}" for number in range(5))
+    assert len(left) == 6
+    counted(file)
+    assert counted.computed == 1, "the newest is kept"

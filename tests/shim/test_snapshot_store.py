@@ -132,6 +132,22 @@ def test_discarded(snapshots: Store) -> None:
     assert snapshots.names() == ["s1", "s2"]
 
 
+def test_a_commit_that_is_not_on_the_disk_is_none(
+    snapshots: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: str) -> None:
+        raise OSError(5, "Input/output error")
+
+    draft = snapshots.draft()
+    draft.seal(snapshots.write(draft))
+    monkeypatch.setattr(snapshot_store, "_sync_directory", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        draft.commit()
+    assert "s1" not in snapshots.names()
+    draft.discard()
+    assert snapshots.names() == []
+
+
 def test_an_id_that_is_taken(snapshots: Store) -> None:
     snapshots.make()
     with pytest.raises(CallerError, match="s1 exists already") as caught:

@@ -35,6 +35,9 @@ def missing_features(known: Iterable[CpuidEntry], here: Iterable[CpuidEntry]) ->
     found = []
     if _vendor(before) != _vendor(now):
         found.append(f"vendor {_vendor(before)!r} (here {_vendor(now)!r})")
+    wide, narrow = _physical_bits(before), _physical_bits(now)
+    if narrow < wide:
+        found.append(f"{wide} bits of physical address (here {narrow})")
     for function, subleaf, register in _FEATURE_REGISTERS:
         wanted = _register(before, function, subleaf, register)
         lacking = wanted & ~_register(now, function, subleaf, register)
@@ -53,6 +56,11 @@ def _register(
 ) -> int:
     entry = entries.get((function, subleaf))
     return getattr(entry, register) if entry is not None else 0
+
+
+def _physical_bits(entries: dict[tuple[int, int], CpuidEntry]) -> int:
+    """What a page table may use for an address; the bits beyond are reserved and fault."""
+    return _register(entries, 0x80000008, 0, "eax") & 0xFF
 
 
 def _vendor(entries: dict[tuple[int, int], CpuidEntry]) -> str:
