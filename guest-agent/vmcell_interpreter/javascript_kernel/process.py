@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +29,7 @@ DRIVER = Path(__file__).with_name("driver.js")
 START_S = 60.0
 # A message is one line; a result may be a picture.
 MAX_MESSAGE_BYTES = 256 << 20
+PIPE_BYTES = 1 << 16
 # Debian's modules, acorn and typescript among them, stand beside and not below us.
 DEBIAN_MODULES = "/usr/share/nodejs"
 
@@ -45,7 +46,8 @@ class JavascriptKernel:
         self._process: asyncio.subprocess.Process | None = None
         self._requests: asyncio.StreamWriter | None = None
         self._stops = -1
-        self._readers: list[asyncio.Task[None]] = []
+        self._outputs: list[Output] = []
+        self._reader: asyncio.Task[None] | None = None
         self._heard: asyncio.Queue[Message | None] = asyncio.Queue()
         self._run_id = 0
         self._ended = ""
@@ -119,36 +121,33 @@ class JavascriptKernel:
 
     async def _launch(self) -> None:
         requests, messages, stops = os.pipe(), os.pipe(), os.pipe()
+        out, err = os.pipe(), os.pipe()
         theirs = (requests[0], messages[1], stops[0])
         try:
             process = self._process = await asyncio.create_subprocess_exec(
                 *(NODE, str(DRIVER), *map(str, theirs)),
                 stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
+                stdout=out[1],
+                stderr=err[1],
                 cwd=self._cwd,
                 env={**self._environment, "NODE_PATH": self._module_path()},
                 pass_fds=theirs,
                 start_new_session=True,
             )
         except OSError:
-            for descriptor in (requests[1], messages[0], stops[1]):
+            for descriptor in (requests[1], messages[0], stops[1], out[0], err[0]):
                 os.close(descriptor)
             raise
         finally:
-            for descriptor in theirs:
+            for descriptor in (*theirs, out[1], err[1]):
                 os.close(descriptor)
         self._stops = stops[1]
         os.set_blocking(self._stops, False)
         self._requests = await _writer(requests[1])
         said_by_driver = await _reader(messages[0])
-        assert process.stdout is not None
-        assert process.stderr is not None
-        self._readers = [
-            asyncio.create_task(self._read_output("stdout", process.stdout)),
-            asyncio.create_task(self._read_output("stderr", process.stderr)),
-            asyncio.create_task(self._read_messages(said_by_driver)),
-        ]
+        hear = self._heard.put_nowait
+        self._outputs = [Output("stdout", out[0], hear), Output("stderr", err[0], hear)]
+        self._reader = asyncio.create_task(self._read_messages(said_by_driver))
 
     def _module_path(self) -> str:
         given = self._environment.get("NODE_PATH")
@@ -161,19 +160,17 @@ class JavascriptKernel:
     async def _read_messages(self, reader: asyncio.StreamReader) -> None:
         """Until the driver is gone: its end of the pipe closes when Node ends."""
         while row := await reader.readline():
-            self._heard.put_nowait(json.loads(row))
+            message = json.loads(row)
+            if message["type"] == "end":
+                # What children of the run have printed stands in the other pipes already.
+                for output in self._outputs:
+                    output.take()
+            self._heard.put_nowait(message)
         if not self._ended:
             assert self._process is not None
             log.warning("node has died")
             self._ended = "The javascript kernel has died; its variables are lost"
             self._close()
-
-    async def _read_output(self, name: str, reader: asyncio.StreamReader) -> None:
-        """What Node's children, or Node itself in need, print past the driver."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        while piece := await reader.read(65536):
-            if text := decoder.decode(piece):
-                self._heard.put_nowait({"type": name, "text": text})
 
     def _close(self) -> None:
         if self._requests is not None:
@@ -181,10 +178,47 @@ class JavascriptKernel:
         if self._stops >= 0:
             os.close(self._stops)
             self._stops = -1
+        for output in self._outputs:
+            output.take()
+            output.close()
         self._heard.put_nowait(None)
-        for reader in self._readers:
-            if reader is not asyncio.current_task():
-                reader.cancel()
+        if self._reader is not None and self._reader is not asyncio.current_task():
+            self._reader.cancel()
+
+
+class Output:
+    """What Node's children, or Node itself in need, print past the driver, while the loop runs.
+
+    Owns `descriptor`; each piece goes to `hear` as a message like the driver's.
+    """
+
+    def __init__(self, name: str, descriptor: int, hear: Callable[[Message], None]) -> None:
+        self._name = name
+        self._descriptor = descriptor
+        self._hear = hear
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        os.set_blocking(descriptor, False)
+        asyncio.get_running_loop().add_reader(descriptor, self.take)
+
+    def take(self) -> None:
+        """What stands in the pipe now, and no more than a pipe holds."""
+        if self._descriptor < 0:
+            return
+        try:
+            piece = os.read(self._descriptor, PIPE_BYTES)
+        except BlockingIOError:
+            return
+        if text := self._decoder.decode(piece):
+            self._hear({"type": self._name, "text": text})
+        if not piece:
+            self.close()
+
+    def close(self) -> None:
+        """Reads no more. Idempotent."""
+        if self._descriptor >= 0:
+            asyncio.get_running_loop().remove_reader(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 def said(message: Message) -> Line | None:
