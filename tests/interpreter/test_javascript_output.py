@@ -1,4 +1,4 @@
-"""What children of a run print past the driver comes before the run's end, however late it is read."""
+"""What a run's children print past the driver comes before its end, however late it is read."""
 
 from __future__ import annotations
 

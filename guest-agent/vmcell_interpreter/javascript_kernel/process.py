@@ -124,7 +124,7 @@ class JavascriptKernel:
         out, err = os.pipe(), os.pipe()
         theirs = (requests[0], messages[1], stops[0])
         try:
-            process = self._process = await asyncio.create_subprocess_exec(
+            self._process = await asyncio.create_subprocess_exec(
                 *(NODE, str(DRIVER), *map(str, theirs)),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=out[1],
