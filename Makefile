@@ -6,13 +6,17 @@ PYTHON ?= $(shell for p in /usr/bin/python3 python3.13 python3.12 python3.11 pyt
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
+# Of tests of which there are many alike some are run; DEEP=1 runs all of them, as .ci/run does.
+DEEP ?=
+TIER := $(if $(DEEP),, and not deep)
 
 .PHONY: demo test test-at-once test-plain test-root test-kvm test-vm test-long test-api-cases host venv artifacts \
 	interpreter-image containerd2 dev-up clean help
 
 help:
 	@echo "make demo   boot a microVM and drive it with the E2B SDK"
-	@echo "make test   all tests: plain, root, kvm and vm lane"
+	@echo "make test   the tests: plain, root, kvm and vm lane"
+	@echo "make test DEEP=1   all of them; about twice the time"
 	@echo "make test-api-cases   5,000 requests made from the API's document; 10 minutes"
 	@echo "make test-long   two hours' worth of Task calls in random order; 20 minutes"
 
@@ -67,7 +71,7 @@ dev-up: artifacts
 endif
 
 test-plain:
-	$(PYTEST) -m 'not kvm and not vm and not root'
+	$(PYTEST) -m 'not kvm and not vm and not root$(TIER)'
 
 # Where Go or its module proxy is missing, the tests that want these programs are skipped by name.
 containerd2: venv
@@ -75,15 +79,15 @@ containerd2: venv
 		echo "containerd 2.x and nerdctl are not built; their tests will be skipped"
 
 test-root:
-	$(PYTEST) -m 'root and not vm'
+	$(PYTEST) -m 'root and not vm$(TIER)'
 
 # On a machine without /dev/kvm the same tests run inside the dev VM.
 test-kvm:
 	@if [ -e /dev/kvm ]; then \
-		$(PYTEST) -m 'kvm and not vm'; \
+		$(PYTEST) -m 'kvm and not vm$(TIER)'; \
 	else \
 		$(MAKE) dev-up && $(BIN)/vmcell dev run -- $(CURDIR)/.venv/bin/python -m pytest \
-			--rootdir $(CURDIR) -p no:cacheprovider -m 'kvm and not vm' $(CURDIR)/tests; \
+			--rootdir $(CURDIR) -p no:cacheprovider -m 'kvm and not vm$(TIER)' $(CURDIR)/tests; \
 	fi
 
 # Five calls a second for two hours; the fake guest is quicker than that.
@@ -99,7 +103,7 @@ dev-up:
 		$(addprefix --image ,$(DEV_IMAGES))
 
 test-vm: dev-up
-	$(PYTEST) -m vm --timeout 900; status=$$?; $(BIN)/vmcell dev down; exit $$status
+	$(PYTEST) -m 'vm$(TIER)' --timeout 900 tests/vm; status=$$?; $(BIN)/vmcell dev down; exit $$status
 
 clean:
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis

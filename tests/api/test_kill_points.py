@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from api_service import app_of
+from deep import one_in
 from dying_node import (
     PATIENCE_S,
     doomed,
@@ -41,7 +42,7 @@ from vmcell_api.tenancy import create_key
 pytestmark = pytest.mark.root
 
 
-@pytest.mark.parametrize("name", NODED_POINTS)
+@pytest.mark.parametrize("name", one_in(4, NODED_POINTS))
 def test_noded_killed(
     name: str, containerd: RealContainerd, config: ApiConfig, tmp_path: Path
 ) -> None:
@@ -127,7 +128,7 @@ def _ask_for_both(address: str, key: str) -> None:
     _ask(address, key, "DELETE", f"/sandboxes/{made['sandboxID']}")
 
 
-@pytest.mark.parametrize("name", API_POINTS)
+@pytest.mark.parametrize("name", one_in(4, API_POINTS))
 def test_the_api_killed(
     name: str,
     containerd: RealContainerd,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from deep import one_in
 from dying_node import noded_dies, order_of, wait_until, write_config
 from kill_points import NODED_POINTS
 from private_containerd import IMAGE as LAYERS
@@ -32,7 +33,7 @@ SHIM_POINTS = [
 ]
 
 
-@pytest.mark.parametrize("name", SHIM_POINTS)
+@pytest.mark.parametrize("name", one_in(4, SHIM_POINTS))
 def test_noded_killed_with_our_shim(name: str, shimmed: PrivateContainerd, tmp_path: Path) -> None:
     containerd = RealContainerd(
         folder=shimmed.directory, socket=str(shimmed.socket), log=shimmed.log

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from api_service import app_of
 from checkpoint_double import CheckpointDouble
+from deep import one_in
 from dying_node import (
     PATIENCE_S,
     doomed,
@@ -50,7 +51,7 @@ def test_there_are_as_many_points_as_the_issue_asks_for() -> None:
     }
 
 
-@pytest.mark.parametrize("name", SAVING_POINTS)
+@pytest.mark.parametrize("name", one_in(4, SAVING_POINTS))
 def test_noded_killed(
     name: str, containerd: RealContainerd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,7 +60,7 @@ def test_noded_killed(
     saving_noded_dies(name, containerd, config, tmp_path, order_of())
 
 
-@pytest.mark.parametrize("name", SAVING_API_POINTS)
+@pytest.mark.parametrize("name", one_in(4, SAVING_API_POINTS))
 def test_the_api_killed(
     name: str, containerd: RealContainerd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +139,7 @@ SHIM_POINTS = [
 ]
 
 
-@pytest.mark.parametrize("name", SHIM_POINTS)
+@pytest.mark.parametrize("name", one_in(4, SHIM_POINTS))
 def test_noded_killed_with_our_shim(name: str, shimmed: PrivateContainerd, tmp_path: Path) -> None:
     containerd = RealContainerd(
         folder=shimmed.directory, socket=str(shimmed.socket), log=shimmed.log

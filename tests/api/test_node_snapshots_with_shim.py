@@ -110,7 +110,7 @@ def test_saves_at_once_and_after_one_that_was_cut_off(
     assert done.returncode == 0, done.stderr
     assert _blobs(shimmed) != blobs
     node.snapshots.remove(node.snapshot(sandboxes[0].sandbox_id, new_snapshot_id(KEPT)).snapshot_id)
-    assert _blobs(shimmed) == blobs
+    assert _blobs(shimmed) <= blobs
 
 
 def test_snapshot_copies_and_rollback(node: Node, config: ApiConfig) -> None:

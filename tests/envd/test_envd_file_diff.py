@@ -14,6 +14,7 @@ from vmcell_protos.errors import GuestError
 pytestmark = pytest.mark.root
 
 
+@pytest.mark.deep  # lists all files of the machine it runs on
 def test_what_was_written_between_two_lists(fresh_envd: Envd) -> None:
     token = json.dumps({"accessToken": "t0ken"}).encode()
     assert request(fresh_envd, "POST", "/init", token).status == 204

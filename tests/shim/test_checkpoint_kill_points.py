@@ -24,6 +24,7 @@ from checkpoint_kill_points import (
     VMM,
 )
 from containerd_release import DEBIAN, find_release
+from deep import one_in
 from private_containerd import IMAGE, PrivateContainerd
 from shim_harness import wait_until
 from snapshot_calls import OWN_OPTIONS
@@ -172,7 +173,7 @@ def node(started: Node) -> Iterator[Node]:
     started.clean()
 
 
-@pytest.mark.parametrize("point", [*SAVE_POINTS, *COMMIT_POINTS])
+@pytest.mark.parametrize("point", one_in(4, [*SAVE_POINTS, *COMMIT_POINTS]))
 def test_the_shim_while_it_makes_a_snapshot(node: Node, point: str) -> None:
     node.begin()
     pid = node.daemon.pid("c1")
@@ -190,7 +191,7 @@ def test_the_shim_while_it_makes_a_snapshot(node: Node, point: str) -> None:
         wait_until(lambda: node.hidden() == [], f"the removal of {node.hidden()}")
 
 
-@pytest.mark.parametrize("point", [*SAVE_POINTS, *EXPORT_POINTS])
+@pytest.mark.parametrize("point", one_in(4, [*SAVE_POINTS, *EXPORT_POINTS]))
 def test_the_shim_while_it_makes_a_checkpoint_image(node: Node, point: str) -> None:
     node.begin()
     pid = node.daemon.pid("c1")
@@ -205,7 +206,7 @@ def test_the_shim_while_it_makes_a_checkpoint_image(node: Node, point: str) -> N
         wait_until(lambda: node.hidden() == [], f"the removal of {node.hidden()}")
 
 
-@pytest.mark.parametrize("point", VMM_SAVE_POINTS)
+@pytest.mark.parametrize("point", one_in(4, VMM_SAVE_POINTS))
 def test_the_vmm_while_it_is_saved(node: Node, point: str) -> None:
     """What was written by then may be a snapshot, or there is none."""
     node.begin()
@@ -233,7 +234,7 @@ def save_to_image(node: Node) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("point", RESTORE_POINTS)
+@pytest.mark.parametrize("point", one_in(4, RESTORE_POINTS))
 def test_the_shim_while_it_restores(node: Node, point: str) -> None:
     """The one that was saved does not notice, and another can be restored."""
     save_to_image(node)
@@ -248,7 +249,7 @@ def test_the_shim_while_it_restores(node: Node, point: str) -> None:
     assert node.hidden() == []
 
 
-@pytest.mark.parametrize("point", VMM_RESTORE_POINTS)
+@pytest.mark.parametrize("point", one_in(4, VMM_RESTORE_POINTS))
 def test_the_vmm_while_it_is_restored(node: Node, point: str) -> None:
     save_to_image(node)
     node.kill(VMM, point)

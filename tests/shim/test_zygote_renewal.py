@@ -101,6 +101,7 @@ def test_a_stand_in_ends_with_the_zygote(zygote: Zygote, bundle: Path) -> None:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.deep
 def test_three_hundred_starts_across_renewals(zygote: Zygote, folder: Path) -> None:
     """Eight at a time, each with its delete: every one is answered once, and nothing is left."""
     before = zygote.descriptors()
