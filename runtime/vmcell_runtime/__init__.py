@@ -26,8 +26,11 @@ loading        such a state goes into a machine that has never run
 machine        a microVM that exists: run it, count, close
 build          the recipe for a machine, new or saved before
 answers        what the shim asks of a running machine
+seccomp        a filter of system calls, from rules to the kernel's program; no I/O
+system_calls   what a VMM may ask of the kernel
 jail           what a VMM gives up before its guest runs
 vmm            the process around one machine
+vmm_uid        a uid that no other living VMM has
 zygote_client  a VMM process forked by the node's zygote
 handle         the host's side of that process
 """

@@ -96,13 +96,16 @@ def boot(
     kvm_fd: int,
     listeners: Sequence[socket.socket],
     report: Report,
+    *,
+    page_map_fd: int = -1,
 ) -> Machine:
     """A machine whose first instruction is the kernel's entry; nothing runs yet.
 
     Takes what it keeps from `descriptors`, and owns `kvm_fd` and `listeners` (one for each of
-    `config.vsock.listen_ports`) also when it raises. One of the three errors says what was wrong.
+    `config.vsock.listen_ports`) also when it raises; `page_map_fd` stays the caller's. One of the
+    three errors says what was wrong.
     """
-    return _build(config, descriptors, kvm_fd, listeners, report, None)
+    return _build(config, descriptors, kvm_fd, listeners, report, None, page_map_fd)
 
 
 def restore(
@@ -112,6 +115,8 @@ def restore(
     listeners: Sequence[socket.socket],
     report: Report,
     saved: Saved,
+    *,
+    page_map_fd: int = -1,
 ) -> Machine:
     """A machine that goes on where `saved` stood, and stands still until it is resumed.
 
@@ -119,7 +124,7 @@ def restore(
     sockets are this one's. What does not fit is a CallerError. Else as `boot`; `saved.memory_fd`
     stays the caller's.
     """
-    return _build(config, descriptors, kvm_fd, listeners, report, saved)
+    return _build(config, descriptors, kvm_fd, listeners, report, saved, page_map_fd)
 
 
 def _build(
@@ -129,6 +134,7 @@ def _build(
     listeners: Sequence[socket.socket],
     report: Report,
     saved: Saved | None,
+    page_map_fd: int,
 ) -> Machine:
     with ExitStack() as resources:
         for sock in listeners:
@@ -137,7 +143,8 @@ def _build(
         resources.callback(system.close)
         processor = _processor(system, config, saved)
         bits = physical_address_bits(processor.cpuid)
-        board = _make_board(config, descriptors, system, report, resources, saved)
+        memory = _make_memory(config, descriptors, resources, saved, page_map_fd)
+        board = _make_board(memory, system, report, resources)
         _check_reach(board.memory, bits)
         ending, serial, cmos = _add_legacy_devices(config, descriptors, board)
         windows = layout.virtio_windows(config.fixed_windows, config.spare_windows)
@@ -194,19 +201,29 @@ def _processor(system: System, config: MachineConfig, saved: Saved | None) -> Pr
     return Processor(cpuid, tsc_deadline, system.saved_msrs(), system.xsave_bytes())
 
 
-def _make_board(
+def _make_memory(
     config: MachineConfig,
     descriptors: Descriptors,
-    system: System,
-    report: Report,
     resources: ExitStack,
     saved: Saved | None,
-) -> _Board:
-    """Guest memory with the pmem windows in it, and a VM that has both."""
-    image_fd = saved.memory_fd if saved is not None else -1
-    memory = GuestMemory(config.memory_mib << 20, shared=bool(config.fs), image_fd=image_fd)
+    page_map_fd: int,
+) -> GuestMemory:
+    """Guest memory with the pmem windows in it."""
+    memory = GuestMemory(
+        config.memory_mib << 20,
+        shared=bool(config.fs),
+        image_fd=saved.memory_fd if saved is not None else -1,
+        page_map_fd=page_map_fd,
+    )
     resources.callback(memory.close)
     _map_pmem(config, descriptors, memory)
+    return memory
+
+
+def _make_board(
+    memory: GuestMemory, system: System, report: Report, resources: ExitStack
+) -> _Board:
+    """A VM that has the memory."""
     loop = EventLoop()
     resources.callback(loop.close)
     vm = Vm(system.create_vm())

@@ -34,11 +34,13 @@ END_REASONS = (
 class Boot:
     """Shim: start this machine. The configuration's descriptors come first, in its order.
 
-    Then one stream socket for each of `config.vsock.listen_ports`, then /dev/kvm.
+    Then one stream socket for each of `config.vsock.listen_ports`, then /dev/kvm, and with a `uid`
+    what holds it (`vmcell_runtime.vmm_uid`). `uid` is 0 where the shim is not root.
     """
 
     kind: ClassVar[str] = "boot"
     config: MachineConfig
+    uid: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,7 @@ class Restore:
 
     kind: ClassVar[str] = "restore"
     config: MachineConfig
+    uid: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +224,7 @@ _ERRORS: dict[str, type[VmcellError]] = {
 _TYPES: dict[str, type] = {"int": int, "str": str, "bool": bool}
 _FIELD_LIMITS = {
     "request_id": 2**63,
+    "uid": 2**31,
     "port": 2**32,
     "window": 2**16,
     "mib": 2**32,
@@ -242,9 +246,9 @@ def decode_request(datagram: bytes) -> Request:
     """What the shim asks."""
     kind, fields = _open(datagram)
     if kind in (Boot.kind, Restore.kind):
-        _check_fields(kind, fields, {"config": dict})
-        config = from_json(fields["config"])
-        return Boot(config=config) if kind == Boot.kind else Restore(config=config)
+        _check_fields(kind, fields, {"config": dict, "uid": int})
+        message = Boot if kind == Boot.kind else Restore
+        return message(config=from_json(fields["config"]), uid=int(str(fields["uid"])))
     if kind not in _REQUESTS:
         raise CallerError(f"the VMM got a message of unknown kind {kind!r}")
     return _make(_REQUESTS[kind], fields)

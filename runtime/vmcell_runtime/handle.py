@@ -50,6 +50,7 @@ from vmcell_runtime.control import (
     error_of,
 )
 from vmcell_runtime.kvm.host_kind import open_kvm, require_linux_host
+from vmcell_runtime.vmm_uid import DEFAULT_RANGE, UidRange, lease_uid
 from vmcell_runtime.zygote_client import fork_vmm
 
 START_TIMEOUT_S = 60.0  # also where the dev VM's software CPU runs the interpreter
@@ -82,15 +83,17 @@ def spawn(
     *,
     log_fd: int,
     saved: SavedFiles | None = None,
+    uids: UidRange = DEFAULT_RANGE,
 ) -> VmmHandle:
     """A VMM whose guest, a Linux, has started, or with `saved` stands still as it was saved.
 
     `descriptors` are those `config` names by index; they stay the caller's and may be closed when
-    this returns. The VMM writes its log to `log_fd`. Raises HostError where /dev/kvm cannot run
-    Linux, else whichever of the three errors kept the machine from starting; nothing is left then.
+    this returns. The VMM writes its log to `log_fd`, and is one of `uids` if this process is root.
+    Raises HostError where /dev/kvm cannot run Linux, else whichever of the three errors kept the
+    machine from starting; nothing is left then.
     """
     require_linux_host()
-    return launch(config, descriptors, log_fd=log_fd, saved=saved)
+    return launch(config, descriptors, log_fd=log_fd, saved=saved, uids=uids)
 
 
 class SavedFiles(NamedTuple):
@@ -106,6 +109,7 @@ def launch(
     *,
     log_fd: int,
     saved: SavedFiles | None = None,
+    uids: UidRange = DEFAULT_RANGE,
 ) -> VmmHandle:
     """`spawn` for a kernel that is known to run on any /dev/kvm; it does not look at the host.
 
@@ -117,7 +121,7 @@ def launch(
         config, vhost_fds = _open_vhost(config, len(descriptors), opened)
         handle = _start_process(log_fd)
         try:
-            handle.start(config, [*descriptors, *vhost_fds], saved)
+            handle.start(config, [*descriptors, *vhost_fds], saved, uids)
         except BaseException:
             handle.close()
             raise
@@ -209,19 +213,29 @@ class VmmHandle:
         self._reader.start()
 
     def start(
-        self, config: MachineConfig, descriptors: Sequence[int], saved: SavedFiles | None
+        self,
+        config: MachineConfig,
+        descriptors: Sequence[int],
+        saved: SavedFiles | None,
+        uids: UidRange,
     ) -> None:
         """Sends the machine over and waits until it is there; for `launch` only."""
         theirs: list[socket.socket] = []
-        kvm_fd = open_kvm()
+        last = [open_kvm()]
         try:
+            uid = 0
+            if os.geteuid() == 0:
+                uid, held = lease_uid(uids)
+                last.append(held)  # the VMM's copy keeps the uid; ours is closed here
             for port in config.vsock.listen_ports if config.vsock is not None else ():
                 self._listening[port], other = socket.socketpair()
                 theirs.append(other)
-            fds = [*descriptors, *(sock.fileno() for sock in theirs), *(saved or ()), kvm_fd]
-            self._send(Restore(config=config) if saved else Boot(config=config), fds)
+            fds = [*descriptors, *(sock.fileno() for sock in theirs), *(saved or ()), *last]
+            message = Restore if saved else Boot
+            self._send(message(config=config, uid=uid), fds)
         finally:
-            os.close(kvm_fd)
+            for fd in last:
+                os.close(fd)
             for sock in theirs:
                 sock.close()
         self._wait_started()

@@ -25,7 +25,8 @@ _EXIT_NAMES = {abi.KVM_EXIT_IO: "io", abi.KVM_EXIT_MMIO: "mmio", abi.KVM_EXIT_IN
 
 
 class Machine:
-    """Made by `build`; `run` once, in the process's main thread, then `close` (idempotent)."""
+    """Made by `build`; `start_threads` and `run` once, in the process's main thread, then `close`
+    (idempotent)."""
 
     def __init__(
         self,
@@ -56,11 +57,16 @@ class Machine:
         self._serial = serial
         self._resources = resources
 
+    def start_threads(self) -> None:
+        """Once, before `run`: all threads there will ever be, none of them in the guest."""
+        for vcpu in self._vcpus:
+            vcpu.start(held=True)
+
     def run(self) -> End:
-        """Starts the guest (a restored one stands still until it is resumed) and serves it until
+        """Lets the guest go (a restored one stands still until it is resumed) and serves it until
         its end; every vCPU stands still afterwards."""
         for vcpu in self._vcpus:
-            vcpu.start()
+            vcpu.let_go()
         self.loop.run()
         self._stop_vcpus()
         self._serial.flush()

@@ -233,6 +233,11 @@ def _runs(flags: bytes) -> Iterator[tuple[int, int]]:
         first = flags.find(1, end)
 
 
+def open_page_map() -> int:
+    """This process's own page map, the caller's to close. Raises OSError."""
+    return os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+
+
 def _sealed_memfd(length_bytes: int) -> int:
     fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
@@ -271,10 +276,13 @@ class GuestMemory:
     RAM of `ram_bytes` (a multiple of 4096) stands at 0 up to 3 GiB, the rest at 4 GiB. Reads and
     writes take guest physical addresses and raise GuestError unless the whole range is RAM. With
     `shared` other processes can be given the RAM (`shared_regions`). With `image_fd`, a file as
-    `save_pages` writes it, RAM begins as that; the descriptor stays the caller's.
+    `save_pages` writes it, RAM begins as that; the descriptor stays the caller's. So does
+    `page_map_fd`, this process's page map for `save_pages`, where its path leads nowhere by then.
     """
 
-    def __init__(self, ram_bytes: int, *, shared: bool = False, image_fd: int = -1) -> None:
+    def __init__(
+        self, ram_bytes: int, *, shared: bool = False, image_fd: int = -1, page_map_fd: int = -1
+    ) -> None:
         if ram_bytes <= 0 or ram_bytes % PAGE_BYTES:
             raise CallerError(f"guest memory is {ram_bytes} bytes; give a multiple of 4096")
         self.ram_bytes = ram_bytes
@@ -283,6 +291,7 @@ class GuestMemory:
         self._pinned_windows: set[int] = set()
         self._pins = 0
         self.shared = shared
+        self._page_map_fd = page_map_fd
         self._from_image = False
         self._torn = False  # a part of it stands on another file than the rest
         self._ram = [_Ram(0, low, 0, shared=shared)]
@@ -414,7 +423,7 @@ class GuestMemory:
         if self.shared:
             raise CallerError("memory that other processes share cannot be saved")
         written = 0
-        page_map_fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        page_map_fd = self._page_map_fd if self._page_map_fd >= 0 else open_page_map()
         try:
             for ram in self._ram:
                 flags = ram.own_pages(page_map_fd)
@@ -425,7 +434,8 @@ class GuestMemory:
                 for first, end in _runs(flags):
                     written += _write_pages(ram, fd, first * PAGE_BYTES, end * PAGE_BYTES)
         finally:
-            os.close(page_map_fd)
+            if page_map_fd != self._page_map_fd:
+                os.close(page_map_fd)
         return written
 
     def map_file(self, fd: int, gpa: int) -> Slot:

@@ -7,6 +7,7 @@ next saving costs what changes until then.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
@@ -99,8 +100,8 @@ class Saving:
             ) from error
         document = encode(self._state(rows))
         try:
-            with open(state_fd, "wb", closefd=False) as file:
-                file.write(document)
+            while document:
+                document = document[os.write(state_fd, document) :]
         except OSError as error:
             raise HostError(
                 f"writing the machine's state failed: {error.strerror}", code="resource_exhausted"

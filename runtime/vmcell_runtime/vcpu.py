@@ -43,13 +43,21 @@ class VcpuThread:
         self._windows = windows
         self._end_machine = end_machine
         self._stopping = False
+        self._held = False
         self._gate = threading.Condition()
         self._stands: Callable[[], None] | None = None
         self._thread = threading.Thread(target=self._run, name=f"vcpu{number}", daemon=True)
         self.exits: dict[int, int] = {}
 
-    def start(self) -> None:
+    def start(self, *, held: bool = False) -> None:
+        """Starts the thread; one that is `held` stays outside the guest until `let_go`."""
+        self._held = held
         self._thread.start()
+
+    def let_go(self) -> None:
+        with self._gate:
+            self._held = False
+            self._gate.notify()
 
     def kick(self) -> None:
         """Asks the thread to stop, wherever it is; returns at once."""
@@ -85,6 +93,8 @@ class VcpuThread:
     def _run(self) -> None:
         run = self.vcpu.run
         exits = self.exits
+        with self._gate:
+            self._gate.wait_for(lambda: self._stopping or not self._held)
         while not self._stopping:
             try:
                 reason = run()

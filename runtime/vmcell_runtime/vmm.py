@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -22,7 +23,7 @@ from typing import NoReturn
 from vmcell_protos.errors import VmcellError
 from vmcell_runtime import answers
 from vmcell_runtime.build import Descriptors, boot, restore
-from vmcell_runtime.config import MAX_DESCRIPTORS, MAX_LISTEN_PORTS
+from vmcell_runtime.config import MAX_DESCRIPTORS, MAX_LISTEN_PORTS, MachineConfig
 from vmcell_runtime.control import (
     MAX_MESSAGE_BYTES,
     Boot,
@@ -36,10 +37,11 @@ from vmcell_runtime.control import (
     failed,
 )
 from vmcell_runtime.devices.console import LOG_LIMIT_BYTES
-from vmcell_runtime.jail import leave_network
+from vmcell_runtime.jail import Bounds, EmptyRoot, enter, seal
 from vmcell_runtime.loading import Saved
 from vmcell_runtime.loop import HANGUP, READABLE
 from vmcell_runtime.machine import Machine
+from vmcell_runtime.memory import open_page_map
 from vmcell_runtime.snapshot.state import MAX_STATE_BYTES, decode
 from vmcell_runtime.vcpu import prepare_kicks
 
@@ -49,19 +51,25 @@ STACK_BYTES = 1 << 20
 EXIT_FAILED = 1
 EXIT_UNEXPECTED = 70  # EX_SOFTWARE
 _SAVED_FDS = 2  # memory and state, of a machine that is restored
-_MAX_FDS = MAX_DESCRIPTORS + MAX_LISTEN_PORTS + _SAVED_FDS + 1
+_MAX_FDS = MAX_DESCRIPTORS + MAX_LISTEN_PORTS + _SAVED_FDS + 2  # and /dev/kvm, and the uid's
 
 
-def main(shim_fd: int) -> NoReturn:
-    """Serves the shim at the other end of `shim_fd` until the machine's end; never returns."""
-    os.closerange(shim_fd + 1, os.sysconf("SC_OPEN_MAX"))
+def main(shim_fd: int, empty_root: EmptyRoot | None = None) -> NoReturn:
+    """Serves the shim at the other end of `shim_fd` until the machine's end; never returns.
+
+    `empty_root` is what the zygote has made for all its VMMs; closed here. The order of what
+    follows is `vmcell_runtime.jail`'s.
+    """
+    _close_others(shim_fd, *(empty_root or ()))
     shim = socket.socket(fileno=shim_fd)
     _end_process_on_surprise(shim)
     prepare_kicks()
     threading.stack_size(STACK_BYTES)
     try:
-        leave_network()
-        machine = _make(shim)
+        machine = _make(shim, empty_root)
+        if machine is not None:
+            machine.start_threads()
+            seal()
     except VmcellError as error:
         _log(f"start failed: {error}")
         _send(shim, failed(error))
@@ -81,8 +89,17 @@ def main(shim_fd: int) -> NoReturn:
     os._exit(0)  # all is closed and flushed; the interpreter's own end would only take time
 
 
-def _make(shim: socket.socket) -> Machine | None:
-    """None if the shim went away before it asked for anything."""
+def _close_others(*kept: int) -> None:
+    low = 3
+    for fd in sorted(kept):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+
+
+def _make(shim: socket.socket, empty_root: EmptyRoot | None) -> Machine | None:
+    """None if the shim went away before it asked for anything. This process is jailed then."""
+    page_map_fd = open_page_map()
     datagram, fds, _, _ = socket.recv_fds(shim, MAX_MESSAGE_BYTES + 1, _MAX_FDS)
     if not datagram:
         return None
@@ -91,6 +108,8 @@ def _make(shim: socket.socket) -> Machine | None:
         raise ValueError(f"the shim's first message is {request.kind}, not boot or restore")
     config = request.config
     ports = config.vsock.listen_ports if config.vsock is not None else ()
+    if request.uid:
+        os.set_inheritable(fds.pop(), False)  # stays open: it is what holds the uid
     last = [fds.pop()] if fds else []
     if isinstance(request, Restore):
         last = fds[-_SAVED_FDS:] + last
@@ -104,16 +123,29 @@ def _make(shim: socket.socket) -> Machine | None:
     listeners = [socket.socket(fileno=fd) for fd in fds[count:]]
     descriptors = Descriptors(fds[:count])
     *saved_fds, kvm_fd = last
+    if not enter(request.uid, _bounds(config, fds), empty_root):
+        _log("not started by root: in no uid, namespaces and root directory of its own")
+    report = Reports()
     try:
         if isinstance(request, Boot):
-            return boot(config, descriptors, kvm_fd, listeners, Reports())
+            return boot(config, descriptors, kvm_fd, listeners, report, page_map_fd=page_map_fd)
         memory_fd, state_fd = saved_fds
         saved = Saved(decode(_read_all(state_fd)), memory_fd)
-        return restore(config, descriptors, kvm_fd, listeners, Reports(), saved)
+        return restore(
+            config, descriptors, kvm_fd, listeners, report, saved, page_map_fd=page_map_fd
+        )
     finally:
         descriptors.close()
         for fd in saved_fds:
             os.close(fd)
+
+
+def _bounds(config: MachineConfig, fds: Sequence[int]) -> Bounds:
+    ram_bytes = config.memory_mib << 20
+    if config.spare_windows:
+        return Bounds(ram_bytes, None)
+    disks = [os.fstat(fds[disk.descriptor]).st_size for disk in config.blk if not disk.read_only]
+    return Bounds(ram_bytes, max(disks, default=0))
 
 
 def _read_all(fd: int) -> bytes:

@@ -24,6 +24,7 @@ from vmcell_shim.title import ROOM, Title
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from vmcell_runtime.jail import EmptyRoot
     from vmcell_shim.zygote_loop import ZygoteLoop
 
 # With what these import: all that a shim or a VMM may need in its life.
@@ -73,7 +74,7 @@ def _live(path: str, command: list[str], inherited: list[int], title: Title) -> 
             os.set_inheritable(fd, False)
     else:
         listener = _listen(path)
-    loop = ZygoteLoop(listener, code, title)
+    loop = ZygoteLoop(listener, code, title, _make_empty_root())
     _grow_intern_table()
     gc.collect()
     gc.freeze()
@@ -91,6 +92,18 @@ def _live(path: str, command: list[str], inherited: list[int], title: Title) -> 
     with suppress(FileNotFoundError):  # somebody has tidied /run
         os.unlink(path)
     return 0
+
+
+def _make_empty_root() -> EmptyRoot | None:
+    """What all VMMs of this zygote have for their root; None, and each makes its own, without."""
+    from vmcell_runtime.jail import make_empty_root
+    from vmcell_shim.zygote_child import say
+
+    try:
+        return make_empty_root()
+    except HostError as error:
+        say(f"its VMMs make their roots by themselves: {error}")
+        return None
 
 
 def _grow_intern_table() -> None:

@@ -18,6 +18,7 @@ from typing import NamedTuple, NoReturn
 
 from vmcell_protos.zygote import DONE, FORK_VMM, FORKED, REFUSED, TAKEN, Answer, encode_answer
 from vmcell_runtime import vmm
+from vmcell_runtime.jail import EmptyRoot
 from vmcell_shim.actions import perform
 from vmcell_shim.caller import Caller, World
 from vmcell_shim.title import Title
@@ -38,6 +39,7 @@ class Heritage(NamedTuple):
 
     world: World
     title: Title
+    empty_root: EmptyRoot | None
 
 
 def be_child(
@@ -45,7 +47,8 @@ def be_child(
 ) -> NoReturn:
     """Does what `request` of the process `caller` asks, and ends. `fds` came along."""
     try:
-        _shed(connection, fds)
+        roots = heritage.empty_root if request.kind == FORK_VMM else None
+        _shed(connection, [*fds, *(roots or ())])
         if request.kind == FORK_VMM:
             _be_vmm(heritage, connection, fds, caller)
         else:
@@ -106,7 +109,10 @@ def _be_vmm(heritage: Heritage, connection: socket.socket, fds: list[int], calle
         return
     _replace_environment({os.fsencode(k): os.fsencode(v) for k, v in _VMM_ENVIRONMENT.items()})
     heritage.title.set([sys.executable, "-ISB", "vmcell-vmm"], "vmcell-vmm")
-    shim_end, log = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FREE_FD) for fd in fds)
+    shim_end, log = map(_out_of_the_way, fds)
+    root = heritage.empty_root
+    if root is not None:
+        root = EmptyRoot(*map(_out_of_the_way, root))
     pidfd = os.pidfd_open(os.getpid())
     _tell(connection, Answer(FORKED, number=os.getpid()), pidfd)
     null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -115,7 +121,11 @@ def _be_vmm(heritage: Heritage, connection: socket.socket, fds: list[int], calle
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.dup2(shim_end, _VMM_SOCKET_FD, inheritable=False)
-    vmm.main(_VMM_SOCKET_FD)
+    vmm.main(_VMM_SOCKET_FD, root)
+
+
+def _out_of_the_way(fd: int) -> int:
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FREE_FD)
 
 
 def _take_over(world: World, connection: socket.socket, pid: int) -> Caller | None:

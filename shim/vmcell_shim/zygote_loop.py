@@ -29,6 +29,7 @@ from vmcell_protos.zygote import (
     encode_answer,
     installation,
 )
+from vmcell_runtime.jail import EmptyRoot
 from vmcell_shim.caller import Caller, World
 from vmcell_shim.installed_code import InstalledCode
 from vmcell_shim.title import Title
@@ -48,10 +49,16 @@ _PEER = struct.Struct("iII")  # struct ucred: pid, uid, gid
 class ZygoteLoop:
     """Serves `listener`, which stays the caller's. At most one in a process: it has the signals."""
 
-    def __init__(self, listener: socket.socket, code: InstalledCode, title: Title) -> None:
+    def __init__(
+        self,
+        listener: socket.socket,
+        code: InstalledCode,
+        title: Title,
+        empty_root: EmptyRoot | None,
+    ) -> None:
         self._listener = listener
         self._code = code
-        self._heritage = Heritage(World(), title)
+        self._heritage = Heritage(World(), title, empty_root)
         self._installation = installation()
         self._silent: dict[int, tuple[socket.socket, int]] = {}
         self._forks = 0

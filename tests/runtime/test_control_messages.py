@@ -50,7 +50,7 @@ CONFIG = MachineConfig(
 @pytest.mark.parametrize(
     "message",
     [
-        Boot(config=CONFIG),
+        Boot(config=CONFIG, uid=0),
         ConnectVsock(request_id=2**62, port=1025),
         ListenVsock(port=2**32 - 1),
         PlugPmem(request_id=1, window=6),

@@ -167,7 +167,7 @@ def test_a_machine_without_spare_windows(bench: Bench) -> None:
     [
         PlugPmem(request_id=1, window=1),
         PlugBlk(request_id=1, window=1, read_only=False),
-        Boot(config=MachineConfig(vcpu_count=1, memory_mib=64, kernel_descriptor=0)),
+        Boot(config=MachineConfig(vcpu_count=1, memory_mib=64, kernel_descriptor=0), uid=0),
     ],
 )
 def test_a_message_that_does_not_fit_ends_the_vmm(bench: Bench, request_: Request) -> None:
