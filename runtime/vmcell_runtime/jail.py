@@ -198,9 +198,9 @@ def _enter_root(root: EmptyRoot) -> None:
 
 def _set_limits(bounds: Bounds, *, whole: bool) -> None:
     limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: MAX_DESCRIPTORS}
-    # RAM and its share for saving: eight bytes a page, read at once and sifted.
-    memory_bytes = bounds.ram_bytes + bounds.ram_bytes // 128 + OWN_MEMORY_BYTES
-    limits[resource.RLIMIT_DATA] = memory_bytes
+    # RAM twice: Linux counts an image that is laid over RAM before what it takes the place of, and
+    # saving takes some bytes for each page.
+    limits[resource.RLIMIT_DATA] = 2 * bounds.ram_bytes + OWN_MEMORY_BYTES
     if whole:
         # Counted per uid, so of no use where others have it too.
         limits[resource.RLIMIT_NPROC] = MAX_THREADS

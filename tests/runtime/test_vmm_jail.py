@@ -138,7 +138,7 @@ def test_it_is_bounded_and_secret(bench: Bench, disk: int) -> None:
     assert found["Max open files"] == (str(jail.MAX_DESCRIPTORS),) * 2
     assert found["Max processes"] == (str(jail.MAX_THREADS),) * 2
     assert found["Max file size"] == (str((64 << 20) + jail.OTHER_FILES_BYTES),) * 2
-    data = (64 << 20) + (64 << 20) // 128 + jail.OWN_MEMORY_BYTES
+    data = 2 * (64 << 20) + jail.OWN_MEMORY_BYTES
     assert found["Max data size"] == (str(data),) * 2
     # What is not dumpable belongs to root in /proc, whoever it is.
     assert Path(f"/proc/{vmm.pid}/maps").stat().st_uid == 0
