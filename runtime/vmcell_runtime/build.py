@@ -144,14 +144,13 @@ def _build(
         processor = _processor(system, config, saved)
         bits = physical_address_bits(processor.cpuid)
         memory = _make_memory(config, descriptors, resources, saved, page_map_fd)
+        _check_reach(memory, bits)
         board = _make_board(memory, system, report, resources)
-        _check_reach(board.memory, bits)
         ending, serial, cmos = _add_legacy_devices(config, descriptors, board)
         windows = layout.virtio_windows(config.fixed_windows, config.spare_windows)
-        spare = config.spare_window_numbers
-        fixed = windows[: spare.start]
+        fixed, free = windows[: config.fixed_windows], windows[config.fixed_windows :]
         vsock, balloon = _add_virtio_devices(config, descriptors, board, listeners, fixed)
-        places = dict(zip(spare, windows[spare.start :], strict=True))
+        places = dict(zip(config.spare_window_numbers, free, strict=True))
         hotplug = _add_spare_windows(places, board, bits)
         threads = _make_vcpus(config.vcpu_count, system, board, ending, processor)
         vcpus = [thread.vcpu for thread in threads]

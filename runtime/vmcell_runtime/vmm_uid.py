@@ -26,16 +26,16 @@ _F_OFD_SETLK = 37
 
 
 class UidRange(NamedTuple):
-    """`count` uids from `first` on; each is a gid too. Nobody else on the host may have them."""
+    """`size` uids from `first` on; each is a gid too. Nobody else on the host may have them."""
 
     first: int = 2_000_000_000
-    count: int = 32_768
+    size: int = 32_768
 
     def check(self) -> None:
         """CallerError unless every one of them can be a VMM's."""
-        if self.first < 1000 or self.count < 1 or self.first + self.count - 1 > MAX_UID:
+        if self.first < 1000 or self.size < 1 or self.first + self.size - 1 > MAX_UID:
             raise CallerError(
-                f"{self.count} uids from {self.first} on cannot be VMMs'; "
+                f"{self.size} uids from {self.first} on cannot be VMMs'; "
                 f"name some between 1000 and {MAX_UID}"
             )
 
@@ -61,12 +61,12 @@ def lease_uid(uids: UidRange = DEFAULT_RANGE, path: str = LOCK_FILE) -> Lease:
     try:
         # Anywhere, so that a uid rests for long before it is somebody's again.
         start = int.from_bytes(os.urandom(4), "little")
-        for step in range(uids.count):
-            uid = uids.first + (start + step) % uids.count
+        for step in range(uids.size):
+            uid = uids.first + (start + step) % uids.size
             if _lock(fd, uid):
                 return Lease(uid, fd)
         raise HostError(
-            f"all {uids.count} uids from {uids.first} on belong to running VMMs; "
+            f"all {uids.size} uids from {uids.first} on belong to running VMMs; "
             "give vmm_uid_count of config.toml a higher value",
             code="resource_exhausted",
         )

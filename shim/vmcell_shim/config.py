@@ -9,7 +9,8 @@ import os
 import tomllib
 from dataclasses import dataclass, fields
 
-from vmcell_protos.errors import HostError
+from vmcell_protos.errors import CallerError, HostError
+from vmcell_runtime.vmm_uid import DEFAULT_RANGE, UidRange
 
 DEFAULT_PATH = "/etc/vmcell/config.toml"
 # Room for some dozens of images of a few hundred MB each.
@@ -35,6 +36,13 @@ class ShimConfig:
     default_memory_mib: int = 512
     writable_mib: int = 10240
     boot_timeout_s: int = 60
+    vmm_uid_first: int = DEFAULT_RANGE.first
+    vmm_uid_count: int = DEFAULT_RANGE.size
+
+    @property
+    def vmm_uids(self) -> UidRange:
+        """Whom VMMs run as: one of these each, as uid and gid."""
+        return UidRange(self.vmm_uid_first, self.vmm_uid_count)
 
 
 def load_config() -> ShimConfig:
@@ -70,7 +78,12 @@ def parse_config(text: str, path: str) -> ShimConfig:
     for name in ("kernel", "base_image"):
         if not table.get(name):
             raise HostError(f"{path} names no {name}; run `vmcell setup` to write it")
-    return ShimConfig(**table)
+    config = ShimConfig(**table)
+    try:
+        config.vmm_uids.check()
+    except CallerError as error:
+        raise HostError(f"{path}: vmm_uid_first and vmm_uid_count: {error}") from error
+    return config
 
 
 def _check_value(path: str, name: str, value: object, *, is_number: bool) -> None:

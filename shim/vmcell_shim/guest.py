@@ -338,7 +338,7 @@ class Guest:
             if shape.saved is not None:
                 saved = handle.SavedFiles(shape.saved.memory_fd, shape.saved.state_fd)
                 self._keep_memory(os.dup(shape.saved.memory_fd))
-            vmm = handle.spawn(config, descriptors, log_fd=log, saved=saved)
+            vmm = handle.spawn(config, descriptors, log_fd=log, saved=saved, uids=shape.uids)
         finally:
             for fd in (*descriptors, log):
                 if fd >= 0:

@@ -226,6 +226,7 @@ class Sandbox:
             console_log=self.files.console_log,
             vmm_log=self.files.vmm_log,
             saved=saved,
+            uids=self._config.vmm_uids,
         )
 
     @property

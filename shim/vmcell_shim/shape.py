@@ -20,6 +20,7 @@ from vmcell_runtime.config import (
     PmemConfig,
     VsockConfig,
 )
+from vmcell_runtime.vmm_uid import DEFAULT_RANGE, UidRange
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ class GuestShape:
     """What to boot: paths on the host, sizes, and what the guest is told about itself.
 
     `images` beside the base image, `disk` "" for none, `share` opens a connected socket to a
-    file system daemon. With `saved` nothing is booted: the guest goes on from there.
+    file system daemon. With `saved` nothing is booted: the guest goes on from there. Its VMM is
+    one of `uids`.
     """
 
     kernel: str
@@ -70,6 +72,7 @@ class GuestShape:
     console_log: str
     vmm_log: str
     saved: OpenSnapshot | None = None
+    uids: UidRange = DEFAULT_RANGE
 
 
 def machine_config(shape: GuestShape, descriptors: list[int]) -> MachineConfig:

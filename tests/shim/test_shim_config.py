@@ -33,6 +33,8 @@ def test_what_is_written_is_read_back(kernel: str, log_dir: str, timeout_s: int)
         ('kernel = "/k"\nbase_image = "/b"\ncolour = 1', "colour"),
         ('kernel = "/k"\nbase_image = "/b"\ndefault_vcpus = 0', "default_vcpus"),
         ('kernel = "/k"\nbase_image = "/b"\nboot_timeout_s = true', "boot_timeout_s"),
+        ('kernel = "/k"\nbase_image = "/b"\nvmm_uid_first = 999', "vmm_uid_first.*1000"),
+        ('kernel = "/k"\nbase_image = "/b"\nvmm_uid_count = 147516349', "vmm_uid_count"),
     ],
 )
 def test_wrong_files_are_named(text: str, named: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from vmcell_protos.errors import GuestError, HostError
 from vmcell_runtime.config import MachineConfig
 from vmcell_runtime.handle import SavedFiles, VmmExit
+from vmcell_runtime.vmm_uid import UidRange
 
 PROGRAM = Path(__file__).with_name("fake_agent.py")
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,6 +129,8 @@ def spawn(
     *,
     log_fd: int,
     saved: SavedFiles | None = None,
+    uids: UidRange,
 ) -> FakeVmm:
     """Stands in for vmcell_runtime.handle.spawn."""
+    uids.check()
     return FakeVmm(config, descriptors, saved)

@@ -191,6 +191,57 @@ def test_cgroups(host: Host, v1: str, v2: str | None, status: str, found: str) -
     assert found in row.found
 
 
+def jailing(host: Host, *, uid_map: str = "0 0 4294967295", actions: str = "trap errno") -> None:
+    put(host, "proc/sys/kernel/seccomp/actions_avail", f"kill_process kill_thread {actions} allow")
+    put(host, "proc/self/uid_map", uid_map)
+    for name in ("ipc", "mnt", "net", "uts"):
+        put(host, f"proc/self/ns/{name}")
+
+
+def test_a_host_that_can_jail(host: Host) -> None:
+    jailing(host)
+    put(host, "etc/passwd", "root:x:0:0:root:/root:/bin/sh\nbroken\n+::::::\n")
+    put(host, "etc/subuid", "user:100000:65536\n")
+    row = doctor.jail(host)
+    assert (row.status, row.found) == ("ok", "uids 2000000000 to 2000032767, system call filters")
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "found"),
+    [
+        ("proc/sys/kernel/seccomp/actions_avail", "kill_process allow", "no system call filters"),
+        ("proc/self/uid_map", "0 100000 65536", "do not all exist"),
+        ("proc/self/uid_map", "0 0 2000000100", "do not all exist"),
+        ("etc/passwd", "eve:x:2000000007:100::/:/bin/sh\n", "meet eve of /etc/passwd"),
+        ("etc/group", "eve:x:2000032767:\n", "meet eve of /etc/group"),
+        ("etc/subuid", "pod:1999999000:1001\n", "meet pod of /etc/subuid"),
+        ("etc/subgid", "pod:2000000100:10\n", "meet pod of /etc/subgid"),
+    ],
+)
+def test_what_a_jail_lacks_is_said(host: Host, path: str, text: str, found: str) -> None:
+    jailing(host)
+    put(host, path, text)
+    row = doctor.jail(host)
+    assert row.status == "fail"
+    assert found in row.found
+    assert row.advice
+
+
+def test_a_jail_needs_namespaces(host: Host) -> None:
+    jailing(host)
+    host.at("proc/self/ns/ipc").unlink()
+    assert doctor.jail(host).found == "no ipc namespaces"
+
+
+def test_the_jail_looks_at_the_configured_range(host: Host) -> None:
+    jailing(host)
+    config = ShimConfig(kernel="/k", base_image="/b", vmm_uid_first=70000, vmm_uid_count=100)
+    put(host, "etc/vmcell/config.toml", render_config(config))
+    assert doctor.jail(host).found.startswith("uids 70000 to 70099")
+    put(host, "etc/subuid", "user:65536:65536\n")
+    assert doctor.jail(host).status == "fail"
+
+
 def test_the_runtime_in_containerds_configuration(host: Host) -> None:
     put(host, "etc/containerd/config.toml", merged("version = 2\n", SNIPPETS[0]))
     assert doctor.kubernetes(host).status == "ok"

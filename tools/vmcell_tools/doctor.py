@@ -29,6 +29,7 @@ from vmcell_protos.zygote import (
     encode_request,
 )
 from vmcell_runtime.kvm.host_kind import host_kind
+from vmcell_runtime.vmm_uid import UidRange
 from vmcell_shim import virtiofsd
 from vmcell_shim.cache_collector import list_images
 from vmcell_shim.cgroup import find_hierarchies
@@ -49,6 +50,7 @@ FICLONE = 0x40049409
 CONTAINERD_SOCKET = "run/containerd/containerd.sock"
 OLDEST_CONTAINERD = (1, 6)
 CGROUP_CONTROLLERS = ("cpu", "memory", "pids")
+JAIL_NAMESPACES = ("ipc", "mnt", "net", "uts")
 FREE_GIB_FAIL, FREE_GIB_WARN = 1, 10
 COMMAND_DEADLINE_S = 20
 ZYGOTE_ADVICE = (
@@ -222,6 +224,61 @@ def cgroup(host: Host) -> Row:
     return Row(what="cgroups", found=f"{versions}: {', '.join(CGROUP_CONTROLLERS)}", status="ok")
 
 
+def jail(host: Host) -> Row:
+    """What a VMM's jail is made of: the filter, namespaces, and uids that are nobody else's."""
+    what = "jail"
+    try:
+        uids = _config(host).vmm_uids
+    except HostError:
+        uids = UidRange()
+    mine = f"uids {uids.first} to {uids.first + uids.size - 1}"
+    actions = _text(host, "proc/sys/kernel/seccomp/actions_avail").split()
+    if not {"trap", "errno", "kill_process"} <= set(actions):
+        advice = "run a kernel with CONFIG_SECCOMP_FILTER; without it no VMM starts"
+        return Row(what=what, found="no system call filters", status="fail", advice=advice)
+    missing = [name for name in JAIL_NAMESPACES if not host.at(f"proc/self/ns/{name}").exists()]
+    if missing:
+        advice = "run a kernel that has them; without them no VMM starts"
+        found = f"no {', '.join(missing)} namespaces"
+        return Row(what=what, found=found, status="fail", advice=advice)
+    if not _maps_all(_text(host, "proc/self/uid_map"), uids):
+        return Row(
+            what=what,
+            found=f"{mine} do not all exist in this user namespace",
+            status="fail",
+            advice="give vmm_uid_first and vmm_uid_count of config.toml some that do",
+        )
+    for name, first in (("passwd", 2), ("group", 2), ("subuid", 1), ("subgid", 1)):
+        other = _first_in(_text(host, f"etc/{name}"), first, uids)
+        if other:
+            return Row(
+                what=what,
+                found=f"{mine} meet {other} of /etc/{name}",
+                status="fail",
+                advice="give vmm_uid_first of config.toml a range that is nobody else's",
+            )
+    return Row(what=what, found=f"{mine}, system call filters", status="ok")
+
+
+def _maps_all(uid_map: str, uids: UidRange) -> bool:
+    rows = [list(map(int, line.split())) for line in uid_map.splitlines()]
+    end = uids.first + uids.size
+    return any(inside <= uids.first and end <= inside + count for inside, _, count in rows)
+
+
+def _first_in(text: str, field: int, uids: UidRange) -> str:
+    """The first name of a colon-separated file whose ids from `field` on are among `uids`."""
+    for line in text.splitlines():
+        words = line.split(":")
+        if len(words) > field and words[field].isdigit():
+            first = int(words[field])
+            # Of subuid and subgid the next field is how many; the others have one each.
+            count = int(words[2]) if field == 1 and words[2:] and words[2].isdigit() else 1
+            if first < uids.first + uids.size and uids.first < first + count:
+                return words[0]
+    return ""
+
+
 def nftables(host: Host) -> Row:
     if _output(host, "nft", "--version") is None:
         advice = "apt-get install nftables"
@@ -349,7 +406,7 @@ def free_disk(host: Host) -> Row:
 
 CHECKS: tuple[Callable[[Host], Row], ...] = (
     *(kvm, containerd, containerd_socket, shim, zygote, configuration, kernel, base_image),
-    *(kubernetes, cgroup, nftables, tun, vhost_net, image_tools, live_directories, nginx),
+    *(kubernetes, cgroup, jail, nftables, tun, vhost_net, image_tools, live_directories, nginx),
     certificate,
     *(image_cache, reflink, free_disk),
 )
@@ -366,6 +423,14 @@ def _config(host: Host) -> ShimConfig:
         return parse_config(path.read_text(), str(path))
     except OSError as error:
         raise HostError(f"{path}: {error.strerror}") from error
+
+
+def _text(host: Host, path: str) -> str:
+    """A small file of the host; "" where there is none."""
+    try:
+        return host.at(path).read_text()
+    except OSError:
+        return ""
 
 
 def _artifact(host: Host, key: Literal["kernel", "base_image"], advice: str) -> Row:
