@@ -36,6 +36,7 @@ from vmcell_runtime.machine import Machine
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.pausing import Pausing
 from vmcell_runtime.saving import Processor, Saving
+from vmcell_runtime.snapshot.state import MachineState
 from vmcell_runtime.vcpu import VcpuThread
 from vmcell_runtime.virtio import abi
 from vmcell_runtime.virtio.balloon import Balloon
@@ -157,8 +158,7 @@ def _build(
         if saved is None:
             time = _load_kernel(config, descriptors, board, windows, vcpus)
         else:
-            serial.load(saved.state.serial)
-            cmos.index = saved.state.cmos_index
+            _load_legacy_devices(saved.state, serial, cmos)
             time = load_machine(saved.state, system, board.vm, vcpus, board.transports)
         system.close()  # whoever takes this process over finds no way to make another VM
         clock = GuestClock(board.vm, vcpus, time)
@@ -275,6 +275,11 @@ def _add_legacy_devices(
     cmos = Cmos()
     board.ports.add(layout.CMOS_PORT, layout.CMOS_PORTS, cmos)
     return ending, serial, cmos
+
+
+def _load_legacy_devices(state: MachineState, serial: Serial, cmos: Cmos) -> None:
+    serial.load(state.serial)
+    cmos.index = state.cmos_index
 
 
 def _add_virtio_devices(
