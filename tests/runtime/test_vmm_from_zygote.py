@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from payload import HLT_FOREVER, RESET, SPIN, elf, memory_file, say
-from zygote_harness import Zygote, children, descriptors, memory_kib, parent, state
+from zygote_harness import Zygote, children, descriptors, memory_kib, parent, state, variant
 
 from vmcell_protos.errors import CallerError
 from vmcell_runtime import handle as handle_module
@@ -217,3 +217,51 @@ def test_it_costs_less_than_an_interpreter(shim: Shim, monkeypatch: pytest.Monke
     sys.stdout.write(f"\n{medians}, n = {COUNT}, {os.cpu_count()} CPUs\n")
     for name, value in medians["zygote"].items():
         assert value < medians["direct"][name], name
+
+
+def test_it_is_jailed_as_any_other(
+    zygote: Zygote, shim: Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of one zygote's share an empty root, which none can change, and nothing else."""
+    monkeypatch.setattr(zygote_client, "FORKED_WITHIN_S", DEADLINE_S)
+    vmms = [shim.launch(SPIN) for _ in range(3)]
+    uids = set()
+    for vmm in vmms:
+        status = Path(f"/proc/{vmm.pid}/status").read_text()
+        for line in ("Seccomp:\t2", "NoNewPrivs:\t1", "Groups:\t \n", "CapEff:\t0000000000000000"):
+            assert line in status, line
+        assert "CapBnd:\t0000000000000000" in status
+        uids.add(status.split("Uid:\t")[1].split()[0])
+        assert os.listdir(f"/proc/{vmm.pid}/root") == os.listdir(f"/proc/{vmm.pid}/cwd") == []
+        assert "mnt:[" not in "".join(descriptors(vmm.pid)), "the way in is closed"
+        (mount,) = Path(f"/proc/{vmm.pid}/mountinfo").read_text().splitlines()
+        assert mount.split()[4] == "/"
+        assert mount.split()[5].startswith("ro,")
+    assert len(uids) == 3
+    for name, count in (("mnt", 1), ("net", 3), ("ipc", 3), ("uts", 3)):
+        found = {os.readlink(f"/proc/{vmm.pid}/ns/{name}") for vmm in vmms}
+        assert len(found) == count, name
+        assert os.readlink(f"/proc/{zygote.pid}/ns/{name}") not in found, name
+
+
+def test_a_zygote_without_a_root_says_so_and_each_makes_its_own(
+    zygote: Zygote, shim: Shim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zygote_client, "FORKED_WITHIN_S", DEADLINE_S)
+    zygote.kill()
+    change = (
+        "from vmcell_protos.errors import HostError; from vmcell_runtime import jail; "
+        "jail.make_empty_root = lambda: (_ for _ in ()).throw(HostError('no root today'))"
+    )
+    second = Zygote(zygote.path, variant(tmp_path / "binary", change))
+    second.start()
+    try:
+        installation = second.hello().output
+        monkeypatch.setattr(zygote_client, "installation", lambda: installation)
+        assert "its VMMs make their roots by themselves: no root today" in second.log.read_text()
+        vmms = [shim.launch(SPIN) for _ in range(2)]
+        assert {parent(vmm.pid) for vmm in vmms} == {second.pid}
+        assert len({os.readlink(f"/proc/{vmm.pid}/ns/mnt") for vmm in vmms}) == 2
+        assert [os.listdir(f"/proc/{vmm.pid}/root") for vmm in vmms] == [[], []]
+    finally:
+        second.kill()
