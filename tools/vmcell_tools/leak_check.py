@@ -26,7 +26,7 @@ STATE_FOLDERS = ("/run/vmcell", "/run/containerd/s", "/run/containerd/fifo")
 # Files of the service itself, there whether a sandbox runs or not.
 SERVICE_FILES = (
     *("noded.sock", "noded.pid", "api.sock", "route.sock", "nginx", "slots"),
-    *("zygote.sock", "metrics"),
+    *("zygote.sock", "metrics", "vmm-uids"),
 )
 NOT_SANDBOXES = ("leak_check", "containerd-shim-vmcell-v2 zygote")
 PROCESS_WORDS = ("vmcell_runtime", "vmcell_shim", "containerd-shim", "mkfs.erofs", "vmcell-vmm")
