@@ -33,6 +33,7 @@ import signal
 
 # Printing a traceback is the last thing a VMM does; newer Pythons import this for it.
 import traceback  # noqa: F401
+from contextlib import suppress
 from typing import NamedTuple
 
 from vmcell_protos.errors import HostError
@@ -151,7 +152,9 @@ def make_empty_root() -> EmptyRoot:
     finally:
         os.close(ours)
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        # A renewed zygote ignores SIGCHLD, and the kernel reaps.
+        with suppress(ChildProcessError):
+            os.waitpid(pid, 0)
 
 
 def _be_root_maker(told: int) -> None:

@@ -244,6 +244,21 @@ def test_it_is_jailed_as_any_other(
         assert os.readlink(f"/proc/{zygote.pid}/ns/{name}") not in found, name
 
 
+def test_a_renewed_zygote_makes_a_root_anew(
+    zygote: Zygote, shim: Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zygote_client, "FORKED_WITHIN_S", DEADLINE_S)
+    before = shim.launch(SPIN)
+    zygote.signal(signal.SIGHUP)
+    deadline = time.monotonic() + DEADLINE_S
+    while "renewed" not in zygote.log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    after = [shim.launch(SPIN) for _ in range(2)]
+    assert {parent(vmm.pid) for vmm in after} == {zygote.pid}, zygote.log.read_text()
+    roots = [os.readlink(f"/proc/{vmm.pid}/ns/mnt") for vmm in (before, *after)]
+    assert roots[1] == roots[2] != roots[0]
+
+
 def test_a_zygote_without_a_root_says_so_and_each_makes_its_own(
     zygote: Zygote, shim: Shim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
