@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from fake_memory import WatchedMemory
-from guest_driver import RAM_BYTES, Buffer, GuestDriver, GuestQueue
+from guest_driver import RAM_BYTES, GuestDriver, GuestQueue
 from step_machine import Choices, StepMachine, step
 from turning_loop import TurningLoop
 
@@ -64,23 +64,21 @@ class DeviceMachine(StepMachine):
 
     def settle(self) -> None:
         """The device works until it rests, and is watched."""
+        used, interrupts = self._used(), self.driver.irq.count
         self.memory.watching = True
         try:
             self.loop.settle()
         finally:
             self.memory.watching = False
+        if self._used() != used and not self.features & EVENT_IDX and not self.device.in_kernel:
+            assert self.driver.irq.count > interrupts, "buffers came back and nobody was told"
+
+    def _used(self) -> list[int]:
+        return [self.memory.load16(queue.used_gpa + 2) for queue in self.driver.queues]
 
     def kick(self, index: int) -> None:
         self.driver.set(0x50, index)
         self.settle()
-
-    def collect(self, queue: GuestQueue) -> list[tuple[Buffer, int]]:
-        """What came back; the driver without EVENT_IDX was interrupted for it."""
-        done = queue.collect()
-        if done and not self.features & EVENT_IDX and not self.device.in_kernel:
-            assert self.driver.get(0x60) & 1, "buffers came back and nobody was told"
-            self.driver.set(0x64, 1)
-        return done
 
     def room(self, queue: GuestQueue, length: int, gpa: int) -> tuple[int, int]:
         """Room for the device to write to, with a byte on each side that it must leave alone."""

@@ -44,7 +44,7 @@ class RngMachine(DeviceMachine):
     @step(4)
     def work(self, choices: Choices) -> None:
         self.kick(0)
-        done = self.collect(self.driver.queues[0])
+        done = self.driver.queues[0].collect()
         assert [buffer for buffer, _ in done] == self.offered
         for buffer, written in done:
             assert written == sum(length for _, length in buffer.writable)
@@ -95,7 +95,7 @@ class PmemMachine(DeviceMachine):
     @step(4)
     def work(self, choices: Choices) -> None:
         self.kick(0)
-        done = self.collect(self.driver.queues[0])
+        done = self.driver.queues[0].collect()
         assert [buffer for buffer, _ in done] == [buffer for buffer, _ in self.offered]
         for (buffer, written), (_, kind) in zip(done, self.offered, strict=True):
             answer = self.check_room(buffer.writable[0])
@@ -177,7 +177,7 @@ class BalloonMachine(DeviceMachine):
         assert isinstance(spans, list | tuple)
         buffer = queue.offer_spans([queue.place(piece) for piece in pieces], spans)
         self.kick(index)
-        assert self.collect(queue) == [(buffer, 0)]
+        assert queue.collect() == [(buffer, 0)]
 
     @step(2)
     def take_back(self, choices: Choices) -> None:
