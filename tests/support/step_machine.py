@@ -96,6 +96,9 @@ class StepMachine:
 
     def check(self) -> None: ...
 
+    def finish(self) -> None:
+        """What must hold at the end of a run that broke nothing."""
+
     def tear_down(self) -> None: ...
 
     @classmethod
@@ -120,6 +123,7 @@ def drive(kind: type[StepMachine], run: bytes) -> None:
             done.append(f"{chosen.__name__}({data.hex()})")
             chosen(machine, Choices(data))
             machine.check()
+        machine.finish()
     except BaseException as error:
         error.add_note(f"{kind.__name__}({run[:STEP_BYTES].hex()}): {', '.join(done)}")
         raise
