@@ -26,6 +26,7 @@ from vmcell_runtime.virtio.device import VirtioDevice
 from vmcell_runtime.virtio.vsock.device import Vsock
 
 PORT = 1024
+NEVER_NS = 1 << 60
 DEVICE_BUFFER = 256 << 10
 RX, TX = 0, 1
 
@@ -121,10 +122,9 @@ class VsockMachine(DeviceMachine):
     def host_dials(self, choices: Choices) -> None:
         ours, theirs = socket.socketpair()
         self.ports += 1
-        stream = self.dialled[self.ports] = Stream(ours)
-        self.vsock.connect(self.ports, theirs, lambda _error: None)
+        self.dialled[self.ports] = Stream(ours)
+        self.vsock.connect(self.ports, theirs, lambda _error: None, timeout_ns=NEVER_NS)
         self.settle()
-        stream.plain = True
 
     # Bytes
 
