@@ -39,7 +39,7 @@ class MemoryMachine(StepMachine):
 
     @staticmethod
     def _inside(gpa: int, length: int) -> bool:
-        return 0 <= gpa and gpa + length <= RAM_BYTES
+        return gpa >= 0 and gpa + length <= RAM_BYTES
 
     @step(4)
     def read(self, choices: Choices) -> None:

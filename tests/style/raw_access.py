@@ -184,9 +184,8 @@ def _names(module: str, node: ast.AST, names: dict[str, str]) -> Iterator[Findin
         allowed = EXTRA_CTYPES.get(module, set())
         if last in RAW_ATTRIBUTES and last not in allowed:
             yield Finding("raw memory", node.lineno, name or last)
-    if name.rpartition(".")[2] == "ioctl" or last == "ioctl":
-        if module not in IOCTL_MODULES:
-            yield Finding("ioctl", node.lineno, name or last)
+    if (name.rpartition(".")[2] == "ioctl" or last == "ioctl") and module not in IOCTL_MODULES:
+        yield Finding("ioctl", node.lineno, name or last)
     if isinstance(node, ast.Attribute) and last == "cast" and module not in CAST_MODULES:
         yield Finding("raw memory", node.lineno, name or last)
     if name.removeprefix("builtins.") in CODE_FROM_DATA and module not in CODE_MODULES:

@@ -79,7 +79,9 @@ class WatchedMemory(GuestMemory):
             self._seen.update(addresses)
             return data
         self.second_reads += 1
-        return bytes(b ^ 0xFF if a in self._seen else b for a, b in zip(addresses, data, strict=True))
+        return bytes(
+            b ^ 0xFF if a in self._seen else b for a, b in zip(addresses, data, strict=True)
+        )
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         super().write(gpa, data)

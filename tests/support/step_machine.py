@@ -17,6 +17,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -153,6 +154,7 @@ def machine_test(kind: type[StepMachine], share: str) -> Callable[[], None]:
         done += 1
         drive(kind, run)
 
+    @pytest.mark.timeout(900)
     def test() -> None:
         runs()
         assert done >= wanted, f"{done} runs of {wanted}"

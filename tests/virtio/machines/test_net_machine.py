@@ -193,6 +193,7 @@ class NetMachine(DeviceMachine):
 run_frames = machine_test(NetMachine, "net")
 
 
+@pytest.mark.timeout(900)
 def test_net(monkeypatch: pytest.MonkeyPatch) -> None:
     """A datagram socket is the TAP; it knows no ioctl."""
     monkeypatch.setattr(net, "ioctl_bytes", lambda *_: b"")

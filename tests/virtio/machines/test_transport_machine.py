@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 from guest_driver import EVENT_IDX, VERSION_1
@@ -45,7 +46,7 @@ class Ring:
         areas = sorted(zip(self.gpa, lengths, strict=True))
         aligned = not (self.gpa[0] % 16 or self.gpa[1] % 2 or self.gpa[2] % 4)
         inside = all(gpa + length <= RAM_BYTES for gpa, length in areas)
-        apart = all(a + n <= b for (a, n), (b, _) in zip(areas, areas[1:], strict=False))
+        apart = all(a + n <= b for (a, n), (b, _) in itertools.pairwise(areas))
         return aligned and inside and apart
 
 
@@ -200,6 +201,26 @@ class TransportMachine(StepMachine):
                 self.set(offset, gpa if not choices.flag(32) else RAM_BYTES - choices.below(128))
                 self.set(offset + 4, 0)
             self.set(0x44, 1)
+
+    @step(2)
+    def begin(self, choices: Choices) -> None:
+        """A driver that does all of it right."""
+        self.set(0x70, 0)
+        for status in (1, 3):
+            self.set(0x70, status)
+        for half in (0, 1):
+            self.set(0x24, half)
+            self.set(0x20, OFFERED >> 32 * half & 0xFFFF_FFFF)
+        self.set(0x70, 11)
+        for index, (size, *areas) in enumerate(GOOD_RINGS):
+            self.set(0x30, index)
+            self.set(0x38, size >> choices.below(3))
+            for offset, gpa in zip((0x80, 0x90, 0xA0), areas, strict=True):
+                self.set(offset, gpa + 16 * choices.below(4))
+                self.set(offset + 4, 0)
+            self.set(0x44, 1)
+        self.set(0x70, 15)
+        assert self.frozen is not None
 
     @step(2)
     def notify(self, choices: Choices) -> None:
