@@ -1,8 +1,8 @@
 """ioctl on TAP and vhost descriptors, checked like the one for KVM.
 
 `fcntl.ioctl` copies a short argument into a buffer of 1024 bytes of its own, so the kernel never
-touches an object of ours. What is longer than that, or shorter than the kernel will read, does not get
-there: the size in the request, and what a struct with a count of entries says itself.
+touches an object of ours. What is longer than that, or shorter than the kernel will read, does not
+get there: by the size in the request, and by what a struct with a count of entries says itself.
 """
 
 from __future__ import annotations
