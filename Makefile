@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 DEEP ?=
 TIER := $(if $(DEEP),, and not deep)
 
-.PHONY: demo test test-at-once test-plain test-root test-kvm test-vm test-long test-api-cases host venv artifacts \
+.PHONY: demo test test-at-once test-plain test-root test-kvm test-vm test-long test-api-cases test-state-machines host venv artifacts \
 	interpreter-image containerd2 dev-up clean help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test   the tests: plain, root, kvm and vm lane"
 	@echo "make test DEEP=1   all of them; about twice the time"
 	@echo "make test-api-cases   5,000 requests made from the API's document; 10 minutes"
+	@echo "make test-state-machines   200,000 random runs of the device models; 20 minutes"
 	@echo "make test-long   two hours' worth of Task calls in random order; 20 minutes"
 
 host:
@@ -97,6 +98,12 @@ test-long: venv
 # Requests made from the API's document; make test runs 400 of them.
 test-api-cases: venv
 	VMCELL_API_CASES=5000 $(PYTEST) tests/api/test_api_cases.py
+
+# Runs of the state machines of memory, queue, register window and devices, others each time; make test
+# does the same 10,000 each time.
+test-state-machines: venv
+	VMCELL_STATE_MACHINE_RUNS=$${VMCELL_STATE_MACHINE_RUNS:-200000} $(PYTEST) -o faulthandler_timeout=0 \
+		--timeout 0 tests/virtio/machines tests/runtime/test_memory_machine.py
 
 dev-up:
 	@$(BIN)/vmcell dev up --store $${VMCELL_DEV_NAME:-make} --api-port 0 --data-port 0 \

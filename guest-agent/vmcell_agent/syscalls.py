@@ -26,10 +26,10 @@ def _check(result: int, function: Any, arguments: tuple[Any, ...]) -> int:
     return result
 
 
-def _prototype(name: str, *arguments: Any, result: Any = ctypes.c_int) -> Any:
+def _prototype(name: str, *arguments: Any) -> Any:
     function = getattr(_libc, name)
     function.argtypes = arguments
-    function.restype = result
+    function.restype = ctypes.c_int
     function.errcheck = _check
     return function
 

@@ -82,3 +82,23 @@ def test_more_extended_state_than_there_is_room_for_is_refused() -> None:
         load_vcpu(cast(Vcpu, vcpu), state, abi.XSAVE_BYTES)
     assert caught.value.code == "failed_precondition"
     assert vcpu.asked == []
+
+
+@pytest.mark.parametrize("host_bytes", [abi.XSAVE_BYTES, 2696 + 8192, 11008])
+def test_extended_state_has_room_for_all_the_kernel_touches(host_bytes: int) -> None:
+    """KVM copies what KVM_CAP_XSAVE2 says, both ways, whatever the request says (MS2)."""
+    touched: list[tuple[int, int]] = []
+
+    class Measuring(RecordingVcpu):
+        def get_opaque(self, request: int, length_bytes: int) -> bytes:
+            touched.append((request, length_bytes))
+            return bytes(length_bytes)
+
+        def set_opaque(self, request: int, content: bytes) -> None:
+            touched.append((request, len(content)))
+
+    state = save_vcpu(cast(Vcpu, Measuring()), MSRS, host_bytes)
+    # One saved where the state is smaller goes into a host where it is larger.
+    load_vcpu(cast(Vcpu, Measuring()), state._replace(xsave=state.xsave[:4096]), host_bytes)
+    requests = {abi.KVM_GET_XSAVE, abi.KVM_GET_XSAVE2, abi.KVM_SET_XSAVE}
+    assert [size for request, size in touched if request in requests] == [host_bytes] * 2

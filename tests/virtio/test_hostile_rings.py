@@ -1,7 +1,8 @@
 """Every device against rings that are mostly right and sometimes nonsense.
 
 What must hold: nothing but GuestError comes of it, the loop comes to rest, and the device writes
-nowhere but into buffers that were offered as writable and into its used rings.
+nowhere but into buffers that were offered as writable and into its used rings. And the same where
+a second vCPU rewrites whatever the device has read, as soon as it has.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from fake_memory import RacingMemory
 from guest_driver import GuestDriver, GuestQueue, Plug
 from turning_loop import TurningLoop
 
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.virtio import net
+from vmcell_runtime.virtio.balloon import Balloon
 from vmcell_runtime.virtio.blk import Blk
 from vmcell_runtime.virtio.device import VirtioDevice
 from vmcell_runtime.virtio.net import Net
@@ -61,7 +64,13 @@ def _vsock_header(rng: random.Random) -> bytes:
     return struct.pack("<QQIIIHHIII", 3, 2, *ports, length, 1, *operation, *counters) + data
 
 
+def _balloon_header(rng: random.Random) -> bytes:
+    pages = [rng.choice([0x300, 0x301, 0x3FF, 0x400, 2**32 - 1]) for _ in range(rng.randrange(4))]
+    return struct.pack(f"<{len(pages)}I", *pages) + b"x" * (rng.random() < 0.05)
+
+
 HEADERS: dict[str, Header] = {
+    "balloon": _balloon_header,
     "rng": lambda rng: b"",
     "pmem": lambda rng: struct.pack("<I", rng.randrange(2)),
     "blk": _blk_header,
@@ -97,6 +106,7 @@ def makers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
             return device
 
         yield {
+            "balloon": lambda memory, loop: Balloon(memory),
             "rng": lambda memory, loop: Rng(memory),
             "pmem": lambda memory, loop: Pmem(memory, 4 << 30, 2 << 20),
             "blk": lambda memory, loop: Blk(
@@ -163,11 +173,12 @@ def _check_writes(memory: GuestMemory, before: bytes, writable: list[tuple[int, 
 
 @pytest.mark.parametrize("kind", sorted(HEADERS))
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("racing", [False, True])
 def test_device_survives_and_writes_only_where_it_may(
-    kind: str, seed: int, makers: dict[str, Make], loop: TurningLoop, plug: Plug
+    kind: str, seed: int, racing: bool, makers: dict[str, Make], loop: TurningLoop, plug: Plug
 ) -> None:
     rng = random.Random(f"{kind} {seed}")
-    memory = GuestMemory(RAM_BYTES)
+    memory = RacingMemory(RAM_BYTES) if racing else GuestMemory(RAM_BYTES)
     try:
         driver = plug(makers[kind](memory, loop), queue_size=32, ram=memory)
         _attack(rng, driver, memory, HEADERS[kind])
@@ -194,8 +205,14 @@ def _attack(
         for attack in attacks:
             writable += attack.writable
         before = memory.read(0, RAM_BYTES)
+        if isinstance(memory, RacingMemory):
+            memory.racing = True
         for index in range(len(driver.queues)):
             driver.kick(index)
+        if isinstance(memory, RacingMemory):
+            memory.racing = False
+            writable += memory.raced
+            memory.raced.clear()
         _check_writes(memory, before, writable)
         served += sum(memory.load16(queue.used_gpa + 2) for queue in driver.queues)
         restart = rng.random() < 0.1

@@ -37,10 +37,11 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     ),
     # CNI plugins give pods their network in the dev VM, and ports by iptables; systemd for
     # systemd-analyze alone, which reads the unit that setup writes; tests of the store start a
-    # PostgreSQL of their own.
+    # PostgreSQL of their own; a compiler and the kernel's headers say what our numbers must be.
     "test": (
         *("bsdutils", "containernetworking-plugins", "iptables", "systemd", "postgresql"),
         *("nodejs", "node-acorn", "node-typescript"),
+        *("gcc", "libc6-dev", "linux-libc-dev"),
     ),
 }
 POLICY = Path("/usr/sbin/policy-rc.d")

@@ -9,6 +9,7 @@ spans           guest buffers as pieces: cut, read, write
 queue           the split virtqueue, every byte of the guest's copied once and checked
 status          device status as a table
 saved           a transport's state as records
+reporter        lines for the operator's log, rationed
 device          what a device is, and its way back to the driver
 mmio            the register window: features, queues, status, interrupts
 window          a window whose device may come and go

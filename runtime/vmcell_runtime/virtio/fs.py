@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Callable
 from functools import partial
 
 from vmcell_protos.errors import CallerError, HostError
@@ -22,6 +21,7 @@ from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.virtio import abi, spans
 from vmcell_runtime.virtio.device import Activation, PlainDevice
 from vmcell_runtime.virtio.queue import Chain, Queue
+from vmcell_runtime.virtio.reporter import Report, Reporter
 from vmcell_runtime.virtio.unanswered import FUSE_IN_HEADER, FUSE_OUT_HEADER, left_over
 from vmcell_runtime.virtio.vhost_net import RING_FEATURES
 from vmcell_runtime.virtio.vhost_user import FrontEnd, Ring
@@ -52,7 +52,7 @@ class Fs(PlainDevice):
         call_fd: int,
         *,
         tag: str,
-        report: Callable[[str], None],
+        report: Report,
     ) -> None:
         if not memory.shared:
             raise CallerError("a vhost-user device needs guest memory that can be shared")
@@ -60,11 +60,12 @@ class Fs(PlainDevice):
         self._loop = loop
         self._front_end = front_end
         self._call_fd = call_fd
-        self._report = report
+        self._report = Reporter(report)
         self.config = _CONFIG.pack(tag.encode(), REQUEST_QUEUES)
         self._activation: Activation | None = None
         self._refusing: Activation | None = None  # whose notifications the loop watches
         self._mourned = False
+        self._settling_queued = False
         front_end.negotiate()
         if RING_FEATURES & ~front_end.features:
             raise HostError("the vhost-user daemon lacks ring features that are offered to guests")
@@ -82,7 +83,7 @@ class Fs(PlainDevice):
             self._front_end.start(activation.features, self._memory.shared_regions(), rings)
         except HostError as error:
             self._mourn(error)
-            self._loop.call_soon(partial(self._take_over, activation))
+            self._queue_settling()
 
     def process(self, queue_index: int) -> bool:
         raise AssertionError(f"the daemon takes the notifications of queue {queue_index} itself")
@@ -96,7 +97,7 @@ class Fs(PlainDevice):
                 self._front_end.stop(len(activation.queues))
             except HostError as error:
                 self._mourn(error)
-        self._loop.call_soon(self._unwatch_unless_active)
+        self._queue_settling()
 
     def close(self) -> None:
         self._activation = None
@@ -113,6 +114,19 @@ class Fs(PlainDevice):
             self._mourn(HostError(self._front_end.lost))
         activation = self._activation
         if activation is not None:
+            self._take_over(activation)
+
+    def _queue_settling(self) -> None:
+        if not self._settling_queued:  # a guest may begin again faster than the loop turns
+            self._settling_queued = True
+            self._loop.call_soon(self._settle)
+
+    def _settle(self) -> None:
+        """What the driver's last steps left to do on the loop's thread."""
+        self._settling_queued = False  # before looking: what comes from here on asks again
+        self._unwatch_unless_active()
+        activation = self._activation
+        if activation is not None and self._front_end.lost:
             self._take_over(activation)
 
     def _mourn(self, error: HostError) -> None:

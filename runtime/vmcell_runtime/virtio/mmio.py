@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable
 from typing import ParamSpec
 
@@ -28,19 +27,14 @@ from vmcell_runtime.virtio.device import (
     VirtioDevice,
 )
 from vmcell_runtime.virtio.queue import Queue, RingLayout
+from vmcell_runtime.virtio.reporter import Report, Reporter
 from vmcell_runtime.virtio.saved import QueueState, TransportState
 
 P = ParamSpec("P")
 
-REPORTS_PER_WINDOW = 10
-REPORT_WINDOW_NS = 5_000_000_000
 _LOW_32 = 0xFFFF_FFFF
 _HIGH_32 = 0xFFFF_FFFF_0000_0000
 _NO_SHM_REGION = 0xFFFF_FFFF  # length and base of a region that does not exist, § 4.2.2
-
-Report = Callable[[str], None]
-"""Takes one line for the operator's log."""
-
 
 # Disks, images and sockets: what a driver read there it holds for true.
 _FIXED_CONFIG = (abi.DEVICE_ID_BLOCK, abi.DEVICE_ID_PMEM, abi.DEVICE_ID_SOCKET)
@@ -122,8 +116,7 @@ class MmioTransport:
         self._memory = memory
         self._irq = irq
         self._loop = loop
-        self._report = report
-        self._report_times_ns: list[int] = []
+        self._report = Reporter(report)
         self._lock = threading.RLock()
         self._interrupt_lock = threading.Lock()
         self._interrupt_status = 0
@@ -532,12 +525,7 @@ class MmioTransport:
         self._status |= abi.STATUS_NEEDS_RESET
         self._device.reset()
         self.interrupt(abi.INTERRUPT_CONFIG_CHANGE)
-        now_ns = time.monotonic_ns()
-        recent = [t for t in self._report_times_ns if now_ns - t < REPORT_WINDOW_NS]
-        if len(recent) < REPORTS_PER_WINDOW:
-            recent.append(now_ns)
-            self._report(f"virtio device {self._device.device_id} stopped: {error}")
-        self._report_times_ns = recent
+        self._report(f"virtio device {self._device.device_id} stopped: {error}")
 
     def _read_interrupt_status(self) -> int:
         with self._interrupt_lock:

@@ -17,7 +17,7 @@ from functools import partial
 
 from vmcell_protos.errors import CallerError, GuestError, HostError
 from vmcell_runtime.loop import EventLoop
-from vmcell_runtime.memory import GuestMemory, Span
+from vmcell_runtime.memory import MAX_SPANS, GuestMemory, Span
 from vmcell_runtime.virtio import abi, host_abi, spans
 from vmcell_runtime.virtio.device import Activation, PlainDevice
 from vmcell_runtime.virtio.host_ioctl import ioctl_bytes, ioctl_number
@@ -100,6 +100,7 @@ class Net(PlainDevice):
         self.dropped_frames = 0
         self._activation: Activation | None = None
         self._watching = False
+        self._unwatch_queued = False
         self._spare: deque[Chain] = deque()
         ioctl_bytes(
             tap_fd,
@@ -136,7 +137,9 @@ class Net(PlainDevice):
         self._spare.clear()
         if activation is not None and self._vhost is not None:
             self._vhost.stop(len(activation.queues))
-        self._loop.call_soon(self._unwatch_unless_active)
+        if not self._unwatch_queued:  # a guest may reset faster than the loop turns
+            self._unwatch_queued = True
+            self._loop.call_soon(self._unwatch_unless_active)
 
     def suspend(self) -> tuple[tuple[int, int], ...]:
         activation = self._activation
@@ -231,7 +234,7 @@ class Net(PlainDevice):
         if not features & (F_GUEST_TSO4 | F_GUEST_TSO6):
             needed = HEADER.size + ETHERNET_BYTES + VLAN_BYTES + self._mtu
         chains: list[Chain] = []
-        room = 0
+        room = pieces = 0
         while room < needed:
             chain = self._take(queue)
             if chain is None:
@@ -239,6 +242,9 @@ class Net(PlainDevice):
                 return None
             chains.append(chain)
             room += chain.writable_bytes
+            pieces += len(chain.writable)
+            if pieces > MAX_SPANS:
+                raise GuestError(f"the room for one network frame has {pieces} pieces")
             if not features & F_MRG_RXBUF and room < needed:
                 raise GuestError(f"a network receive buffer has {room} bytes of {needed}")
         return chains
@@ -284,6 +290,7 @@ class Net(PlainDevice):
         self._receive(activation)
 
     def _unwatch_unless_active(self) -> None:
+        self._unwatch_queued = False  # before looking: what is reset from here on asks again
         if self._tap_fd >= 0:
             self._watch(None)
             activation = self._activation

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -24,6 +25,9 @@ from vmcell_runtime.virtio.spans import Spans
 
 BUDGET_CHAINS = 64
 """Chains handled at one wake, so that no queue holds the event loop for long."""
+
+BUDGET_NS = 10_000_000
+"""And none is begun later after a wake: some are long in links, some are megabytes for a disk."""
 
 _unpack_descriptor = struct.Struct(abi.DESCRIPTOR_FORMAT).unpack_from
 _pack_used = struct.Struct("<II").pack
@@ -105,6 +109,7 @@ class Queue:
         self._used_index = 0
         self._completed: list[bytes] = []
         self._in_flight: set[int] = set()
+        self._unpublished: set[int] = set()  # heads of `_completed`, which the guest still lacks
         self._fence = threading.Lock()
 
     @property
@@ -113,7 +118,8 @@ class Queue:
 
         True for whoever goes on with what this one took in the order of the ring.
         """
-        return (self._next_avail - len(self._in_flight)) & 0xFFFF, self._used_index
+        taken = len(self._in_flight) + len(self._unpublished)
+        return (self._next_avail - taken) & 0xFFFF, self._used_index
 
     def resume(self, next_avail: int, used_index: int, in_flight: Iterable[int]) -> None:
         """Goes on where another device stopped; `in_flight` are heads it took and this one has."""
@@ -122,12 +128,16 @@ class Queue:
         self._in_flight = set(in_flight)
 
     def pop(self) -> Chain | None:
-        """The next buffer, checked and copied, or None. It is in flight until `complete`."""
+        """The next buffer, checked and copied, or None.
+
+        It is in flight until `complete`, and its head cannot come again before `flush`: so what is
+        published at once is never more than the ring has entries.
+        """
         if self._next_avail == self._seen_avail and not self._look():
             return None
         slot = self._next_avail & (self._size - 1)
         head = self._memory.load16(self._avail_ring_gpa + 2 * slot)
-        if head in self._in_flight:
+        if head in self._in_flight or head in self._unpublished:
             raise GuestError(f"descriptor {head} was made available while in flight")
         chain = self.walk(head)
         self._in_flight.add(head)
@@ -140,6 +150,7 @@ class Queue:
         KeyError if it is not in flight: that is an error of ours.
         """
         self._in_flight.remove(head)
+        self._unpublished.add(head)
         self._completed.append(_pack_used(head, written_bytes))
 
     def flush(self) -> bool:
@@ -154,6 +165,7 @@ class Queue:
         if count > before_wrap:
             self._memory.write(self._used_ring_gpa, b"".join(self._completed[before_wrap:]))
         self._completed.clear()
+        self._unpublished.clear()
         old, new = self._used_index, (self._used_index + count) & 0xFFFF
         self._used_index = new
         self._memory.store16(self._used_index_gpa, new)
@@ -178,9 +190,13 @@ class Queue:
             self._memory.store16(self._used_flags_gpa, abi.USED_NO_NOTIFY)
 
     def drain(self, handle: Callable[[Chain], None], budget: int = BUDGET_CHAINS) -> bool:
-        """Hands out up to `budget` buffers; True if some may be left, else the queue is armed."""
+        """Hands out buffers, up to `budget` of them and none after BUDGET_NS.
+
+        True if some may be left, else the queue is armed.
+        """
         self.disarm()
-        while budget:
+        deadline_ns = time.monotonic_ns() + BUDGET_NS
+        while budget and time.monotonic_ns() < deadline_ns:
             chain = self.pop()
             if chain is not None:
                 handle(chain)

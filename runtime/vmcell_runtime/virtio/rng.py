@@ -35,8 +35,10 @@ class Rng(PlainDevice):
         queue = activation.queues[queue_index]
 
         def answer(chain: Chain) -> None:
-            spans.write(self._memory, chain.writable, os.getrandom(chain.writable_bytes))
-            queue.complete(chain.head, chain.writable_bytes)
+            # A signal can make it fewer than asked for; what was not written is not said to be.
+            data = os.getrandom(chain.writable_bytes)
+            spans.write(self._memory, chain.writable, data)
+            queue.complete(chain.head, len(data))
 
         more = queue.drain(answer)
         activation.link.signal(queue)

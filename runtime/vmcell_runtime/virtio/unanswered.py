@@ -81,13 +81,14 @@ def left_over(memory: GuestMemory, queue: Queue) -> LeftOver:
 def _history(
     memory: GuestMemory, ring_gpa: int, entry_bytes: int, index: int, size: int
 ) -> tuple[dict[int, int], Counter[int]]:
-    """What a ring still has: head → entries since its last one, youngest first; how often each."""
-    ring = memory.read(ring_gpa, entry_bytes * size)
+    """What a ring still has: head → entries since its last one, youngest first; how often each.
+
+    A head is the first 16 bits of an entry, loaded once and at once: its writer may still be there.
+    """
     ages: dict[int, int] = {}
     times: Counter[int] = Counter()
     for age in range(size):
-        offset = (index - 1 - age) % size * entry_bytes
-        head = int.from_bytes(ring[offset : offset + 2], "little")
+        head = memory.load16(ring_gpa + (index - 1 - age) % size * entry_bytes)
         ages.setdefault(head, age)
         times[head] += 1
     return ages, times

@@ -42,6 +42,7 @@ class Vsock(PlainDevice):
         self._activation: Activation | None = None
         self._mux: Mux | None = None
         self._graveyard: list[Stream] = []
+        self._burial_queued = False
 
     def connect(
         self,
@@ -78,7 +79,9 @@ class Vsock(PlainDevice):
         mux, self._mux, self._activation = self._mux, None, None
         if mux is not None:
             self._graveyard += mux.give_up()
-            self._loop.call_soon(self._bury)
+            if not self._burial_queued:  # a guest may reset faster than the loop turns
+                self._burial_queued = True
+                self._loop.call_soon(self._bury)
 
     def tell_restored(self) -> None:
         if self._mux is not None:
@@ -101,6 +104,7 @@ class Vsock(PlainDevice):
         self._listeners.clear()
 
     def _bury(self) -> None:
+        self._burial_queued = False  # before looking: what is given up from here on asks again
         while self._graveyard:
             stream = self._graveyard.pop()
             stream.flush()
