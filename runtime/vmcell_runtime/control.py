@@ -25,6 +25,7 @@ END_REASONS = (
     "guest_reset",
     "guest_panic",
     "triple_fault",
+    "guest_fault",
     "vmm_error",
     "killed",
 )

@@ -1,10 +1,11 @@
 """Why a machine ends. The first cause counts; what the kernel said decides what a reset means.
 
     what happened                                     kernel's last words    end reason
-    reset line, triple fault                          a panic                guest_panic
+    reset line, triple fault, guest fault             a panic                guest_panic
     reset line                                        "Restarting system"    guest_shutdown
     reset line                                        none                   guest_reset
     triple fault                                      none, or "Restarting"  triple_fault
+    an instruction that KVM cannot carry out          none, or "Restarting"  guest_fault
     nothing more for 5 s                              a panic                guest_panic
     nothing (without ACPI it stands still)            "Power down", halted   guest_shutdown
 
@@ -22,6 +23,7 @@ from vmcell_runtime.devices.console import LastWords
 from vmcell_runtime.loop import EventLoop
 
 PANIC_GRACE_NS = 5_000_000_000
+_OWN_ENDS = ("guest_reset", "triple_fault", "guest_fault")
 
 
 class End(NamedTuple):
@@ -52,7 +54,7 @@ class Ending:
         """Why the machine ended; ValueError while it has not."""
         if self._cause is None:
             raise ValueError("the machine has not ended")
-        if self._cause.reason in ("guest_reset", "triple_fault") and self.words.panic:
+        if self._cause.reason in _OWN_ENDS and self.words.panic:
             return End("guest_panic", self.words.panic)
         if self._cause.reason == "guest_reset" and self.words.orderly:
             return End("guest_shutdown", self.words.orderly)

@@ -6,6 +6,10 @@ event of the same batch names, so events without a callback are dropped; and a n
 opened again inside one batch can see one event too many, so callbacks use non-blocking descriptors
 and take "nothing there" for an answer.
 
+What was added as `urgent`, and calls from other threads, do not wait for a whole batch: when they
+have waited for some milliseconds they come between two of its callbacks. So a guest that keeps all
+its devices busy keeps its shim waiting for one of them at most.
+
 An exception of a callback leaves `run`: what a device cannot handle ends the process.
 """
 
@@ -21,6 +25,8 @@ from collections.abc import Callable
 READABLE = select.EPOLLIN
 WRITABLE = select.EPOLLOUT
 HANGUP = select.EPOLLHUP | select.EPOLLRDHUP | select.EPOLLERR
+
+URGENT_NS = 2_000_000
 
 Callback = Callable[[int], None]
 """Called with the epoll event mask."""
@@ -52,15 +58,25 @@ class EventLoop:
         self._epoll = select.epoll()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._callbacks: dict[int, Callback] = {}
+        self._urgent = select.poll()
+        self._urgent_fds: set[int] = set()
         self._timers: list[Timer] = []
         self._soon: deque[Callable[[], None]] = deque()
         self._stopped = False
-        self.add(self._wake_fd, self._drain_wake)
+        self.add(self._wake_fd, self._drain_wake, urgent=True)
 
-    def add(self, fd: int, callback: Callback, events: int = READABLE) -> None:
-        """Calls `callback(events)` whenever `fd` is ready (level-triggered)."""
+    def add(
+        self, fd: int, callback: Callback, events: int = READABLE, *, urgent: bool = False
+    ) -> None:
+        """Calls `callback(events)` whenever `fd` is ready (level-triggered).
+
+        An `urgent` one is asked again just before it is called, so it may be a blocking one.
+        """
         self._epoll.register(fd, events)
         self._callbacks[fd] = callback
+        if urgent:
+            self._urgent.register(fd, events)
+            self._urgent_fds.add(fd)
 
     def modify(self, fd: int, events: int) -> None:
         """Changes what `fd` waits for; 0 leaves only errors and hang-up."""
@@ -70,6 +86,9 @@ class EventLoop:
         """Forgets `fd`, before it is closed; unknown ones are an error of ours (KeyError)."""
         del self._callbacks[fd]
         self._epoll.unregister(fd)
+        if fd in self._urgent_fds:
+            self._urgent_fds.remove(fd)
+            self._urgent.unregister(fd)
 
     def call_soon(self, function: Callable[[], None]) -> None:
         """Runs `function` on the loop's thread at its next turn; callable from any thread."""
@@ -90,9 +109,15 @@ class EventLoop:
     def run(self) -> None:
         """Dispatches until `stop`; a stop before `run` counts."""
         while not self._stopped:
-            for fd, events in self._epoll.poll(self._timeout_s()):
+            ready = self._epoll.poll(self._timeout_s())
+            waiting = any(fd in self._urgent_fds for fd, _ in ready)
+            looked_ns = 0 if waiting else time.monotonic_ns()
+            for fd, events in ready:
+                if time.monotonic_ns() - looked_ns > URGENT_NS:
+                    self._run_urgent()
+                    looked_ns = time.monotonic_ns()
                 callback = self._callbacks.get(fd)
-                if callback is not None:
+                if callback is not None and fd not in self._urgent_fds:
                     callback(events)
             self._run_timers()
 
@@ -113,6 +138,12 @@ class EventLoop:
         now_ns = time.monotonic_ns()
         while self._timers and self._timers[0].deadline_ns <= now_ns:
             heapq.heappop(self._timers).fire()
+
+    def _run_urgent(self) -> None:
+        for fd, events in self._urgent.poll(0):
+            callback = self._callbacks.get(fd)
+            if callback is not None:
+                callback(events)
 
     def _drain_wake(self, _events: int) -> None:
         os.eventfd_read(self._wake_fd)

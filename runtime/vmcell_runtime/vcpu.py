@@ -21,7 +21,9 @@ from vmcell_runtime.kvm import abi
 from vmcell_runtime.kvm.vcpu import Vcpu
 
 KICK_SIGNAL = signal.SIGRTMIN
-_SUBERROR_EMULATION = 1  # KVM_INTERNAL_ERROR_EMULATION
+# KVM_INTERNAL_ERROR_*: what a guest brings about that runs where it has no memory, for example
+_SUBERROR_EMULATION, _SUBERROR_SIMULTANEOUS, _SUBERROR_DELIVERY = 1, 2, 3
+_GUESTS_FAULTS = (_SUBERROR_EMULATION, _SUBERROR_SIMULTANEOUS, _SUBERROR_DELIVERY)
 
 EndMachine = Callable[[str, str], None]
 """Takes (end reason, detail), from any thread."""
@@ -159,7 +161,8 @@ class VcpuThread:
             words = " ".join(f"{word:#x}" for word in data)
             what = "emulate an instruction" if suberror == _SUBERROR_EMULATION else "go on"
             rip = self.vcpu.get_regs().rip
-            return "vmm_error", f"KVM could not {what} at {rip:#x} (suberror {suberror}: {words})"
+            whose = "guest_fault" if suberror in _GUESTS_FAULTS else "vmm_error"
+            return whose, f"KVM could not {what} at {rip:#x} (suberror {suberror}: {words})"
         if reason == abi.KVM_EXIT_FAIL_ENTRY:
             code = self.vcpu.fail_entry_reason()
             return "vmm_error", f"the processor refused to enter the guest (code {code:#x})"

@@ -76,7 +76,8 @@ def main(shim_fd: int, empty_root: EmptyRoot | None = None) -> NoReturn:
         os._exit(EXIT_FAILED)
     if machine is None:
         os._exit(0)
-    machine.loop.add(shim.fileno(), partial(_on_shim, shim, machine), READABLE | HANGUP)
+    on_shim = partial(_on_shim, shim, machine)
+    machine.loop.add(shim.fileno(), on_shim, READABLE | HANGUP, urgent=True)
     gc.collect()
     gc.freeze()
     _send(shim, Running())

@@ -29,6 +29,8 @@ def loop() -> Iterator[EventLoop]:
         ([], "vmm_error", "vmm_error", "cause"),
         ([PANIC], "guest_reset", "guest_panic", PANIC),
         ([PANIC], "triple_fault", "guest_panic", PANIC),
+        ([], "guest_fault", "guest_fault", "cause"),
+        ([PANIC], "guest_fault", "guest_panic", PANIC),
         ([PANIC], "vmm_error", "vmm_error", "cause"),
         (
             ["reboot: Restarting system"],

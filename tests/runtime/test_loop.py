@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vmcell_runtime.loop import READABLE, WRITABLE, EventLoop
+from vmcell_runtime.loop import READABLE, URGENT_NS, WRITABLE, EventLoop
 
 SECOND_NS = 1_000_000_000
 
@@ -161,3 +161,36 @@ def test_closing_the_loop_leaves_added_descriptors_open(loop: EventLoop) -> None
     assert os.read(read_end, 1) == b"x"
     os.close(read_end)
     os.close(write_end)
+
+
+def test_what_is_urgent_does_not_wait_for_a_whole_batch(loop: EventLoop) -> None:
+    order: list[str] = []
+    pairs = [socket.socketpair() for _ in range(4)]
+    asked, asker = socket.socketpair()
+
+    def busy(ours: socket.socket) -> None:
+        ours.recv(1)
+        order.append("busy")
+        if len(order) == 1:
+            asker.send(b"?")
+            loop.call_soon(lambda: order.append("call"))
+        deadline_ns = time.monotonic_ns() + 2 * URGENT_NS
+        while time.monotonic_ns() < deadline_ns:
+            pass
+        if order.count("busy") == len(pairs):
+            loop.stop()
+
+    def answer(_events: int) -> None:
+        asked.recv(1)  # blocks for ever if nobody asks
+        order.append("answer")
+
+    for ours, theirs in pairs:
+        loop.add(ours.fileno(), lambda _events, ours=ours: busy(ours))
+        theirs.send(b"x")
+    loop.add(asked.fileno(), answer, urgent=True)
+    loop.run()
+    assert sorted(order[1:3]) == ["answer", "call"]
+    assert order[3:] == ["busy"] * 3
+    loop.remove(asked.fileno())
+    for sock in (asked, asker, *(end for pair in pairs for end in pair)):
+        sock.close()

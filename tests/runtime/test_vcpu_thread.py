@@ -106,8 +106,9 @@ INTERNAL = abi.KVM_EXIT_INTERNAL_ERROR
     ("step", "reason", "detail"),
     [
         ((abi.KVM_EXIT_SHUTDOWN, None), "triple_fault", "double fault"),
-        ((INTERNAL, (1, (7, 8))), "vmm_error", r"emulate an instruction at 0x1234 .*1: 0x7 0x8"),
-        ((INTERNAL, (3, ())), "vmm_error", r"could not go on at 0x1234 \(suberror 3"),
+        ((INTERNAL, (1, (7, 8))), "guest_fault", r"emulate an instruction at 0x1234 .*1: 0x7 0x8"),
+        ((INTERNAL, (3, ())), "guest_fault", r"could not go on at 0x1234 \(suberror 3"),
+        ((INTERNAL, (4, ())), "vmm_error", r"could not go on at 0x1234 \(suberror 4"),
         ((abi.KVM_EXIT_FAIL_ENTRY, 0x80000021), "vmm_error", "code 0x80000021"),
         ((abi.KVM_EXIT_SYSTEM_EVENT, 1), "guest_shutdown", "shut down"),
         ((abi.KVM_EXIT_SYSTEM_EVENT, 2), "guest_reset", "reset"),

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from payload import (
     HLT_FOREVER,
+    JUMP_OUT_OF_MEMORY,
     RESET,
     SPIN,
     TRIPLE_FAULT,
@@ -49,6 +50,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     [
         (RESET + HLT_FOREVER, "guest_reset", "reset line"),
         (TRIPLE_FAULT, "triple_fault", "double fault"),
+        (JUMP_OUT_OF_MEMORY, "guest_fault", "could not emulate an instruction"),
         (
             say(b"[ 1.0] Kernel panic - not syncing: ouch\n") + RESET + HLT_FOREVER,
             "guest_panic",
@@ -62,7 +64,15 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
         (say(b"reboot: Restarting system\n") + RESET, "guest_shutdown", "Restarting system"),
         (say(b"reboot: Power down\n") + HLT_FOREVER, "guest_shutdown", "Power down"),
     ],
-    ids=["reset", "triple-fault", "panic", "panic-without-reset", "restart", "power-off"],
+    ids=[
+        "reset",
+        "triple-fault",
+        "no-memory",
+        "panic",
+        "panic-without-reset",
+        "restart",
+        "power-off",
+    ],
 )
 def test_a_guests_end_has_its_reason(bench: Bench, code: bytes, reason: str, detail: str) -> None:
     ended = bench.launch(code).wait_exit(DEADLINE_S)

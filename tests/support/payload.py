@@ -11,6 +11,7 @@ from vmcell_tools.bench.payload import memory_file as memory_file
 HLT_FOREVER = b"\xf4\xeb\xfd"  # 1: hlt; jmp 1b
 SPIN = b"\xeb\xfe"
 TRIPLE_FAULT = b"\x0f\x0b"  # ud2 with an empty IDT
+JUMP_OUT_OF_MEMORY = b"\xb8\x00\x00\x00\x30\xff\xe0"  # mov eax, 0x30000000; jmp rax
 RESET = b"\xb0\xfe\xe6\x64"  # mov al, 0xfe; out 0x64, al
 
 
