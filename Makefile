@@ -10,7 +10,8 @@ PYTEST := $(BIN)/python -m pytest
 DEEP ?=
 TIER := $(if $(DEEP),, and not deep)
 
-.PHONY: demo test test-at-once test-plain test-root test-kvm test-vm test-long test-api-cases host venv artifacts \
+.PHONY: demo test test-at-once test-plain test-root test-kvm test-vm test-long test-api-cases fuzz hostile-agents \
+	host venv artifacts \
 	interpreter-image containerd2 dev-up clean help
 
 help:
@@ -18,6 +19,8 @@ help:
 	@echo "make test   the tests: plain, root, kvm and vm lane"
 	@echo "make test DEEP=1   all of them; about twice the time"
 	@echo "make test-api-cases   5,000 requests made from the API's document; 10 minutes"
+	@echo "make fuzz   every parser against mutated input, 10 minutes each; SECONDS= and TARGET="
+	@echo "make hostile-agents   500 guests whose agent attacks the shim; 30 minutes"
 	@echo "make test-long   two hours' worth of Task calls in random order; 20 minutes"
 
 host:
@@ -70,6 +73,8 @@ test-vm: DEV_IMAGES += code-interpreter-v1
 dev-up: artifacts
 endif
 
+# Each of the fuzz targets takes so many seconds, two at a time.
+test-plain: export VMCELL_FUZZ_SECONDS ?= $(if $(DEEP),20,5)
 test-plain:
 	$(PYTEST) -m 'not kvm and not vm and not root$(TIER)'
 
@@ -97,6 +102,18 @@ test-long: venv
 # Requests made from the API's document; make test runs 400 of them.
 test-api-cases: venv
 	VMCELL_API_CASES=5000 $(PYTEST) tests/api/test_api_cases.py
+
+# Longer than make test does, and with other random numbers each time: make fuzz SECONDS=3600
+# TARGET=blk_request. TARGET=all is every one of them, two at a time.
+SECONDS ?= 600
+TARGET ?= all
+fuzz: venv
+	@$(BIN)/python tests/fuzz/run_fuzz.py $(TARGET) --seconds $(SECONDS) --keep
+
+# Guests whose agent is an attacker, as many as SEEDS; make test DEEP=1 has 20 of them.
+SEEDS ?= 500
+hostile-agents: venv
+	VMCELL_HOSTILE_SEEDS=$(SEEDS) $(PYTEST) tests/shim/test_hostile_agent.py
 
 dev-up:
 	@$(BIN)/vmcell dev up --store $${VMCELL_DEV_NAME:-make} --api-port 0 --data-port 0 \
