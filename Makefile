@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 DEEP ?=
 TIER := $(if $(DEEP),, and not deep)
 
-.PHONY: demo test test-at-once test-plain test-root test-kvm test-vm test-long test-api-cases test-state-machines test-hostile host venv artifacts \
+.PHONY: demo test test-at-once test-plain test-root test-kvm test-vm test-long test-api-cases test-state-machines test-hostile fuzz hostile-agents \ host venv artifacts \
 	interpreter-image containerd2 dev-up clean help
 
 help:
@@ -20,6 +20,8 @@ help:
 	@echo "make test-api-cases   5,000 requests made from the API's document; 10 minutes"
 	@echo "make test-state-machines   200,000 random runs of the device models; 20 minutes"
 	@echo "make test-hostile SEEDS=200   hostile guests, 10 s each, four at once (docs/hostile-guest.md)"
+	@echo "make fuzz   every parser against mutated input, 10 minutes each; SECONDS= and TARGET="
+	@echo "make hostile-agents   500 guests whose agent attacks the shim; 30 minutes"
 	@echo "make test-long   two hours' worth of Task calls in random order; 20 minutes"
 
 host:
@@ -72,6 +74,8 @@ test-vm: DEV_IMAGES += code-interpreter-v1
 dev-up: artifacts
 endif
 
+# Each of the fuzz targets takes so many seconds, two at a time.
+test-plain: export VMCELL_FUZZ_SECONDS ?= $(if $(DEEP),20,5)
 test-plain:
 	$(PYTEST) -m 'not kvm and not vm and not root$(TIER)'
 
@@ -112,6 +116,17 @@ test-api-cases: venv
 test-state-machines: venv
 	VMCELL_STATE_MACHINE_RUNS=$${VMCELL_STATE_MACHINE_RUNS:-200000} $(PYTEST) -o faulthandler_timeout=0 \
 		--timeout 0 tests/virtio/machines tests/runtime/test_memory_machine.py
+# Longer than make test does, and with other random numbers each time: make fuzz SECONDS=3600
+# TARGET=blk_request. TARGET=all is every one of them, two at a time.
+SECONDS ?= 600
+TARGET ?= all
+fuzz: venv
+	@$(BIN)/python tests/fuzz/run_fuzz.py $(TARGET) --seconds $(SECONDS) --keep
+
+# Guests whose agent is an attacker, as many as SEEDS; make test DEEP=1 has 20 of them.
+SEEDS ?= 500
+hostile-agents: venv
+	VMCELL_HOSTILE_SEEDS=$(SEEDS) $(PYTEST) tests/shim/test_hostile_agent.py
 
 dev-up:
 	@$(BIN)/vmcell dev up --store $${VMCELL_DEV_NAME:-make} --api-port 0 --data-port 0 \

@@ -1,7 +1,9 @@
 """ttrpc without I/O: frames in and out of bytes, calls in, answers out.
 
 What this is for: the shim answers containerd, the guest agent answers the shim, the shim publishes
-events; all unary. What it does not do: streaming calls (a Data frame is skipped), sockets, threads.
+events; all unary. What it does not do: streaming calls (a server skips Data frames), sockets,
+threads. A client takes one answer to each call and nothing else: a peer that says more has lost
+count or is hostile, and reading on would cost without end.
 Source: containerd/ttrpc PROTOCOL.md (1.2): a 10-byte header (data length, stream id, type, flags,
 big-endian), data of at most 4 MiB; client stream ids are odd and rising.
 """
@@ -12,9 +14,12 @@ from struct import Struct
 
 from vmcell_protos.errors import CODE_NAMES, CODES, CallerError, VmcellError
 from vmcell_protos.ttrpc_messages import Request, Response, Status
-from vmcell_protos.wire import WireError
+from vmcell_protos.wire import MAX_ITEMS, WireError
 
 MAX_DATA_BYTES = 4 << 20
+MAX_UNANSWERED = 4096
+"""Calls that one client may have open, those that it has given up waiting for too."""
+
 REQUEST, RESPONSE, DATA = 1, 2, 3
 _HEADER = Struct(">IIBB")
 
@@ -24,7 +29,7 @@ class ProtocolError(CallerError):
 
 
 class Frame:
-    """One frame; `data` is None when the peer announced more than MAX_DATA_BYTES (drained)."""
+    """One frame; `data` is None when the peer announced more than the reader takes (drained)."""
 
     __slots__ = ("data", "flags", "kind", "stream_id")
 
@@ -71,11 +76,12 @@ def encode_frame(stream_id: int, kind: int, data: bytes, flags: int = 0) -> byte
 
 
 class FrameReader:
-    """Bytes in any portions → frames. Holds at most one frame's data."""
+    """Bytes in any portions → frames. Holds at most one frame's data, of `max_data_bytes`."""
 
-    __slots__ = ("_buffer", "_skip_bytes")
+    __slots__ = ("_buffer", "_max_data_bytes", "_skip_bytes")
 
-    def __init__(self) -> None:
+    def __init__(self, max_data_bytes: int = MAX_DATA_BYTES) -> None:
+        self._max_data_bytes = max_data_bytes
         self._buffer = bytearray()
         self._skip_bytes = 0
 
@@ -90,7 +96,7 @@ class FrameReader:
         while len(self._buffer) >= _HEADER.size:
             length, stream_id, kind, flags = _HEADER.unpack_from(self._buffer)
             end = _HEADER.size + length
-            if length > MAX_DATA_BYTES:
+            if length > self._max_data_bytes:
                 frames.append(Frame(stream_id, kind, flags, None))
                 self._skip_bytes = max(0, end - len(self._buffer))
                 del self._buffer[:end]
@@ -151,42 +157,63 @@ class ServerConnection:
 
 
 class ClientConnection:
-    """The client's half of one connection."""
+    """The client's half of one connection. Of an answer it takes at most `max_data_bytes`, and in
+    it `max_items` items (see `wire`)."""
 
-    __slots__ = ("_next_stream_id", "_reader")
+    __slots__ = ("_max_data_bytes", "_max_items", "_next_stream_id", "_reader", "_unanswered")
 
-    def __init__(self) -> None:
-        self._reader = FrameReader()
+    def __init__(self, *, max_data_bytes: int = MAX_DATA_BYTES, max_items: int = MAX_ITEMS) -> None:
+        self._max_data_bytes = max_data_bytes
+        self._max_items = max_items
+        self._reader = FrameReader(max_data_bytes)
         self._next_stream_id = 1
+        self._unanswered: set[int] = set()
 
     def call(
         self, service: str, method: str, payload: bytes, timeout_ns: int = 0
     ) -> tuple[int, bytes]:
-        """The new call's stream id and the bytes to send. timeout_ns 0: none."""
+        """The new call's stream id and the bytes to send. timeout_ns 0: none.
+
+        Raises CallerError(resource_exhausted): the request is too long, or too many are open.
+        """
+        if len(self._unanswered) >= MAX_UNANSWERED:
+            raise CallerError(
+                f"{method} is not asked: {MAX_UNANSWERED} calls before it have no answer",
+                code="resource_exhausted",
+            )
         stream_id = self._next_stream_id
-        self._next_stream_id += 2
         request = Request(service=service, method=method, payload=payload, timeout_nano=timeout_ns)
-        return stream_id, encode_frame(stream_id, REQUEST, request.encode())
+        frame = encode_frame(stream_id, REQUEST, request.encode())
+        self._next_stream_id += 2
+        self._unanswered.add(stream_id)
+        return stream_id, frame
 
     def receive(self, data: bytes) -> list[Reply]:
-        """Replies completed by `data`; a reply that cannot be read carries an error itself."""
+        """Replies completed by `data`; a reply that cannot be read carries an error itself.
+
+        Raises ProtocolError for what answers no open call.
+        """
         replies: list[Reply] = []
         for frame in self._reader.feed(data):
-            if frame.kind == RESPONSE:
-                replies.append(_reply(frame))
+            if frame.kind != RESPONSE or frame.stream_id not in self._unanswered:
+                raise ProtocolError(
+                    f"frame of kind {frame.kind} on stream {frame.stream_id}; no call there waits "
+                    "for an answer"
+                )
+            self._unanswered.remove(frame.stream_id)
+            replies.append(self._reply(frame))
         return replies
 
-
-def _reply(frame: Frame) -> Reply:
-    if frame.data is None:
-        text = f"answer is larger than {MAX_DATA_BYTES} bytes"
-        return Reply(frame.stream_id, b"", VmcellError(text, code="resource_exhausted"))
-    try:
-        response = Response.decode(frame.data)
-    except WireError as error:
-        return Reply(frame.stream_id, b"", VmcellError(f"answer: {error}", code="internal"))
-    status = response.status
-    if status is not None and status.code:
-        code = CODE_NAMES.get(status.code, "unknown")
-        return Reply(frame.stream_id, b"", VmcellError(status.message, code=code))
-    return Reply(frame.stream_id, response.payload, None)
+    def _reply(self, frame: Frame) -> Reply:
+        if frame.data is None:
+            text = f"answer is larger than {self._max_data_bytes} bytes"
+            return Reply(frame.stream_id, b"", VmcellError(text, code="resource_exhausted"))
+        try:
+            response = Response.decode(frame.data, self._max_items)
+        except WireError as error:
+            return Reply(frame.stream_id, b"", VmcellError(f"answer: {error}", code="internal"))
+        status = response.status
+        if status is not None and status.code:
+            code = CODE_NAMES.get(status.code, "unknown")
+            return Reply(frame.stream_id, b"", VmcellError(status.message, code=code))
+        return Reply(frame.stream_id, response.payload, None)

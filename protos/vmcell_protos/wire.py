@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     M = TypeVar("M", bound="Message")
 
 MAX_DEPTH = 32
+MAX_ITEMS = 1 << 16
+"""How many messages, map entries and repeated values one message may bring: each of them takes two
+bytes on the wire, and a hundred and a microsecond or ten here."""
+
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _U64 = (1 << 64) - 1
 
@@ -71,9 +75,9 @@ class Message:
         return bytes(out)
 
     @classmethod
-    def decode(cls, data: bytes | bytearray | memoryview) -> Self:
+    def decode(cls, data: bytes | bytearray | memoryview, max_items: int = MAX_ITEMS) -> Self:
         """A new message from `data`; raises WireError."""
-        return _decode_message(cls, bytes(data), 0)
+        return _decode_message(cls, bytes(data), 0, _Allowance(max_items))
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
@@ -85,6 +89,20 @@ class Message:
     def __repr__(self) -> str:
         inner = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in self.FIELDS)
         return f"{type(self).__name__}({inner})"
+
+
+class _Allowance:
+    """How many items are left to one message and all that is in it."""
+
+    __slots__ = ("left", "most")
+
+    def __init__(self, most: int) -> None:
+        self.left = self.most = most
+
+    def take(self, count: int = 1) -> None:
+        self.left -= count
+        if self.left < 0:
+            raise WireError(f"message of more than {self.most} items")
 
 
 def encode_varint(value: int) -> bytes:
@@ -201,7 +219,12 @@ def _take(data: bytes, position: int, wire_type: int) -> tuple[int | bytes, int]
 
 
 def _decode_value(
-    kind: str, name: str, message: type[Message] | None, raw: int | bytes, depth: int
+    kind: str,
+    name: str,
+    message: type[Message] | None,
+    raw: int | bytes,
+    depth: int,
+    allowance: _Allowance,
 ) -> Any:
     if isinstance(raw, int):
         if kind in _INT_RANGES:
@@ -215,21 +238,25 @@ def _decode_value(
     if kind == "bytes":
         return raw
     if kind == "message" and message is not None:
-        return _decode_message(message, raw, depth + 1)
+        return _decode_message(message, raw, depth + 1, allowance)
     raise WireError(f"{name} holds {len(raw)} bytes where {kind} is expected")
 
 
-def _decode_packed(kind: str, raw: bytes) -> list[Any]:
+def _decode_packed(kind: str, raw: bytes, allowance: _Allowance) -> list[Any]:
     values, position = [], 0
     while position < len(raw):
+        allowance.take()
         value, position = decode_varint(raw, position)
         values.append(_int_from_varint(kind, value))
     return values
 
 
-def _decode_entry(field: Field, raw: int | bytes, depth: int) -> tuple[Any, Any]:
+def _decode_entry(
+    field: Field, raw: int | bytes, depth: int, allowance: _Allowance
+) -> tuple[Any, Any]:
     if isinstance(raw, int):
         raise WireError(f"{field.name} holds a number where a map entry is expected")
+    allowance.take()
     key: Any = "" if field.key == "string" else 0
     value: Any = {"string": "", "bytes": b"", "message": None}.get(field.kind, 0)
     if field.kind == "message" and field.message is not None:
@@ -239,15 +266,16 @@ def _decode_entry(field: Field, raw: int | bytes, depth: int) -> tuple[Any, Any]
         tag, position = decode_varint(raw, position)
         item, position = _take(raw, position, tag & 7)
         if tag >> 3 == 1:
-            key = _decode_value(field.key, field.name, None, item, depth)
+            key = _decode_value(field.key, field.name, None, item, depth, allowance)
         elif tag >> 3 == 2:
-            value = _decode_value(field.kind, field.name, field.message, item, depth)
+            value = _decode_value(field.kind, field.name, field.message, item, depth, allowance)
     return key, value
 
 
-def _decode_message(cls: type[M], data: bytes, depth: int) -> M:
+def _decode_message(cls: type[M], data: bytes, depth: int, allowance: _Allowance) -> M:
     if depth > MAX_DEPTH:
         raise WireError(f"messages nested deeper than {MAX_DEPTH}")
+    allowance.take()
     message = cls()
     table = {field.number: field for field in cls.FIELDS}
     position = 0
@@ -260,15 +288,17 @@ def _decode_message(cls: type[M], data: bytes, depth: int) -> M:
         if field is None:
             continue
         if field.label == "map":
-            key, value = _decode_entry(field, raw, depth)
+            key, value = _decode_entry(field, raw, depth, allowance)
             getattr(message, field.name)[key] = value
         elif field.label == "repeated":
             if field.kind in _INT_RANGES and isinstance(raw, bytes):
-                getattr(message, field.name).extend(_decode_packed(field.kind, raw))
+                packed = _decode_packed(field.kind, raw, allowance)
+                getattr(message, field.name).extend(packed)
             else:
-                item = _decode_value(field.kind, field.name, field.message, raw, depth)
+                allowance.take()
+                item = _decode_value(field.kind, field.name, field.message, raw, depth, allowance)
                 getattr(message, field.name).append(item)
         else:
-            value = _decode_value(field.kind, field.name, field.message, raw, depth)
+            value = _decode_value(field.kind, field.name, field.message, raw, depth, allowance)
             setattr(message, field.name, value)
     return message

@@ -63,6 +63,7 @@ checkpoint         a container that runs becomes a snapshot
 adoption           a guest that was saved takes a container's name, files and limits
 oom_watch          what a guest's OOM killer did, told once
 process            one process as containerd sees it
+signals            signals to it; SIGKILL needs no consent
 sandbox            one microVM and what it has on the host
 footprint          what a container has beside its processes
 container          one container in a microVM

@@ -1,8 +1,7 @@
 """A ttrpc client over one stream socket: many threads call, one thread reads the answers.
 
 Used for containerd's event service and for the guest's agent. The guest is hostile: its frames are
-capped by the codec, an answer to a call nobody made is dropped, and what breaks the framing ends
-the connection.
+capped by the codec, and what breaks the framing or answers no call ends the connection.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ import struct
 import threading
 
 from vmcell_protos.errors import HostError
-from vmcell_protos.ttrpc import ClientConnection, ProtocolError
+from vmcell_protos.ttrpc import MAX_DATA_BYTES, ClientConnection, ProtocolError
+from vmcell_protos.wire import MAX_ITEMS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,17 +44,24 @@ class ConnectionLost(HostError):
 
 class TtrpcClient:
     """Owns `sock` until close(). `on_lost` runs once, in the reader's thread, when the connection
-    ends for whatever reason."""
+    ends for whatever reason. Longer answers than `max_data_bytes`, or of more items, are errors."""
 
     def __init__(
-        self, sock: socket.socket, peer: str, on_lost: Callable[[], None] | None = None
+        self,
+        sock: socket.socket,
+        peer: str,
+        on_lost: Callable[[], None] | None = None,
+        *,
+        max_data_bytes: int = MAX_DATA_BYTES,
+        max_items: int = MAX_ITEMS,
     ) -> None:
         # A peer that reads nothing must not hold up a call, and with it every other call, for ever.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _SEND_TIMEOUT)
         self._sock = sock
         self._peer = peer
         self._on_lost = on_lost
-        self._connection = ClientConnection()
+        self._max_items = max_items
+        self._connection = ClientConnection(max_data_bytes=max_data_bytes, max_items=max_items)
         self._lock = threading.Lock()
         self._slots: dict[int, _Slot] = {}
         self._lost = False
@@ -69,8 +76,9 @@ class TtrpcClient:
         answer: type[M],
         timeout_s: float | None,
     ) -> M:
-        """The answer. Raises VmcellError as the peer said it, ConnectionLost, or
-        HostError(deadline_exceeded) after `timeout_s` (None: wait for ever)."""
+        """The answer. Raises VmcellError as the peer said it, WireError for an answer that is no
+        `answer`, ConnectionLost, or HostError(deadline_exceeded) after `timeout_s` (None: wait for
+        ever)."""
         slot = _Slot()
         timeout_ns = 0 if timeout_s is None else int(timeout_s * 1e9)
         # The lock is held while sending, so that ids rise on the wire too.
@@ -96,7 +104,7 @@ class TtrpcClient:
             raise self._lost_error(method)
         if slot.reply.error is not None:
             raise slot.reply.error
-        return answer.decode(slot.reply.payload)
+        return answer.decode(slot.reply.payload, self._max_items)
 
     @property
     def lost(self) -> bool:

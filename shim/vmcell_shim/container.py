@@ -18,7 +18,6 @@ from vmcell_protos.agent import (
     CreateContainerRequest,
     ProcessRef,
     ResizePtyRequest,
-    SignalProcessRequest,
     StartProcessResponse,
     UpdateContainerRequest,
     WaitProcessResponse,
@@ -46,6 +45,7 @@ from vmcell_shim.oom_watch import OomWatch
 from vmcell_shim.process import KILLED_STATUS, SIGKILL, Process
 from vmcell_shim.rootfs import parse_mounts
 from vmcell_shim.saved_container import SavedRoot, open_saved
+from vmcell_shim.signals import ANSWER_S, send_signal
 from vmcell_shim.sizing import memory_of_update
 from vmcell_shim.spec import plan_guest
 from vmcell_shim.stdio import Stdio, StreamOwner
@@ -69,7 +69,6 @@ NOT_STARTED_STATUS = 127
 # Signals whose default is to do nothing (signal(7)), and the null signal.
 _HARMLESS_SIGNALS = (0, 17, 18, 23, 28)
 _LAST_SIGNAL = 64
-_KILL_ANSWER_S = 5.0
 _FREEZE_ANSWER_S = 5.0
 _UPDATE_ANSWER_S = 10.0
 _STATS_ANSWER_S = 10.0
@@ -479,7 +478,7 @@ class Container:
     def _delete_exec(self, process: Process) -> None:
         try:
             if process.unsent is None:
-                self.guest.call("DeleteProcess", self._ref(process), Empty, _KILL_ANSWER_S)
+                self.guest.call("DeleteProcess", self._ref(process), Empty, ANSWER_S)
         except VmcellError as error:
             # It may be gone with its VM; the host's part is removed in any case.
             self._journal.info(f"guest on deleting {process.name}: {error}")
@@ -564,33 +563,21 @@ class Container:
                 self._finish(process, KILLED_STATUS)
 
     def _signal(self, process: Process, signal: int, *, everyone: bool) -> None:
-        request = SignalProcessRequest(
-            container_id=self.id, exec_id=process.exec_id, signal=signal, all=everyone
+        send_signal(
+            self.guest,
+            process,
+            signal,
+            everyone=everyone,
+            end_s=self._shutdown_s,
+            journal=self._journal,
         )
-        if signal == SIGKILL and not process.exec_id:
-            # Whatever the guest answers: it may be one that does not want to be killed.
-            threading.Thread(target=self._enforce_kill, args=(process,), daemon=True).start()
-        try:
-            self.guest.call("SignalProcess", request, Empty, _KILL_ANSWER_S)
-        except ConnectionLost as error:
-            raise CallerError(f"{process.name} has ended with its VM", code="not_found") from error
-        except HostError as error:
-            if signal != SIGKILL or process.exec_id or error.code != "deadline_exceeded":
-                raise
-            self._journal.error(f"{error}; killing the microVM")
-            self.guest.kill()
-
-    def _enforce_kill(self, process: Process) -> None:
-        if not process.wait_ended(_KILL_ANSWER_S + self._shutdown_s):
-            self._journal.error(f"{process.name} outlives SIGKILL; killing the microVM")
-            self.guest.kill()
 
     def _send_size(self, process: Process, columns: int, rows: int) -> None:
         request = ResizePtyRequest(
             container_id=self.id, exec_id=process.exec_id, columns=columns, rows=rows
         )
         try:
-            self.guest.call("ResizePty", request, Empty, _KILL_ANSWER_S)
+            self.guest.call("ResizePty", request, Empty, ANSWER_S)
         except VmcellError as error:
             # The process may have ended in between; a size is not worth an error.
             self._journal.info(f"terminal of {process.name} not resized: {error}")

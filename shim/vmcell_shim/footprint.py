@@ -12,7 +12,7 @@ from vmcell_protos.agent import (
     ReadFileRequest,
     ReadFileResponse,
 )
-from vmcell_protos.errors import CallerError, VmcellError
+from vmcell_protos.errors import CallerError, GuestError, VmcellError
 from vmcell_protos.wellknown import Empty
 from vmcell_shim.binds import FILE_LIMIT_BYTES
 from vmcell_shim.client import ConnectionLost
@@ -126,13 +126,17 @@ class Footprint:
     def _read(self, path: str) -> bytes | None:
         request = ReadFileRequest(container_id=self._id, path=path, limit_bytes=FILE_LIMIT_BYTES)
         try:
-            return self._guest.call(
-                "ReadFile", request, ReadFileResponse, _READ_BACK_ANSWER_S
-            ).content
+            answer = self._guest.call("ReadFile", request, ReadFileResponse, _READ_BACK_ANSWER_S)
         except CallerError as error:
             if error.code != "not_found":
                 raise
             return None
+        if len(answer.content) > FILE_LIMIT_BYTES:
+            raise GuestError(
+                f"{path} came back with {len(answer.content)} bytes; at most {FILE_LIMIT_BYTES} "
+                "were asked for"
+            )
+        return answer.content
 
     def leave_guest(self) -> None:
         """The container's part of a guest that goes on without it. Raises VmcellError."""

@@ -3,6 +3,9 @@
 The VMM is a process of its own; this owns its handle, the descriptors given to it and the control
 connection. Threads: one waits for the VMM's end. Nothing here holds a lock while a guest is slow,
 and kill() works from any thread at any time, also in the middle of boot().
+
+The agent is hostile. Its answers are bounded, its refusals are told on in printable words and with
+the blame where it belongs, and an answer to no question ends it.
 """
 
 from __future__ import annotations
@@ -23,10 +26,13 @@ from vmcell_protos.agent import (
     PrepareSnapshotRequest,
     ResumeGuestRequest,
 )
-from vmcell_protos.errors import CallerError, HostError, VmcellError
+from vmcell_protos.errors import CallerError, GuestError, HostError, VmcellError
 from vmcell_protos.wellknown import Empty
+from vmcell_protos.wire import WireError
 from vmcell_runtime import handle
+from vmcell_shim.binds import FILE_LIMIT_BYTES
 from vmcell_shim.client import ConnectionLost, TtrpcClient
+from vmcell_shim.journal import printable
 from vmcell_shim.shape import (
     CONTROL_PORT,
     FORWARD_PORT,
@@ -59,6 +65,16 @@ _PLUG_S = 10.0
 # It writes back what its disks have not.
 _PREPARE_S = 60.0
 _WAKE_S = 30.0
+# The longest answer there is carries one file.
+_ANSWER_BYTES = FILE_LIMIT_BYTES + (64 << 10)
+# memory.stat has some fifty rows, and there are four such maps.
+_ANSWER_ITEMS = 4096
+_SAID_CHARACTERS = 2000
+# What an agent refuses because of what was asked; anything else is its own failure.
+_REFUSALS = (
+    *("invalid_argument", "not_found", "already_exists", "permission_denied", "out_of_range"),
+    *("failed_precondition", "resource_exhausted", "unimplemented"),
+)
 
 
 class Plugged(NamedTuple):
@@ -121,11 +137,22 @@ class Guest:
             raise _boot_error(shape, error, end) from error
 
     def call(self, method: str, request: Message, answer: type[M], timeout_s: float | None) -> M:
-        """One call to the agent; raises as TtrpcClient.call does."""
+        """One call to the agent. Raises HostError as TtrpcClient.call does, CallerError for what
+        the agent refuses, GuestError for what it fails at and for an answer that is none."""
         agent = self._agent
         if agent is None:
             raise HostError(f"there is no guest to ask for {method}", code="failed_precondition")
-        return agent.call(SERVICE, method, request, answer, timeout_s)
+        try:
+            return agent.call(SERVICE, method, request, answer, timeout_s)
+        except WireError as error:
+            said = printable(str(error), _SAID_CHARACTERS)
+            raise GuestError(f"the guest's answer to {method} is none: {said}") from error
+        except (CallerError, HostError):
+            raise
+        except VmcellError as error:
+            kind = CallerError if error.code in _REFUSALS else GuestError
+            said = printable(str(error), _SAID_CHARACTERS)
+            raise kind(said or f"{method} failed", code=error.code) from error
 
     def next_stream_id(self) -> int:
         """An id that no other stream of this guest has."""
@@ -364,7 +391,11 @@ class Guest:
             self._wake = _new_identity(shape, shape.saved.manifest)
             vmm.resume()
         self._agent = TtrpcClient(
-            vmm.accept_vsock(CONTROL_PORT), "the guest's agent", self._agent_lost
+            vmm.accept_vsock(CONTROL_PORT),
+            "the guest's agent",
+            self._agent_lost,
+            max_data_bytes=_ANSWER_BYTES,
+            max_items=_ANSWER_ITEMS,
         )
         hello = self.call("Hello", HelloRequest(), HelloResponse, deadline - time.monotonic())
         if shape.saved is not None:

@@ -3,6 +3,9 @@
 containerd reads the FIFO and copies lines to its own stderr (runtime/v2/binary.go); after a crash
 of the daemon nobody reads it, so it is opened and written without blocking and lost lines are
 lost. The file is the sandbox's own `shim.log`. Form: logrus text, which containerd's users grep.
+
+Lines quote what guests say, so no line holds a character that a terminal acts upon, none is longer
+than LINE_CHARACTERS, and of more than LINES_PER_WINDOW within WINDOW_S only the number is told.
 """
 
 from __future__ import annotations
@@ -18,7 +21,22 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import TracebackType
 
+LINE_CHARACTERS = 16 << 10
+LINES_PER_WINDOW = 200
+WINDOW_S = 5.0
 _LIMIT_BYTES = 1 << 20
+
+
+def printable(text: str, most: int = LINE_CHARACTERS) -> str:
+    """`text` with an escape for each character that cannot be seen, cut at `most` characters."""
+    shown = text[:most]
+    if not shown.isprintable():
+        shown = "".join(
+            c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown
+        )
+    if len(text) <= most and len(shown) <= most:
+        return shown
+    return f"{shown[:most]}… ({len(text)} characters)"
 
 
 class Journal:
@@ -32,6 +50,9 @@ class Journal:
         self._file_bytes = 0
         self._lock = threading.Lock()
         self._early: list[bytes] = []
+        self._window_end_s = 0.0
+        self._window_lines = 0
+        self._left_out = 0
 
     def attach(self, path: str) -> None:
         """From now on lines also go to the file at `path`, those logged so far first."""
@@ -76,9 +97,30 @@ class Journal:
             self._fifo = self._file = -1
 
     def _log(self, level: str, text: str) -> None:
+        left_out = self._account()
+        if left_out < 0:
+            return
+        if left_out:
+            self._put("warning", f"{left_out} lines were left out: more came than are written")
+        self._put(level, text)
+
+    def _account(self) -> int:
+        """Counts one line: -1 if it is not to be written, else how many were not before it."""
+        now_s = time.monotonic()
+        with self._lock:
+            if now_s >= self._window_end_s:
+                self._window_end_s, self._window_lines = now_s + WINDOW_S, 0
+            self._window_lines += 1
+            if self._window_lines > LINES_PER_WINDOW:
+                self._left_out += 1
+                return -1
+            left_out, self._left_out = self._left_out, 0
+            return left_out
+
+    def _put(self, level: str, text: str) -> None:
         now = time.time_ns()
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now // 10**9))
-        quoted = text.rstrip("\n").replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        quoted = printable(text.rstrip("\n").replace("\\", "\\\\").replace('"', '\\"'))
         fraction = now % 10**9
         line = f'time="{stamp}.{fraction:09d}Z" level={level} msg="{quoted}" id={self._sandbox}\n'
         data = line.encode(errors="replace")

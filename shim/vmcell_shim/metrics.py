@@ -1,7 +1,8 @@
 """The guest's cgroup numbers as the metrics containerd knows.
 
 The guest names its numbers as the kernel's files do (cgroup-v2.rst); what containerd's message has
-no field for is left out. A number that is no u64 cannot arrive: the codec keeps to the type.
+no field for is left out. A number that is no u64 cannot arrive, for the codec keeps to the type; a
+sum of what guests say can be more, and is the largest then.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from vmcell_protos.wire import Message
 
     M = TypeVar("M", bound=Message)
+
+_MOST = (1 << 64) - 1
 
 TYPE_URL = "io.containerd.cgroups.v2.Metrics"
 
@@ -45,14 +48,14 @@ def sum_of(rows: list[ContainerStatsResponse]) -> ContainerStatsResponse:
         _add(total.cpu, row.cpu)
         _add(total.memory, row.memory)
         _add(total.memory_events, row.memory_events)
-        total.memory_usage_bytes += row.memory_usage_bytes
-        total.pids_current += row.pids_current
+        total.memory_usage_bytes = min(_MOST, total.memory_usage_bytes + row.memory_usage_bytes)
+        total.pids_current = min(_MOST, total.pids_current + row.pids_current)
     return total
 
 
 def _add(total: dict[str, int], more: dict[str, int]) -> None:
     for name, value in more.items():
-        total[name] = total.get(name, 0) + value
+        total[name] = min(_MOST, total.get(name, 0) + value)
 
 
 def _fill(message: M, values: dict[str, int]) -> M:

@@ -1,4 +1,8 @@
-"""What a guest's OOM killer did in one container: told to containerd once for each news of it."""
+"""What a guest's OOM killer did in one container: told to containerd once for each news of it.
+
+The guest may invent as many kills as it likes, so it is asked once in PACE_S at most: news that
+come meanwhile are one.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,9 @@ if TYPE_CHECKING:
     from vmcell_shim.events import EventPublisher
     from vmcell_shim.guest import Guest
     from vmcell_shim.journal import Journal
+
+
+PACE_S = 1.0
 
 
 class OomWatch:
@@ -46,6 +53,7 @@ class OomWatch:
                 request = WaitOomRequest(container_id=self._id, seen=self._kills)
                 answer = self._guest.call("WaitOom", request, WaitOomResponse, None)
                 self.tell(answer.oom_kills)
+                self._guest.ended.wait(PACE_S)
         except VmcellError as error:
             # The container has been removed, or the VM has ended.
             self._journal.info(f"no more OOM reports of {self._id}: {error}")

@@ -81,6 +81,9 @@ def test_the_answer_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         b'{"entries": [{"path": "relative"}]}',
         json.dumps({"entries": [{"path": "/" + "x" * 5000}]}).encode(),
         b"[" * 100_000,
+        b'{"entries": [{"path": "/\\ud800"}]}',
+        b'{"entries": [{"path": "/a", "size": [[]]}]}',
+        b'{"entries": [{"path": "/a", "owner": {}}]}',
     ],
 )
 def test_a_guest_that_lists_nonsense(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import http.server
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -100,7 +101,10 @@ def test_output_and_status() -> None:
         (_frame([]), 200, GuestError, "no JSON object"),
         (b"\0" + (MAX_FRAME_BYTES + 1).to_bytes(4, "big"), 200, GuestError, "frame of"),
         (_event(data={"stdout": "%%%"}), 200, GuestError, "not base64"),
+        (_event(data={"stdout": "\N{SNOWMAN}"}), 200, GuestError, "not base64"),
         (_event(end={"exitCode": "x", "exited": True}), 200, GuestError, "exitCode"),
+        (_event(end={"exitCode": True, "exited": True}), 200, GuestError, "exitCode"),
+        (_event(end={"exitCode": 1 << 70, "exited": True}), 200, GuestError, "exitCode"),
         (b"no", 500, GuestError, "500: no"),
         (
             _frame({"error": {"code": "unauthenticated", "message": "invalid username: 'x'"}}, 2),
@@ -131,6 +135,40 @@ def test_any_answer_ends_in_a_status_or_an_error_of_ours(frames: list[bytes]) ->
     with contextlib.suppress(VmcellError):
         code, _ = _run(b"".join(frames))
         assert isinstance(code, int)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        b"HTTP/1.1 100 Continue\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n\r\n" + (1 << 20).to_bytes(5, "big"),
+    ],
+)
+def test_a_guest_that_goes_on_for_ever_is_given_up_at_the_deadline(words: bytes) -> None:
+    """It was listened to for ever: it is never silent, and what it says is well-formed."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    over = threading.Event()
+
+    def talk() -> None:
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(words)
+            while not over.wait(0.01):
+                connection.sendall(words if b"100" in words else b" ")
+
+    thread = threading.Thread(target=talk)
+    thread.start()
+    guest = GuestProcesses("127.0.0.1", "token", port=listener.getsockname()[1])
+    try:
+        with pytest.raises(HostError) as caught:
+            guest.run(
+                Command(text="true"), deadline=time.monotonic() + 0.5, on_output=lambda *_: None
+            )
+    finally:
+        over.set()
+        thread.join(20)
+        listener.close()
+    assert caught.value.code in ("deadline_exceeded", "aborted")
 
 
 def test_a_layer_that_ends_early_is_no_layer() -> None:

@@ -130,6 +130,21 @@ def test_ambiguous_or_broken_requests_are_refused(envd: Envd, head: bytes) -> No
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["code"] == status
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"HEAD / HTTP/2.1\r\nHost: x\r\n\r\n",
+        b"HEAD / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"HEAD / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
+def test_a_refused_head_request_has_no_body_and_ends(envd: Envd, head: bytes) -> None:
+    """It was sent one, which h11 does not let pass, and the connection stayed open for ever."""
+    answer = raw(envd, head, half_close=False)
+    assert int(answer.split()[1]) in (400, 404, 505)
+    assert answer.endswith(b"\r\n\r\n")
+
+
 def test_a_head_without_end(envd: Envd) -> None:
     answer = raw(envd, b"GET / HTTP/1.1\r\nX: " + b"a" * 400_000, half_close=False)
     assert answer.startswith(b"HTTP/1.1 431 ")

@@ -9,10 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmcell_protos.errors import CallerError
 from vmcell_protos.ttrpc import (
     DATA,
     MAX_DATA_BYTES,
+    MAX_UNANSWERED,
     REQUEST,
+    RESPONSE,
     ClientConnection,
     FrameReader,
     ProtocolError,
@@ -90,6 +93,7 @@ def test_bad_stream_ids_end_the_connection(stream_ids: list[int]) -> None:
 
 def test_unknown_frames_are_skipped_and_bad_requests_answered() -> None:
     client, server = ClientConnection(), ServerConnection()
+    client.call("s.S", "M", b"")
     calls, answers = server.receive(
         encode_frame(1, DATA, b"x") + encode_frame(1, REQUEST, b"\xff\xff")
     )
@@ -105,3 +109,56 @@ def test_reader_never_fails_and_holds_little(data: bytes) -> None:
     for byte in data:
         for frame in reader.feed(bytes([byte])):
             assert frame.data is None or len(frame.data) <= MAX_DATA_BYTES
+
+
+@pytest.mark.parametrize(
+    ("stream_id", "kind"),
+    [
+        (1, REQUEST),
+        (1, DATA),
+        (1, 0),
+        (1, 200),
+        (3, RESPONSE),
+        (2, RESPONSE),
+        (2**32 - 1, RESPONSE),
+    ],
+)
+def test_what_answers_no_call_ends_the_connection(stream_id: int, kind: int) -> None:
+    """Else a guest could keep the shim reading for ever."""
+    client = ClientConnection()
+    client.call("s.S", "M", b"")
+    with pytest.raises(ProtocolError, match=f"kind {kind} on stream {stream_id};"):
+        client.receive(encode_frame(stream_id, kind, b""))
+
+
+def test_a_call_is_answered_once() -> None:
+    client, server = ClientConnection(), ServerConnection()
+    client.call("s.S", "M", b"")
+    assert len(client.receive(server.respond(1, b""))) == 1
+    with pytest.raises(ProtocolError, match="on stream 1;"):
+        client.receive(server.respond(1, b""))
+
+
+def test_calls_without_an_answer_are_not_endless() -> None:
+    client, server = ClientConnection(), ServerConnection()
+    for _ in range(MAX_UNANSWERED):
+        client.call("s.S", "M", b"")
+    with pytest.raises(CallerError, match=f"{MAX_UNANSWERED} calls before") as caught:
+        client.call("s.S", "M", b"")
+    assert caught.value.code == "resource_exhausted"
+    client.receive(server.respond(5, b""))
+    assert client.call("s.S", "M", b"")[0] == 2 * MAX_UNANSWERED + 1
+
+
+def test_a_client_may_take_less_than_the_protocol() -> None:
+    client, server = ClientConnection(max_data_bytes=1000, max_items=3), ServerConnection()
+    for _ in range(3):
+        client.call("s.S", "M", b"")
+    fits, long = client.receive(server.respond(1, bytes(900)) + server.respond(3, bytes(1001)))
+    assert (fits.payload, fits.error) == (bytes(900), None)
+    assert long.error is not None
+    assert str(long.error) == "answer is larger than 1000 bytes"
+    details = b"\x0a\x08" + b"\x1a\x00" * 4
+    (many,) = client.receive(encode_frame(5, RESPONSE, details))
+    assert many.error is not None
+    assert "more than 3 items" in str(many.error)

@@ -400,7 +400,7 @@ def test_agent_that_hangs_up_later_loses_its_vm(
 
 
 def test_guest_that_refuses_the_kill_is_killed(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vmcell_shim.container._KILL_ANSWER_S", 0.2)
+    monkeypatch.setattr("vmcell_shim.signals.ANSWER_S", 0.2)
     monkeypatch.setenv("FAKE_BEHAVIOUR", json.dumps({"deny": ["SignalProcess"]}))
     shim.create("/bin/sleep", "600")
     shim.start()

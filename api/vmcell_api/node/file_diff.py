@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import time
 from collections.abc import Mapping
 
@@ -26,6 +27,7 @@ MOST_CHANGES = 10_000
 MAX_PATH = 4096
 # The fields of envd's EntryInfo that say whether a file is the same.
 _COMPARED = ("type", "size", "mode", "owner", "group", "modifiedTime", "symlinkTarget")
+_HALF_CHARACTERS = re.compile("[\ud800-\udfff]")
 ADDED, REMOVED, MODIFIED = "added", "removed", "modified"
 
 Tree = Mapping[str, tuple[object, ...]]
@@ -55,16 +57,24 @@ def read_tree(address: str, access_token: str, *, port: int = ENVD_PORT) -> dict
             port=port,
         )
         left_bytes -= len(answer)
-        for path, entry in _entries(answer):
+        for path, entry in entries_of(answer):
             if path not in SKIPPED_FILES and path not in SKIPPED_DIRECTORIES:
-                tree[path] = tuple(entry.get(name) for name in _COMPARED)
+                tree[path] = row_of(entry)
                 is_directory = entry.get("type") == "FILE_TYPE_DIRECTORY"
                 if top == "/" and is_directory and not entry.get("symlinkTarget"):
                     tops.append(path)
     return tree
 
 
-def _entries(answer: bytes) -> list[tuple[str, dict[str, object]]]:
+def row_of(entry: dict[str, object]) -> tuple[object, ...]:
+    """What of an entry is compared; raises GuestError for what is neither text nor number."""
+    row = tuple(entry.get(name) for name in _COMPARED)
+    if any(isinstance(value, dict | list) for value in row):
+        raise GuestError(f"envd lists a file {str(entry.get('path'))[:80]!r} whose data is none")
+    return row
+
+
+def entries_of(answer: bytes) -> list[tuple[str, dict[str, object]]]:
     """(path, entry) of the answer to ListDir; raises GuestError."""
     try:
         rows = json.loads(answer).get("entries", [])
@@ -74,6 +84,9 @@ def _entries(answer: bytes) -> list[tuple[str, dict[str, object]]]:
     for path, _ in found:
         if not isinstance(path, str) or not path.startswith("/") or len(path) > MAX_PATH:
             raise GuestError(f"envd lists a file {str(path)[:80]!r}")
+        if not path.isascii() and _HALF_CHARACTERS.search(path):
+            # envd names raw bytes U+FFFD; half a character fits into no message of ours.
+            raise GuestError(f"envd lists a file {path[:80]!a}, which is no text")
     return found
 
 

@@ -8,11 +8,11 @@ input of a stranger: frames and lines have limits, and a broken answer is the gu
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import http.client
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -62,15 +62,7 @@ class GuestProcesses:
         the command. Raises CommandRefused, GuestError for an answer that is none, HostError when
         the guest has gone.
         """
-        for event in self._events(command, deadline):
-            data, end = event.get("data"), event.get("end")
-            if isinstance(data, dict):
-                for name in ("stdout", "stderr"):
-                    if isinstance(data.get(name), str):
-                        on_output(name, _decode(data[name]))
-            if isinstance(end, dict):
-                return _exit_status(end)
-        raise GuestError("envd ended its answer without the command's exit status")
+        return exit_status_of(self._events(command, deadline), on_output)
 
     def start(self, command: Command, *, deadline: float) -> None:
         """Starts it and leaves it running; raises like `run`."""
@@ -153,7 +145,7 @@ class GuestProcesses:
         with self._asked("POST", path, framed, headers, deadline) as response:
             if response.status != 200:
                 raise GuestError(_refusal("starting", response.status, response.read(4096)))
-            yield from _frames(response, deadline)
+            yield from frames(response, deadline)
 
     @contextlib.contextmanager
     def _asked(
@@ -168,22 +160,49 @@ class GuestProcesses:
         connection = http.client.HTTPConnection(
             self._address, self._port, timeout=CONNECT_S, blocksize=PIECE_BYTES
         )
+        cut: threading.Timer | None = None
         try:
             connection.connect()
+            # A guest that says "100 Continue" without end, or a byte a minute, is never silent.
+            cut = threading.Timer(deadline - time.monotonic(), _cut, [connection.sock])
+            cut.daemon = True
+            cut.start()
             connection.sock.settimeout(SILENCE_S)
             connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             connection.request(method, path, body=body, headers=headers)
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
+            if cut is not None:
+                cut.cancel()
             connection.close()
+            _check_time(deadline)
             raise _lost(method, path.partition("?")[0], error) from error
         try:
             yield response
         finally:
+            cut.cancel()
             connection.close()
 
 
-def _frames(response: http.client.HTTPResponse, deadline: float) -> Iterator[dict[str, object]]:
+def _cut(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it has ended by itself
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def exit_status_of(events: Iterator[dict[str, object]], on_output: OnOutput) -> int:
+    """The exit status at the end of a command's events; raises GuestError when there is none."""
+    for event in events:
+        data, end = event.get("data"), event.get("end")
+        if isinstance(data, dict):
+            for name in ("stdout", "stderr"):
+                if isinstance(data.get(name), str):
+                    on_output(name, _decode(data[name]))
+        if isinstance(end, dict):
+            return _exit_status(end)
+    raise GuestError("envd ended its answer without the command's exit status")
+
+
+def frames(response: http.client.HTTPResponse, deadline: float) -> Iterator[dict[str, object]]:
     """The events of a stream; the end frame's error is raised."""
     while True:
         _check_time(deadline)
@@ -203,7 +222,7 @@ def _frames(response: http.client.HTTPResponse, deadline: float) -> Iterator[dic
 def _raise_end_error(error: object) -> None:
     if not isinstance(error, dict):
         return
-    code, words = str(error.get("code")), str(error.get("message", ""))[:2000]
+    code, words = str(error.get("code"))[:40], str(error.get("message", ""))[:2000]
     if code == "deadline_exceeded":
         raise HostError("the command did not end in time", code="deadline_exceeded")
     raise CommandRefused(f"{code}: {words}", code=code if code in CODES else "unknown")
@@ -235,7 +254,7 @@ def _object(data: bytes) -> dict[str, object]:
 def _exit_status(end: dict[str, object]) -> int:
     """Left out when it is 0 (protobuf JSON); a signal has a status of its own."""
     status = end.get("exitCode", 0)
-    if not isinstance(status, int):
+    if isinstance(status, bool) or not isinstance(status, int) or not -1 <= status <= 255:
         raise GuestError(f"envd's exitCode is {str(status)[:40]!r}")
     if status == 0 and end.get("exited") is not True:
         return 255
@@ -245,7 +264,7 @@ def _exit_status(end: dict[str, object]) -> int:
 def _decode(text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error is one, and letters beyond ASCII are another
         raise GuestError(f"envd sent output that is not base64: {error}") from error
 
 

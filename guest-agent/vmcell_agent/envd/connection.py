@@ -332,19 +332,19 @@ class Connection:
         for raw_name, raw_value in event.headers:
             name, value = raw_name.decode("ascii"), raw_value.decode("utf-8", "surrogateescape")
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        method = event.method.decode("ascii")
         if event.http_version not in (b"1.0", b"1.1"):
-            self._refuse(505, "HTTP/1.1 is spoken here")
+            self._refuse(505, "HTTP/1.1 is spoken here", method)
             return False
         if "transfer-encoding" in headers and "content-length" in headers:
             # h11 would take the first; a proxy in front may take the second (RFC 9112 11.2).
-            self._refuse(400, "both Transfer-Encoding and Content-Length")
+            self._refuse(400, "both Transfer-Encoding and Content-Length", method)
             return False
         try:
             path, query = split_target(event.target)
             failure = None
         except ValueError as error:
             path, query, failure = "", {}, HttpError(400, f"cannot read the URL: {error}")
-        method = event.method.decode("ascii")
         request = Request(method=method, path=path, query=query, headers=headers)
         exchange = Exchange(request, self)
         self._exchange, self._reader = exchange, None
@@ -376,10 +376,14 @@ class Connection:
         if waiting and self._exchange is not None and not self._exchange.begun:
             self._queue(self._http.send(h11.InformationalResponse(status_code=100, headers=[])))
 
-    def _refuse(self, status: int, message: str) -> None:
-        """The bytes are no HTTP we can follow: say so if still possible, then hang up."""
+    def _refuse(self, status: int, message: str, method: str = "") -> None:
+        """The bytes are no HTTP we can follow: say so if still possible, then hang up.
+
+        `method` is that of a request which has no exchange yet.
+        """
         exchange = self._exchange
         if exchange is not None:
+            method = exchange.request.method
             if exchange.begun:
                 self.close()
                 return
@@ -397,8 +401,10 @@ class Connection:
             ],
         )
         if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            for event in (head, h11.Data(data=body), h11.EndOfMessage()):
-                self._queue(self._http.send(event))
+            self._queue(self._http.send(head))
+            if method != "HEAD":
+                self._queue(self._http.send(h11.Data(data=body)))
+            self._queue(self._http.send(h11.EndOfMessage()))
         self._linger()
 
     # Output.
