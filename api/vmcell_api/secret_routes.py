@@ -1,4 +1,4 @@
-"""`/secrets`, refused by name: E2B's egress proxy writes them into requests, and there is none here.
+"""`/secrets`, refused by name: E2B's egress proxy writes them into requests; there is none here.
 
 A secret never enters a guest, so one that is stored and written nowhere would be a promise that
 nothing keeps. The routes are those of E2B's SDK 2.63: `GET` and `POST` on both paths, `DELETE`.

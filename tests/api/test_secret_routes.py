@@ -1,4 +1,4 @@
-"""`/secrets` is refused by name, to the SDK and over plain HTTP; nothing of a value is told again."""
+"""`/secrets` is refused by name, to the SDK and over plain HTTP; no value is told again."""
 
 from __future__ import annotations
 
