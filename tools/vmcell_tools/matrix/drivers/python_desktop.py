@@ -7,6 +7,7 @@ import http.client
 import os
 from urllib.parse import urlsplit
 
+from e2b import CommandExitException
 from e2b_desktop import Sandbox
 from report import PATIENCE_S, NoSandbox, expect, run_calls, wait_for
 
@@ -63,8 +64,9 @@ class Calls:
     def _terminals(self):
         try:
             found = self.sandbox.get_application_windows("xfce4-terminal")
-        except Exception as error:  # noqa: BLE001 - xdotool ends with 1 when it finds none
-            assert "exited with code 1" in str(error), error
+        except CommandExitException as error:
+            if error.exit_code != 1:  # what xdotool says when it finds none
+                raise
             return []
         return [window for window in found if window]
 
