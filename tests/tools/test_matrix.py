@@ -35,9 +35,12 @@ CALL_PATIENCE_S = 15
 NOT_YET = {
     "get_metrics",
     "network rules",
+    "network rules: domain names",
     "update_network",
     "pause, connect",
+    "pause: files alone",
     "lifecycle: auto-pause",
+    "lifecycle: auto-resume",
     "snapshots",
     "fork",
     "volumes",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 import urllib.request
@@ -280,32 +281,85 @@ class Calls:
     # What a sandbox can be besides running.
 
     def pause_and_connect(self):
+        if not hasattr(Sandbox, "pause"):
+            attribute(Sandbox, "beta_pause")
         sandbox = create()
         try:
-            pause = getattr(sandbox, "pause", None) or attribute(sandbox, "beta_pause")
+            pause = getattr(sandbox, "pause", None) or sandbox.beta_pause
+            process = sandbox.commands.run("sleep 3600", background=True, timeout=0)
             sandbox.files.write("kept", "x")
-            pause()
+            pause(request_timeout=PATIENCE_S)
             resume = getattr(Sandbox, "resume", Sandbox.connect)
-            expect(resume(sandbox.sandbox_id).files.read("kept"), "x")
+            again = resume(sandbox.sandbox_id, **OPTIONS)
+            expect(again.files.read("kept"), "x")
+            assert process.pid in [row.pid for row in again.commands.list()]
+        finally:
+            sandbox.kill()
+
+    def pause_files_alone(self):
+        if "mode" not in inspect.signature(attribute(Sandbox, "pause")).parameters:
+            raise Absent("mode")
+        sandbox = create()
+        try:
+            sandbox.pause(mode="filesystem", request_timeout=PATIENCE_S)
         finally:
             sandbox.kill()
 
     def auto_pause(self):
-        throwaway(lifecycle={"on_timeout": "pause"})
+        sandbox = create(lifecycle={"on_timeout": "pause"})
+        try:
+            self._let_it_pause(sandbox)
+            again = Sandbox.connect(sandbox.sandbox_id, **OPTIONS)
+            expect(again.commands.run("echo back", timeout=PATIENCE_S).stdout, "back\n")
+        finally:
+            sandbox.kill()
+
+    def auto_resume(self):
+        sandbox = create(lifecycle={"on_timeout": "pause", "auto_resume": True})
+        try:
+            self._let_it_pause(sandbox)
+            expect(sandbox.commands.run("echo woken", timeout=PATIENCE_S).stdout, "woken\n")
+        finally:
+            sandbox.kill()
+
+    def _let_it_pause(self, sandbox):
+        sandbox.set_timeout(1)
+        wait_for(lambda: sandbox.get_info().state == e2b.SandboxState.PAUSED, "its pause")
 
     def snapshot(self):
-        snapshot = attribute(self.sandbox, "create_snapshot")()
-        Sandbox.delete_snapshot(snapshot.snapshot_id)
+        make = attribute(self.sandbox, "create_snapshot")
+        self.sandbox.files.write("saved", "x")
+        snapshot = make(request_timeout=PATIENCE_S)
+        try:
+            listed = Sandbox.list_snapshots().next_items()
+            assert snapshot.snapshot_id in [row.snapshot_id for row in listed], listed
+            made = create(template=snapshot.snapshot_id)
+            try:
+                expect(made.files.read("saved"), "x")
+            finally:
+                made.kill()
+        finally:
+            Sandbox.delete_snapshot(snapshot.snapshot_id)
 
     def fork(self):
-        for forked in attribute(self.sandbox, "fork")():
-            attribute(forked, "sandbox").kill()
+        fork = attribute(self.sandbox, "fork")
+        self.sandbox.files.write("forked", "x")
+        (copy,) = fork(request_timeout=PATIENCE_S)
+        if isinstance(copy, Exception):
+            raise copy
+        try:
+            expect(copy.files.read("forked"), "x")
+        finally:
+            copy.kill()
 
     def no_internet(self):
         throwaway(allow_internet_access=False)
 
     def network_rules(self):
         throwaway(network={"deny_out": ["0.0.0.0/0"], "allow_out": ["1.1.1.1"]})
+
+    def network_names(self):
+        throwaway(network={"deny_out": ["0.0.0.0/0"], "allow_out": ["example.com"]})
 
     def update_network(self):
         attribute(self.sandbox, "update_network")({"deny_out": ["10.0.0.0/8"]})
@@ -382,9 +436,12 @@ def main():
             ("download_url, signed", c.signed_urls),
             ("allow_internet_access=False", c.no_internet),
             ("network rules", c.network_rules),
+            ("network rules: domain names", c.network_names),
             ("update_network", c.update_network),
             ("pause, connect", c.pause_and_connect),
+            ("pause: files alone", c.pause_files_alone),
             ("lifecycle: auto-pause", c.auto_pause),
+            ("lifecycle: auto-resume", c.auto_resume),
             ("snapshots", c.snapshot),
             ("fork", c.fork),
             ("volumes", c.volume),
