@@ -393,67 +393,82 @@ class Calls:
         attribute(e2b, "Secret").create("matrix", "value")
 
 
+def command_calls(c):
+    """A sandbox and what runs in it."""
+    return [
+        ("Sandbox.create", c.create),
+        ("Sandbox.list", c.list),
+        ("Sandbox.list by metadata", c.list_by_metadata),
+        ("get_info", c.get_info),
+        ("Sandbox.connect", c.connect),
+        ("set_timeout", c.set_timeout),
+        ("is_running", c.is_running),
+        ("get_metrics", c.get_metrics),
+        ("commands.run", c.commands_run),
+        ("commands.run: exit code", c.commands_exit_code),
+        ("commands.run: user, envs, cwd", c.commands_options),
+        ("commands.run: callbacks", c.commands_callbacks),
+        ("commands.run: timeout", c.commands_timeout),
+        ("commands.run: background, list", c.commands_background),
+        ("commands.kill", c.commands_kill),
+        ("commands.connect", c.commands_connect),
+        ("commands.send_stdin", c.send_stdin),
+        ("commands.close_stdin", c.close_stdin),
+        ("commands.stream_input", c.stream_input),
+        ("pty: create, resize, input", c.pty),
+    ]
+
+
+def file_calls(c):
+    """Its files."""
+    return [
+        ("files.write, read", c.write_and_read),
+        ("files.read: bytes, stream", c.read_bytes),
+        ("files.write: several", c.write_files),
+        ("files.list", c.list_files),
+        ("files.exists", c.exists),
+        ("files.get_info", c.file_info),
+        ("files.make_dir", c.make_dir),
+        ("files.rename", c.rename),
+        ("files.remove", c.remove),
+        ("files: missing", c.missing_file),
+        ("files.watch_dir", c.watch_dir),
+        ("files.watch_dir: recursive", c.watch_recursive),
+        ("files.watch_dir: entries", c.watch_entries),
+        ("files.write: metadata", c.metadata),
+        ("files: gzip", c.gzip),
+        ("files.write: octet-stream", c.octet_stream),
+        ("download_url, signed", c.signed_urls),
+    ]
+
+
+def other_calls(c):
+    """What else a sandbox can have, and its end."""
+    return [
+        ("allow_internet_access=False", c.no_internet),
+        ("network rules", c.network_rules),
+        ("network rules: domain names", c.network_names),
+        ("update_network", c.update_network),
+        ("pause, connect", c.pause_and_connect),
+        ("pause: files alone", c.pause_files_alone),
+        ("lifecycle: auto-pause", c.auto_pause),
+        ("lifecycle: auto-resume", c.auto_resume),
+        ("snapshots", c.snapshot),
+        ("fork", c.fork),
+        ("volumes", c.volume),
+        ("Template.exists", c.template_exists),
+        ("Template.build", c.template_build),
+        ("secrets", c.secret),
+        ("mcp", c.mcp),
+        ("kill", c.kill),
+        ("kill again", c.kill_again),
+        ("commands.run after kill", c.command_after_kill),
+    ]
+
+
 def main():
     c = Calls()
-    run_calls(
-        [
-            ("Sandbox.create", c.create),
-            ("Sandbox.list", c.list),
-            ("Sandbox.list by metadata", c.list_by_metadata),
-            ("get_info", c.get_info),
-            ("Sandbox.connect", c.connect),
-            ("set_timeout", c.set_timeout),
-            ("is_running", c.is_running),
-            ("get_metrics", c.get_metrics),
-            ("commands.run", c.commands_run),
-            ("commands.run: exit code", c.commands_exit_code),
-            ("commands.run: user, envs, cwd", c.commands_options),
-            ("commands.run: callbacks", c.commands_callbacks),
-            ("commands.run: timeout", c.commands_timeout),
-            ("commands.run: background, list", c.commands_background),
-            ("commands.kill", c.commands_kill),
-            ("commands.connect", c.commands_connect),
-            ("commands.send_stdin", c.send_stdin),
-            ("commands.close_stdin", c.close_stdin),
-            ("commands.stream_input", c.stream_input),
-            ("pty: create, resize, input", c.pty),
-            ("files.write, read", c.write_and_read),
-            ("files.read: bytes, stream", c.read_bytes),
-            ("files.write: several", c.write_files),
-            ("files.list", c.list_files),
-            ("files.exists", c.exists),
-            ("files.get_info", c.file_info),
-            ("files.make_dir", c.make_dir),
-            ("files.rename", c.rename),
-            ("files.remove", c.remove),
-            ("files: missing", c.missing_file),
-            ("files.watch_dir", c.watch_dir),
-            ("files.watch_dir: recursive", c.watch_recursive),
-            ("files.watch_dir: entries", c.watch_entries),
-            ("files.write: metadata", c.metadata),
-            ("files: gzip", c.gzip),
-            ("files.write: octet-stream", c.octet_stream),
-            ("download_url, signed", c.signed_urls),
-            ("allow_internet_access=False", c.no_internet),
-            ("network rules", c.network_rules),
-            ("network rules: domain names", c.network_names),
-            ("update_network", c.update_network),
-            ("pause, connect", c.pause_and_connect),
-            ("pause: files alone", c.pause_files_alone),
-            ("lifecycle: auto-pause", c.auto_pause),
-            ("lifecycle: auto-resume", c.auto_resume),
-            ("snapshots", c.snapshot),
-            ("fork", c.fork),
-            ("volumes", c.volume),
-            ("Template.exists", c.template_exists),
-            ("Template.build", c.template_build),
-            ("secrets", c.secret),
-            ("mcp", c.mcp),
-            ("kill", c.kill),
-            ("kill again", c.kill_again),
-            ("commands.run after kill", c.command_after_kill),
-        ]
-    )
+    run_calls([*command_calls(c), *file_calls(c), *other_calls(c)])
 
 
 if __name__ == "__main__":
