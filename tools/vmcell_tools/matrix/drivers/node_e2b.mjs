@@ -96,8 +96,8 @@ const pauseAndConnect = () =>
   });
 
 async function pauseFilesAlone() {
-  needOption("filesystem");
-  await withSandbox((sandbox) => sandbox.pause({ mode: "filesystem", ...PATIENT }));
+  needOption("keepMemory");
+  await withSandbox((sandbox) => sandbox.pause({ keepMemory: false, ...PATIENT }));
 }
 
 async function letItPause(sandbox) {
