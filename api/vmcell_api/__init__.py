@@ -46,6 +46,7 @@ snapshot_routes  the routes that need snapshots
 activity_routes  metrics and logs
 template_routes  the routes of templates
 volume_routes    the routes of volumes
+secret_routes    the routes of secrets, refused
 openapi          the API's own description, one module per resource
 operator_resources  the routes of teams, keys, audit and metrics
 app              the WSGI application

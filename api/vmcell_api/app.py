@@ -19,6 +19,7 @@ from vmcell_api.request_bounds import RequestBounds
 from vmcell_api.request_rate import RequestRates
 from vmcell_api.request_record import RequestRecord
 from vmcell_api.resources import Health, Sandbox, Sandboxes
+from vmcell_api.secret_routes import add_secret_routes
 from vmcell_api.snapshot_catalog import SnapshotCatalog
 from vmcell_api.snapshot_plane import SnapshotPlane
 from vmcell_api.snapshot_routes import add_snapshot_routes
@@ -80,5 +81,6 @@ def create_app(
     app.add_route("/sandboxes/{sandbox_id}/network", sandbox, suffix="network")
     add_snapshot_routes(app, snapshots, config)
     add_activity_routes(app, control)
+    add_secret_routes(app)
     add_operator_routes(app, store, node, audit, metrics)
     return app

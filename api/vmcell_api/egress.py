@@ -114,8 +114,8 @@ def _parsed(entry: str, field: str) -> Network:
         return ipaddress.ip_network(entry, strict=False)
     except ValueError as error:
         raise CallerError(
-            f"{field} names {entry[:80]!r}; this server takes IP addresses and CIDR blocks, "
-            "not domain names"
+            f"{field} names {entry[:80]!r}, which is no IP address and no CIDR block; "
+            "this server does not have rules by domain name"
         ) from error
 
 

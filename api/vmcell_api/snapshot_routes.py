@@ -148,8 +148,8 @@ class Snapshots:
 def _refuse_files_alone(body: dict[str, object]) -> None:
     if not bool_field(body, "memory", default=True):
         raise CallerError(
-            "memory is false, but this server saves and restores memory and files together; "
-            "leave it out"
+            "memory is false, but this server does not have pauses and snapshots of files alone: "
+            "it saves and restores memory and files together; leave it out"
         )
 
 

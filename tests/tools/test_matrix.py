@@ -18,6 +18,7 @@ from envd_node import envd_service
 
 from vmcell_protos.errors import CallerError, HostError
 from vmcell_tools.build_cache import BuildCache
+from vmcell_tools.cli_matrix import images_for
 from vmcell_tools.matrix import running, table
 from vmcell_tools.matrix.clients import CLIENTS, chosen
 from vmcell_tools.matrix.domain_front import DOMAIN, domain_front
@@ -35,9 +36,12 @@ CALL_PATIENCE_S = 15
 NOT_YET = {
     "get_metrics",
     "network rules",
+    "network rules: domain names",
     "update_network",
     "pause, connect",
+    "pause: files alone",
     "lifecycle: auto-pause",
+    "lifecycle: auto-resume",
     "snapshots",
     "fork",
     "volumes",
@@ -115,6 +119,21 @@ class _Echo(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Quiet."""
+
+
+@pytest.mark.parametrize(
+    ("words", "images"),
+    [
+        (("e2b 2.", "@e2b/cli"), ("base",)),
+        (("cubesandbox",), ("base", "code-interpreter-v1")),
+        (("desktop",), ("base", "desktop")),
+        ((), ("base", "code-interpreter-v1", "desktop")),
+    ],
+)
+def test_the_images_are_those_that_the_chosen_start_from(
+    words: tuple[str, ...], images: tuple[str, ...]
+) -> None:
+    assert images_for(chosen(words)) == images
 
 
 def test_the_front_hands_each_name_to_its_server(tmp_path: Path) -> None:

@@ -163,4 +163,4 @@ def test_an_unknown_image_is_the_callers_error(tmp_path: Path) -> None:
     with pytest.raises(CallerError, match=r"no image 'huge'; build one of base, small, code-"):
         build_oci_image("huge", BuildCache(tmp_path), QUIET)
     assert not list(tmp_path.iterdir())
-    assert set(IMAGES) == {"base", "small", "code-interpreter-v1"}
+    assert set(IMAGES) == {"base", "small", "code-interpreter-v1", "desktop"}

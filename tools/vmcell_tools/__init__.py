@@ -14,6 +14,7 @@ oci_layout       the format of OCI archives
 image_layers     root file systems of our images
 python_wheels    packages from PyPI, exactly those of a lock file
 interpreter_image  what the code interpreter's image is made of
+desktop_image    what the desktop's image is made of
 oci_image        our OCI images
 image_import     built images into containerd
 setup_templates  the templates that every node has

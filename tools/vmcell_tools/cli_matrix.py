@@ -97,9 +97,13 @@ def matrix(
 
 
 def images_for(clients: Sequence[Client]) -> tuple[str, ...]:
-    """The images that their calls start from; one of them is half a gigabyte."""
-    more = any(client.group == "code interpreter" for client in clients)
-    return ("base", "code-interpreter-v1") if more else ("base",)
+    """The images that their calls start from; two of them are half a gigabyte and more."""
+    groups = {client.group for client in clients}
+    more = {
+        "code-interpreter-v1": groups & {"code interpreter", "cubesandbox"},
+        "desktop": groups & {"desktop"},
+    }
+    return ("base", *(image for image, wanted_by in more.items() if wanted_by))
 
 
 def _columns(

@@ -58,11 +58,17 @@ def _suite(sources: str) -> str:
 
 
 def debian_layer(
-    layer: Path, packages: Sequence[str], sources: str, hooks: Sequence[str] = ()
+    layer: Path,
+    packages: Sequence[str],
+    sources: str,
+    hooks: Sequence[str] = (),
+    *,
+    uncleaned: Sequence[str] = (),
 ) -> None:
     """A minimal Debian with `packages` and the user 1000, as the tar `layer`.
 
-    `hooks` are shell commands for the installed system, whose directory is their "$1".
+    `hooks` are shell commands for the installed system, whose directory is their "$1"; `uncleaned`
+    names what mmdebstrap leaves of its own cleaning after them.
     It takes the very versions that the host's apt lists name: the lists are copied in, not renewed.
     """
     if os.geteuid() != 0:
@@ -74,7 +80,8 @@ def debian_layer(
     run_step(
         [
             *("mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar"),
-            *("--skip=output/dev,update,cleanup/apt", f"--hook-dir={merged_usr}"),
+            f"--skip={','.join(('output/dev', 'update', 'cleanup/apt', *uncleaned))}",
+            f"--hook-dir={merged_usr}",
             '--setup-hook=cp -r /var/lib/apt/lists/. "$1/var/lib/apt/lists/"',
             *(f"--dpkgopt={option}" for option in PATH_OPTIONS),
             *(f"--customize-hook={hook}" for hook in (*hooks, *CUSTOMIZE)),

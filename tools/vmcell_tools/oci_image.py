@@ -3,6 +3,7 @@
 `base`  Debian with bash, Python, certificates and the user 1000: the image of sandboxes
 `small` busybox: the image of tests and examples
 `code-interpreter-v1` base with Node, scientific Python and E2B's code interpreter
+`desktop` base with Xfce on a virtual screen and noVNC, for E2B's desktop clients
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmcell_protos.errors import CallerError
-from vmcell_tools import interpreter_image
+from vmcell_tools import desktop_image, interpreter_image
 from vmcell_tools.build_cache import BuildCache, input_digest
 from vmcell_tools.debian_tree import (
     Package,
@@ -59,7 +60,13 @@ SMALL = ImageSettings(
     comment="busybox",
 )
 INTERPRETER = interpreter_image.settings(dict(BASE.environment))
-IMAGES = {"base": BASE, "small": SMALL, interpreter_image.NAME: INTERPRETER}
+DESKTOP = desktop_image.settings(dict(BASE.environment))
+IMAGES = {
+    "base": BASE,
+    "small": SMALL,
+    interpreter_image.NAME: INTERPRETER,
+    desktop_image.NAME: DESKTOP,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +123,8 @@ def _plan(name: str, cache: BuildCache, progress: Progress) -> _Plan:
         return _small_plan(cache, progress)
     if name == interpreter_image.NAME:
         return _interpreter_plan(cache, progress)
+    if name == desktop_image.NAME:
+        return _desktop_plan(cache, progress)
     return _base_plan(cache, progress)
 
 
@@ -157,6 +166,25 @@ def _interpreter_plan(cache: BuildCache, progress: Progress) -> _Plan:
 
     more = (sources, *PATH_OPTIONS, *CUSTOMIZE, *interpreter_image.inputs())
     return _Plan(digest=_digest(INTERPRETER, packages, *more), make=make)
+
+
+def _desktop_plan(cache: BuildCache, progress: Progress) -> _Plan:
+    sources = debian_sources()
+    names = (*DEBIAN_PACKAGES, *desktop_image.DEBIAN_PACKAGES)
+    packages = closure_versions(cache, (*MINIMAL_DEBIAN, *names), progress)
+    novnc = named_versions(cache, desktop_image.NOVNC_PACKAGES, progress)
+
+    def make(layer: Path) -> None:
+        (archive,) = package_files(cache, novnc, progress)
+        progress.step(
+            f"installing {len(packages)} Debian packages into an image, 700 MB; about three minutes"
+        )
+        hooks = desktop_image.hooks(archive)
+        debian_layer(layer, names, sources, hooks, uncleaned=desktop_image.UNCLEANED)
+
+    recipe = (*desktop_image.hooks(Path("novnc.deb")), *desktop_image.UNCLEANED)
+    more = (sources, *PATH_OPTIONS, *CUSTOMIZE, *recipe)
+    return _Plan(digest=_digest(DESKTOP, (*packages, *novnc), *more), make=make)
 
 
 def _digest(settings: ImageSettings, packages: Sequence[Package], *more: str | bytes) -> str:

@@ -9,11 +9,12 @@ Reading order:
 operation  one operation, and words for JSON schemas
 service    health, this document, metrics, the CLI's teams
 sandboxes  E2B's sandbox routes
-snapshots  what needs snapshots: refused
+snapshots  what needs snapshots
 activity   metrics and logs of a sandbox
 templates  templates, names and tags
 builds     builds of templates, and uploads for them
 volumes    E2B's volumes
+secrets    E2B's secrets: refused
 operators  teams, keys and audit, for the scope admin
 document   all of it as one OpenAPI document
 """

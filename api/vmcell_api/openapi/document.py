@@ -9,6 +9,7 @@ from vmcell_api.openapi import (
     builds,
     operators,
     sandboxes,
+    secrets,
     service,
     snapshots,
     templates,
@@ -17,7 +18,10 @@ from vmcell_api.openapi import (
 from vmcell_api.openapi.operation import COMMON_ERRORS, TEXT, Json, Operation, ref
 from vmcell_api.scopes import needed_scope
 
-RESOURCES = (service, sandboxes, snapshots, activity, templates, builds, volumes, operators)
+RESOURCES = (
+    *(service, sandboxes, snapshots, activity),
+    *(templates, builds, volumes, secrets, operators),
+)
 VERSION = "0.1.0"
 
 

@@ -72,18 +72,86 @@ async function watch(options = {}) {
   return events;
 }
 
-async function pauseAndConnect() {
-  const sandbox = await create();
+async function withSandbox(action, options = {}, template = TEMPLATE) {
+  const sandbox = await create(options, template);
   try {
-    const pause = sandbox.pause ?? sandbox.betaPause;
-    if (pause === undefined) throw new Absent("pause");
-    await sandbox.files.write("kept", "x");
-    await pause.call(sandbox);
-    const again = await Sandbox.connect(sandbox.sandboxId);
-    expect(await again.files.read("kept"), "x");
+    await action(sandbox);
   } finally {
     await sandbox.kill();
   }
+}
+
+const PATIENT = { requestTimeoutMs: PATIENCE_MS };
+const pauseAndConnect = () =>
+  withSandbox(async (sandbox) => {
+    const pause = sandbox.pause ?? sandbox.betaPause;
+    if (pause === undefined) throw new Absent("pause");
+    const process = await sandbox.commands.run("sleep 3600", { background: true, timeoutMs: 0 });
+    await sandbox.files.write("kept", "x");
+    await pause.call(sandbox, PATIENT);
+    const again = await Sandbox.connect(sandbox.sandboxId, OPTIONS);
+    expect(await again.files.read("kept"), "x");
+    const pids = (await again.commands.list()).map((row) => row.pid);
+    check(pids.includes(process.pid), "the process");
+  });
+
+async function pauseFilesAlone() {
+  needOption("keepMemory");
+  await withSandbox((sandbox) => sandbox.pause({ keepMemory: false, ...PATIENT }));
+}
+
+async function letItPause(sandbox) {
+  await sandbox.setTimeout(1000);
+  await waitFor(async () => (await sandbox.getInfo()).state === "paused", "its pause");
+}
+
+async function autoPause() {
+  needOption("lifecycle");
+  const again = async (sandbox) => {
+    await letItPause(sandbox);
+    const woken = await Sandbox.connect(sandbox.sandboxId, OPTIONS);
+    expect((await woken.commands.run("echo back", { timeoutMs: PATIENCE_MS })).stdout, "back\n");
+  };
+  await withSandbox(again, { lifecycle: { onTimeout: "pause" } });
+}
+
+async function autoResume() {
+  needOption("lifecycle");
+  const woken = async (sandbox) => {
+    await letItPause(sandbox);
+    const { stdout } = await sandbox.commands.run("echo woken", { timeoutMs: PATIENCE_MS });
+    expect(stdout, "woken\n");
+  };
+  await withSandbox(woken, { lifecycle: { onTimeout: "pause", autoResume: true } });
+}
+
+async function snapshots() {
+  const make = method(box(), "createSnapshot");
+  await box().files.write("saved", "x");
+  const { snapshotId } = await make(PATIENT);
+  try {
+    const saved = async (sandbox) => expect(await sandbox.files.read("saved"), "x");
+    await withSandbox(saved, {}, snapshotId);
+  } finally {
+    await Sandbox.deleteSnapshot(snapshotId);
+  }
+}
+
+async function forks() {
+  const fork = method(box(), "fork");
+  await box().files.write("forked", "x");
+  const [copy] = await fork(PATIENT);
+  if (copy instanceof Error) throw copy;
+  try {
+    expect(await copy.files.read("forked"), "x");
+  } finally {
+    await copy.kill();
+  }
+}
+
+async function secrets() {
+  if (e2b.Secret === undefined) throw new Absent("Secret");
+  await e2b.Secret.create("matrix", "value");
 }
 
 const sandboxCalls = [
@@ -329,11 +397,17 @@ const fileCalls = [
 const otherCalls = [
   ["allow_internet_access=False", () => throwaway({ allowInternetAccess: false })],
   ["network rules", () => throwaway({ network: { denyOut: ["0.0.0.0/0"] } })],
+  [
+    "network rules: domain names",
+    () => throwaway({ network: { denyOut: ["0.0.0.0/0"], allowOut: ["example.com"] } }),
+  ],
   ["update_network", () => method(box(), "updateNetwork")({ denyOut: ["10.0.0.0/8"] })],
   ["pause, connect", pauseAndConnect],
-  ["lifecycle: auto-pause", () => throwaway({ lifecycle: { onTimeout: "pause" } })],
-  ["snapshots", async () => void (await method(box(), "createSnapshot")())],
-  ["fork", async () => void (await method(box(), "fork")())],
+  ["pause: files alone", pauseFilesAlone],
+  ["lifecycle: auto-pause", autoPause],
+  ["lifecycle: auto-resume", autoResume],
+  ["snapshots", snapshots],
+  ["fork", forks],
   [
     "volumes",
     async () => {
@@ -350,6 +424,7 @@ const otherCalls = [
       expect(await ask.call(e2b.Template, "surely-no-such-template"), false);
     },
   ],
+  ["secrets", secrets],
   ["mcp", () => throwaway({ mcp: { everything: {} } })],
   // 1.x says nothing.
   ["kill", async () => expect((await box().kill()) ?? true, true)],

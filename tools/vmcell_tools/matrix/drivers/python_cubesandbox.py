@@ -108,9 +108,25 @@ class Calls:
         finally:
             sandbox.kill()
 
-    def snapshot(self):
+    def snapshot_and_rollback(self):
+        self.sandbox.files.write("/tmp/state", "before")
         snapshot = self.sandbox.create_snapshot()
-        Sandbox.delete_snapshot(snapshot.snapshot_id, config=CONFIG)
+        try:
+            listed, _ = Sandbox.list_snapshots(config=CONFIG)
+            assert snapshot.snapshot_id in [row.snapshot_id for row in listed], listed
+            self.sandbox.files.write("/tmp/state", "after")
+            self.sandbox.rollback(snapshot.snapshot_id)
+            expect(self.sandbox.files.read("/tmp/state"), "before")
+        finally:
+            Sandbox.delete_snapshot(snapshot.snapshot_id, config=CONFIG)
+
+    def clone(self):
+        self.sandbox.files.write("/tmp/cloned", "x")
+        (copy,) = self.sandbox.clone()
+        try:
+            expect(copy.files.read("/tmp/cloned"), "x")
+        finally:
+            copy.kill()
 
     def volume(self):
         volume = cubesandbox.Volume.create(f"matrix-{int(time.time())}", config=CONFIG)
@@ -149,7 +165,8 @@ def main():
             ("network rules", c.network_rules),
             ("update_network", c.update_network),
             ("pause, resume", c.pause_and_resume),
-            ("snapshots", c.snapshot),
+            ("snapshots, rollback", c.snapshot_and_rollback),
+            ("clone", c.clone),
             ("volumes", c.volume),
             ("run_code", c.run_code),
             ("kill", c.kill),

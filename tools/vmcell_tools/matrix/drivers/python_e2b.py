@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 import urllib.request
@@ -280,32 +281,88 @@ class Calls:
     # What a sandbox can be besides running.
 
     def pause_and_connect(self):
+        if not hasattr(Sandbox, "pause"):
+            attribute(Sandbox, "beta_pause")
         sandbox = create()
         try:
-            pause = getattr(sandbox, "pause", None) or attribute(sandbox, "beta_pause")
+            pause = getattr(sandbox, "pause", None) or sandbox.beta_pause
+            process = sandbox.commands.run("sleep 3600", background=True, timeout=0)
             sandbox.files.write("kept", "x")
-            pause()
+            pause(request_timeout=PATIENCE_S)
             resume = getattr(Sandbox, "resume", Sandbox.connect)
-            expect(resume(sandbox.sandbox_id).files.read("kept"), "x")
+            again = resume(sandbox.sandbox_id, **OPTIONS)
+            expect(again.files.read("kept"), "x")
+            assert process.pid in [row.pid for row in again.commands.list()]
+        finally:
+            sandbox.kill()
+
+    def pause_files_alone(self):
+        known = inspect.signature(attribute(Sandbox, "pause")).parameters
+        ways = ({"mode": "filesystem"}, {"keep_memory": False})
+        way = next((way for way in ways if way.keys() <= known.keys()), None)
+        if way is None:
+            raise Absent("mode")
+        sandbox = create()
+        try:
+            sandbox.pause(**way, request_timeout=PATIENCE_S)
         finally:
             sandbox.kill()
 
     def auto_pause(self):
-        throwaway(lifecycle={"on_timeout": "pause"})
+        sandbox = create(lifecycle={"on_timeout": "pause"})
+        try:
+            self._let_it_pause(sandbox)
+            again = Sandbox.connect(sandbox.sandbox_id, **OPTIONS)
+            expect(again.commands.run("echo back", timeout=PATIENCE_S).stdout, "back\n")
+        finally:
+            sandbox.kill()
+
+    def auto_resume(self):
+        sandbox = create(lifecycle={"on_timeout": "pause", "auto_resume": True})
+        try:
+            self._let_it_pause(sandbox)
+            expect(sandbox.commands.run("echo woken", timeout=PATIENCE_S).stdout, "woken\n")
+        finally:
+            sandbox.kill()
+
+    def _let_it_pause(self, sandbox):
+        sandbox.set_timeout(1)
+        wait_for(lambda: sandbox.get_info().state == e2b.SandboxState.PAUSED, "its pause")
 
     def snapshot(self):
-        snapshot = attribute(self.sandbox, "create_snapshot")()
-        Sandbox.delete_snapshot(snapshot.snapshot_id)
+        make = attribute(self.sandbox, "create_snapshot")
+        self.sandbox.files.write("saved", "x")
+        snapshot = make(request_timeout=PATIENCE_S)
+        try:
+            listed = Sandbox.list_snapshots().next_items()
+            assert snapshot.snapshot_id in [row.snapshot_id for row in listed], listed
+            made = create(template=snapshot.snapshot_id)
+            try:
+                expect(made.files.read("saved"), "x")
+            finally:
+                made.kill()
+        finally:
+            Sandbox.delete_snapshot(snapshot.snapshot_id)
 
     def fork(self):
-        for forked in attribute(self.sandbox, "fork")():
-            attribute(forked, "sandbox").kill()
+        fork = attribute(self.sandbox, "fork")
+        self.sandbox.files.write("forked", "x")
+        (copy,) = fork(request_timeout=PATIENCE_S)
+        if isinstance(copy, Exception):
+            raise copy
+        try:
+            expect(copy.files.read("forked"), "x")
+        finally:
+            copy.kill()
 
     def no_internet(self):
         throwaway(allow_internet_access=False)
 
     def network_rules(self):
         throwaway(network={"deny_out": ["0.0.0.0/0"], "allow_out": ["1.1.1.1"]})
+
+    def network_names(self):
+        throwaway(network={"deny_out": ["0.0.0.0/0"], "allow_out": ["example.com"]})
 
     def update_network(self):
         attribute(self.sandbox, "update_network")({"deny_out": ["10.0.0.0/8"]})
@@ -339,64 +396,82 @@ class Calls:
         attribute(e2b, "Secret").create("matrix", "value")
 
 
+def command_calls(c):
+    """A sandbox and what runs in it."""
+    return [
+        ("Sandbox.create", c.create),
+        ("Sandbox.list", c.list),
+        ("Sandbox.list by metadata", c.list_by_metadata),
+        ("get_info", c.get_info),
+        ("Sandbox.connect", c.connect),
+        ("set_timeout", c.set_timeout),
+        ("is_running", c.is_running),
+        ("get_metrics", c.get_metrics),
+        ("commands.run", c.commands_run),
+        ("commands.run: exit code", c.commands_exit_code),
+        ("commands.run: user, envs, cwd", c.commands_options),
+        ("commands.run: callbacks", c.commands_callbacks),
+        ("commands.run: timeout", c.commands_timeout),
+        ("commands.run: background, list", c.commands_background),
+        ("commands.kill", c.commands_kill),
+        ("commands.connect", c.commands_connect),
+        ("commands.send_stdin", c.send_stdin),
+        ("commands.close_stdin", c.close_stdin),
+        ("commands.stream_input", c.stream_input),
+        ("pty: create, resize, input", c.pty),
+    ]
+
+
+def file_calls(c):
+    """Its files."""
+    return [
+        ("files.write, read", c.write_and_read),
+        ("files.read: bytes, stream", c.read_bytes),
+        ("files.write: several", c.write_files),
+        ("files.list", c.list_files),
+        ("files.exists", c.exists),
+        ("files.get_info", c.file_info),
+        ("files.make_dir", c.make_dir),
+        ("files.rename", c.rename),
+        ("files.remove", c.remove),
+        ("files: missing", c.missing_file),
+        ("files.watch_dir", c.watch_dir),
+        ("files.watch_dir: recursive", c.watch_recursive),
+        ("files.watch_dir: entries", c.watch_entries),
+        ("files.write: metadata", c.metadata),
+        ("files: gzip", c.gzip),
+        ("files.write: octet-stream", c.octet_stream),
+        ("download_url, signed", c.signed_urls),
+    ]
+
+
+def other_calls(c):
+    """What else a sandbox can have, and its end."""
+    return [
+        ("allow_internet_access=False", c.no_internet),
+        ("network rules", c.network_rules),
+        ("network rules: domain names", c.network_names),
+        ("update_network", c.update_network),
+        ("pause, connect", c.pause_and_connect),
+        ("pause: files alone", c.pause_files_alone),
+        ("lifecycle: auto-pause", c.auto_pause),
+        ("lifecycle: auto-resume", c.auto_resume),
+        ("snapshots", c.snapshot),
+        ("fork", c.fork),
+        ("volumes", c.volume),
+        ("Template.exists", c.template_exists),
+        ("Template.build", c.template_build),
+        ("secrets", c.secret),
+        ("mcp", c.mcp),
+        ("kill", c.kill),
+        ("kill again", c.kill_again),
+        ("commands.run after kill", c.command_after_kill),
+    ]
+
+
 def main():
     c = Calls()
-    run_calls(
-        [
-            ("Sandbox.create", c.create),
-            ("Sandbox.list", c.list),
-            ("Sandbox.list by metadata", c.list_by_metadata),
-            ("get_info", c.get_info),
-            ("Sandbox.connect", c.connect),
-            ("set_timeout", c.set_timeout),
-            ("is_running", c.is_running),
-            ("get_metrics", c.get_metrics),
-            ("commands.run", c.commands_run),
-            ("commands.run: exit code", c.commands_exit_code),
-            ("commands.run: user, envs, cwd", c.commands_options),
-            ("commands.run: callbacks", c.commands_callbacks),
-            ("commands.run: timeout", c.commands_timeout),
-            ("commands.run: background, list", c.commands_background),
-            ("commands.kill", c.commands_kill),
-            ("commands.connect", c.commands_connect),
-            ("commands.send_stdin", c.send_stdin),
-            ("commands.close_stdin", c.close_stdin),
-            ("commands.stream_input", c.stream_input),
-            ("pty: create, resize, input", c.pty),
-            ("files.write, read", c.write_and_read),
-            ("files.read: bytes, stream", c.read_bytes),
-            ("files.write: several", c.write_files),
-            ("files.list", c.list_files),
-            ("files.exists", c.exists),
-            ("files.get_info", c.file_info),
-            ("files.make_dir", c.make_dir),
-            ("files.rename", c.rename),
-            ("files.remove", c.remove),
-            ("files: missing", c.missing_file),
-            ("files.watch_dir", c.watch_dir),
-            ("files.watch_dir: recursive", c.watch_recursive),
-            ("files.watch_dir: entries", c.watch_entries),
-            ("files.write: metadata", c.metadata),
-            ("files: gzip", c.gzip),
-            ("files.write: octet-stream", c.octet_stream),
-            ("download_url, signed", c.signed_urls),
-            ("allow_internet_access=False", c.no_internet),
-            ("network rules", c.network_rules),
-            ("update_network", c.update_network),
-            ("pause, connect", c.pause_and_connect),
-            ("lifecycle: auto-pause", c.auto_pause),
-            ("snapshots", c.snapshot),
-            ("fork", c.fork),
-            ("volumes", c.volume),
-            ("Template.exists", c.template_exists),
-            ("Template.build", c.template_build),
-            ("secrets", c.secret),
-            ("mcp", c.mcp),
-            ("kill", c.kill),
-            ("kill again", c.kill_again),
-            ("commands.run after kill", c.command_after_kill),
-        ]
-    )
+    run_calls([*command_calls(c), *file_calls(c), *other_calls(c)])
 
 
 if __name__ == "__main__":
