@@ -10,8 +10,9 @@ PYTEST := $(BIN)/python -m pytest
 DEEP ?=
 TIER := $(if $(DEEP),, and not deep)
 
-.PHONY: demo test test-at-once test-plain test-root test-kvm test-vm test-long test-api-cases test-state-machines test-hostile fuzz hostile-agents \ host venv artifacts \
-	interpreter-image containerd2 dev-up clean help
+.PHONY: demo test test-at-once test-plain test-root test-kvm test-vm test-long test-api-cases \
+	test-state-machines test-hostile fuzz hostile-agents host venv artifacts interpreter-image \
+	containerd2 dev-up clean help
 
 help:
 	@echo "make demo   boot a microVM and drive it with the E2B SDK"
