@@ -36,6 +36,7 @@ from vmcell_runtime.machine import Machine
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.pausing import Pausing
 from vmcell_runtime.saving import Processor, Saving
+from vmcell_runtime.shedding import Shedding
 from vmcell_runtime.vcpu import VcpuThread
 from vmcell_runtime.virtio import abi
 from vmcell_runtime.virtio.balloon import Balloon
@@ -168,6 +169,9 @@ def _build(
             hotplug=hotplug,
             pausing=pausing,
         )
+        shedding = Shedding(
+            loop=board.loop, memory=board.memory, pausing=pausing, transports=board.transports
+        )
         return Machine(
             loop=board.loop,
             ending=ending,
@@ -180,6 +184,7 @@ def _build(
             hotplug=hotplug,
             pausing=pausing,
             saving=saving,
+            shedding=shedding,
             resources=resources.pop_all(),
         )
 
