@@ -170,7 +170,11 @@ def _build(
             pausing=pausing,
         )
         shedding = Shedding(
-            loop=board.loop, memory=board.memory, pausing=pausing, transports=board.transports
+            loop=board.loop,
+            memory=board.memory,
+            pausing=pausing,
+            transports=board.transports,
+            hotplug=hotplug,
         )
         return Machine(
             loop=board.loop,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from vmcell_runtime.hotplug import HotPlug
 from vmcell_runtime.loop import EventLoop, Timer
 from vmcell_runtime.memory import GuestMemory, Span
 from vmcell_runtime.pausing import Pausing
@@ -33,11 +34,13 @@ class Shedding:
         memory: GuestMemory,
         pausing: Pausing,
         transports: Sequence[MmioTransport],
+        hotplug: HotPlug,
     ) -> None:
         self._loop = loop
         self._memory = memory
         self._pausing = pausing
         self._transports = transports
+        self._hotplug = hotplug
         self._timer: Timer | None = None
 
     def goes_on(self) -> None:
@@ -50,6 +53,8 @@ class Shedding:
 
     def _look(self) -> None:
         self._timer = None
+        if self._hotplug.plugged:  # devices that cannot be held, as when saving
+            return
         spans = self._memory.as_in_image()
         if sum(length for _, length in spans) >= LEAST_BYTES:
             self._pausing.briefly(lambda: self._drop(spans))
