@@ -36,7 +36,6 @@ from vmcell_runtime.machine import Machine
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.pausing import Pausing
 from vmcell_runtime.saving import Processor, Saving
-from vmcell_runtime.shedding import Shedding
 from vmcell_runtime.vcpu import VcpuThread
 from vmcell_runtime.virtio import abi
 from vmcell_runtime.virtio.balloon import Balloon
@@ -169,13 +168,6 @@ def _build(
             hotplug=hotplug,
             pausing=pausing,
         )
-        shedding = Shedding(
-            loop=board.loop,
-            memory=board.memory,
-            pausing=pausing,
-            transports=board.transports,
-            hotplug=hotplug,
-        )
         return Machine(
             loop=board.loop,
             ending=ending,
@@ -188,7 +180,6 @@ def _build(
             hotplug=hotplug,
             pausing=pausing,
             saving=saving,
-            shedding=shedding,
             resources=resources.pop_all(),
         )
 

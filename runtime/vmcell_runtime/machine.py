@@ -42,7 +42,6 @@ class Machine:
         hotplug: HotPlug,
         pausing: Pausing,
         saving: Saving,
-        shedding: Shedding,
         resources: ExitStack,
     ) -> None:
         self.loop = loop
@@ -52,7 +51,7 @@ class Machine:
         self.hotplug = hotplug
         self.pausing = pausing
         self.saving = saving
-        self.shedding = shedding
+        self.shedding = Shedding(loop, pausing, saving)
         self._vcpus = vcpus
         self._ports = ports
         self._windows = windows

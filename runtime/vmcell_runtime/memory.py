@@ -433,18 +433,13 @@ class GuestMemory:
             os.close(self._image_fd)
             self._image_fd = -1
 
-    @property
-    def has_image(self) -> bool:
-        """All RAM stands on one file."""
-        return self._image_fd >= 0 and not self._torn
-
     def as_in_image(self, among: Sequence[Span] | None = None) -> list[Span]:
         """Own pages, of `among` or of all RAM, that hold what the image holds there: `discard`
         changes nothing but what they cost. Whoever does it sees to it that nobody writes meanwhile.
 
         None without an image, or while a part of the RAM stands on another. Raises OSError.
         """
-        if not self.has_image:
+        if self._image_fd < 0 or self._torn:
             return []
         page_map_fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from turning_loop import TurningLoop
@@ -14,6 +14,7 @@ from vmcell_runtime.clock import GuestClock
 from vmcell_runtime.hotplug import HotPlug
 from vmcell_runtime.memory import PAGE_BYTES, GuestMemory
 from vmcell_runtime.pausing import Pausing, State
+from vmcell_runtime.saving import Saving
 from vmcell_runtime.shedding import LEAST_BYTES, Shedding
 from vmcell_runtime.vcpu import VcpuThread
 from vmcell_runtime.virtio.mmio import MmioTransport
@@ -52,24 +53,30 @@ class MadeUp:
 
 
 class Rig:
-    """A machine of one vCPU and one device whose RAM began as an image."""
+    """A machine of one vCPU and one device whose RAM began as an image, or as nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_image: bool = True) -> None:
         self.image = os.memfd_create("image")
         os.ftruncate(self.image, RAM_BYTES)
         os.pwrite(self.image, b"saved" * PAGE_BYTES, 0)
-        self.memory = GuestMemory(RAM_BYTES, image_fd=self.image)
+        self.memory = GuestMemory(RAM_BYTES, image_fd=self.image if has_image else -1)
         self.loop = TurningLoop()
-        self.made_up = MadeUp()
-        vcpus = cast("list[VcpuThread]", [self.made_up])
-        self.pausing = Pausing(self.loop, vcpus, cast("GuestClock", self.made_up))
-        self.shedding = Shedding(
-            loop=self.loop,
+        self.made_up = made_up = MadeUp()
+        vcpus = cast("list[VcpuThread]", [made_up])
+        self.pausing = Pausing(self.loop, vcpus, cast("GuestClock", made_up))
+        nothing = cast("Any", None)  # what only a whole save looks at
+        self.saving = Saving(
+            vm=nothing,
             memory=self.memory,
+            vcpus=[],
+            processor=nothing,
+            serial=nothing,
+            cmos=nothing,
+            transports=cast("list[MmioTransport]", [made_up]),
+            hotplug=cast("HotPlug", made_up),
             pausing=self.pausing,
-            transports=cast("list[MmioTransport]", [self.made_up]),
-            hotplug=cast("HotPlug", self.made_up),
         )
+        self.shedding = Shedding(self.loop, self.pausing, self.saving)
 
     def write_the_same(self, pages: int) -> None:
         for page in range(pages):
@@ -84,7 +91,7 @@ class Rig:
 
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    monkeypatch.setattr(shedding_module, "AFTER_NS", 0)
+    monkeypatch.setattr(shedding_module, "AFTER_NS", (0,))
     rig = Rig()
     yield rig
     rig.close()
@@ -144,17 +151,21 @@ def test_devices_that_came_later_are_not_written_under(rig: Rig) -> None:
     assert rig.made_up.heard == []
 
 
-def test_a_machine_without_a_snapshot_is_left_alone(rig: Rig) -> None:
-    memory = GuestMemory(RAM_BYTES)
+def test_a_machine_without_a_snapshot_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shedding_module, "AFTER_NS", (0,))
+    rig = Rig(has_image=False)
     try:
-        made_up = rig.made_up
-        Shedding(
-            loop=rig.loop,
-            memory=memory,
-            pausing=rig.pausing,
-            transports=[],
-            hotplug=cast("HotPlug", made_up),
-        ).goes_on()
-        assert not rig.loop._timers
+        rig.write_the_same(ENOUGH)
+        rig.shedding.goes_on()
+        rig.loop.advance_to_timers()
+        assert rig.made_up.heard == []
     finally:
-        memory.close()
+        rig.close()
+
+
+def test_who_goes_on_twice_is_looked_at_once(rig: Rig) -> None:
+    rig.shedding.goes_on()
+    rig.shedding.goes_on()
+    rig.write_the_same(ENOUGH)
+    rig.loop.advance_to_timers()
+    assert rig.made_up.heard.count("held") == 1, "the first one's timers are gone"
