@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 # A lower memory limit is written while the kernel reclaims what is above it.
 UPDATE_SECONDS = 10.0
+# Files that read as what was written, unlike memory.reclaim, which `unified` may name.
+_LASTING = {
+    *("cpu.max", "cpu.weight", "cpuset.cpus", "cpuset.mems"),
+    *("memory.low", "memory.max", "memory.swap.max", "pids.max"),
+}
 
 
 class Limits:
@@ -36,6 +41,9 @@ class Limits:
         files = resources.cgroup_files(wanted, self._cgroup.text)
         if wanted.object("memory").flag("checkBeforeUpdate"):
             self._check_usage(wanted.object("memory"))
+        if self._holds(files):
+            answer(None)
+            return
 
         def work() -> bytes:
             self._cgroup.update(files)
@@ -48,6 +56,11 @@ class Limits:
         what = f"update the limits of {self.name}"
         self._errands.run(what, work, done, seconds=UPDATE_SECONDS)
         self._changing = True
+
+    def _holds(self, files: dict[str, str]) -> bool:
+        """All is so already, as in a restored guest: a child would cost it memory for nothing."""
+        lasting = all(name in _LASTING for name in files)
+        return lasting and all(self._cgroup.text(name) == files[name] for name in files)
 
     def _check_usage(self, memory: Object) -> None:
         limit = memory.number("limit", -1, resources.LARGEST) or -1

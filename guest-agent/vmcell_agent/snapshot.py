@@ -13,6 +13,7 @@ new is started (see `check_goes_on`).
 
 from __future__ import annotations
 
+import gc
 import os
 
 from vmcell_agent import identity, process, syscalls
@@ -123,6 +124,7 @@ class Snapshot:
             raise CallerError(f"the guest is {self.state} already", code="failed_precondition")
         self._was_held, self._drop_caches = self.state == HELD, drop_caches
         step = self._begin(PREPARING, answer)
+        settle()
         if self._was_held:
             self._write_back()
             return
@@ -318,6 +320,16 @@ def _resident(container: Container, inits: list[int]) -> identity.Resident:
             init = os.pidfd_open(container.init.pid)
         inits.append(init)
     return identity.Resident(container.name, container.files.namespace, init)
+
+
+def settle() -> None:
+    """Memory is left as it is from here on, as far as that can be: each page that a restored guest
+    writes to, every clone has a copy of. What a restored guest needs is loaded now, and the
+    collector, which writes to all it looks at, never looks at what lives now again."""
+    from vmcell_agent import limits, readdress, renewal  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 def write_back(places: list[tuple[str, str]], drop_caches: bool) -> bytes:

@@ -22,6 +22,7 @@ pausing        all vCPUs stand still, and go on
 hotplug        devices that come and go at the spare windows
 snapshot       the state of a machine as records and JSON; no I/O
 saving         a machine that stands still becomes such a state and a file
+shedding       pages that are as in the snapshot are given back to it
 loading        such a state goes into a machine that has never run
 machine        a microVM that exists: run it, count, close
 build          the recipe for a machine, new or saved before

@@ -77,6 +77,7 @@ def _do(machine: Machine, request: control.Plain, fds: Sequence[int], send: Send
             machine.pausing.pause(done)
             return
         case control.Resume():
+            machine.shedding.goes_on()
             machine.pausing.resume(done)
             return
         case control.Save():

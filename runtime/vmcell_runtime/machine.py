@@ -15,6 +15,7 @@ from vmcell_runtime.kvm import abi
 from vmcell_runtime.loop import EventLoop
 from vmcell_runtime.pausing import Pausing
 from vmcell_runtime.saving import Saving
+from vmcell_runtime.shedding import Shedding
 from vmcell_runtime.vcpu import VcpuThread
 from vmcell_runtime.virtio.balloon import Balloon
 from vmcell_runtime.virtio.vsock.device import Vsock
@@ -51,6 +52,7 @@ class Machine:
         self.hotplug = hotplug
         self.pausing = pausing
         self.saving = saving
+        self.shedding = Shedding(loop, pausing, saving)
         self._vcpus = vcpus
         self._ports = ports
         self._windows = windows

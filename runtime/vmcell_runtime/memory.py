@@ -201,6 +201,13 @@ class _Ram:
             raise OSError(errno.EIO, f"the kernel tells {len(entries) // 8} of {pages} pages")
         return entries[7::8].translate(_OWN_PAGE)
 
+    def own_spans(self, page_map_fd: int) -> list[Span]:
+        """The same as (gpa, length) of stretches."""
+        return [
+            (self.gpa + first * PAGE_BYTES, (end - first) * PAGE_BYTES)
+            for first, end in _runs(self.own_pages(page_map_fd))
+        ]
+
     def discard(self, gpa: int, length: int) -> None:
         # A hole in the file: pages of shared memory stay, whoever unmaps them.
         advice = mmap.MADV_DONTNEED if self.fd < 0 else mmap.MADV_REMOVE
@@ -262,6 +269,20 @@ def _without_zeros(ram: _Ram, flags: bytes) -> bytes:
     return bytes(kept)
 
 
+def _same_spans(ram: _Ram, fd: int, gpa: int, length: int) -> Iterator[Span]:
+    """The pages of a stretch that are as in the file, neighbours together."""
+    for at in range(gpa, gpa + length, _WRITE_BYTES):
+        piece = min(_WRITE_BYTES, gpa + length - at)
+        there = os.pread(fd, piece, ram.offset + at - ram.gpa)
+        here = bytes(ram.bytes[at - ram.gpa : at - ram.gpa + piece])
+        same = bytes(
+            here[page : page + PAGE_BYTES] == there[page : page + PAGE_BYTES]
+            for page in range(0, piece, PAGE_BYTES)
+        )
+        for first, end in _runs(same):
+            yield at + first * PAGE_BYTES, (end - first) * PAGE_BYTES
+
+
 def _write_pages(ram: _Ram, fd: int, start: int, end: int) -> int:
     position = start
     while position < end:
@@ -293,6 +314,7 @@ class GuestMemory:
         self.shared = shared
         self._page_map_fd = page_map_fd
         self._from_image = False
+        self._image_fd = -1  # of the file that all RAM stands on, to compare with
         self._torn = False  # a part of it stands on another file than the rest
         self._ram = [_Ram(0, low, 0, shared=shared)]
         if ram_bytes > low:
@@ -412,6 +434,33 @@ class GuestMemory:
             self._torn = True
             raise HostError(f"mapping the image of a guest's memory failed: {error}") from error
         self._from_image, self._torn = True, False
+        self._forget_image()
+        self._image_fd = os.dup(fd)
+
+    def _forget_image(self) -> None:
+        if self._image_fd >= 0:
+            os.close(self._image_fd)
+            self._image_fd = -1
+
+    def as_in_image(self, among: Sequence[Span] | None = None) -> list[Span]:
+        """Own pages, of `among` or of all RAM, that hold what the image holds there: `discard`
+        changes nothing but what they cost. Whoever does it sees to it that nobody writes meanwhile.
+
+        None without an image, or while a part of the RAM stands on another. Raises OSError.
+        """
+        if self._image_fd < 0 or self._torn:
+            return []
+        page_map_fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            own = [
+                (ram, span)
+                for ram in self._ram
+                for span in (among if among is not None else ram.own_spans(page_map_fd))
+                if ram.gpa <= span[0] < ram.end_gpa
+            ]
+        finally:
+            os.close(page_map_fd)
+        return [same for ram, span in own for same in _same_spans(ram, self._image_fd, *span)]
 
     def save_pages(self, fd: int) -> int:
         """Writes every page that is not as in the image, or all but zeros without one; bytes. All
@@ -505,6 +554,7 @@ class GuestMemory:
         """Unmaps everything; BufferError while pinned, so no kernel slot outlives its memory."""
         if self._pins:
             raise BufferError("guest memory is still pinned by a VM; close the VM first")
+        self._forget_image()
         for ram in self._ram:
             ram.close()
         for _, _, mapping in self._windows.values():

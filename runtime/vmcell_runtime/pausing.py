@@ -44,6 +44,7 @@ class Pausing:
         self._clock = clock
         self._moving = 0
         self._wishes: deque[tuple[State, Callable[[], None]]] = deque()
+        self._is_brief = False
         self.state = State.RUNNING
         if paused:
             self.state = State.PAUSED
@@ -62,6 +63,21 @@ class Pausing:
     def resume(self, done: Callable[[], None]) -> None:
         """Calls `done` once the vCPUs go on, with the guest's clock where it stood."""
         self._wish(State.RUNNING, done)
+
+    def briefly(self, deed: Callable[[], None]) -> bool:
+        """Calls `deed`, of some milliseconds, while every vCPU stands still, and lets them go on
+        after it, whatever was wished meanwhile. The clock goes on: to the guest it is as if the
+        host had been busy. False, and nothing happens, unless the machine runs and is to."""
+        if self.state is not State.RUNNING or self._wishes:
+            return False
+        self._is_brief = True
+
+        def do() -> None:
+            self._wishes.appendleft((State.RUNNING, _nobody_waits))
+            deed()
+
+        self._wish(State.PAUSED, do)
+        return True
 
     def _wish(self, wanted: State, done: Callable[[], None]) -> None:
         self._wishes.append((wanted, done))
@@ -87,7 +103,9 @@ class Pausing:
             for vcpu in self._vcpus:
                 vcpu.pause(lambda: self._loop.call_soon(self._one_stands))
             return
-        self._clock.start()
+        if not self._is_brief:
+            self._clock.start()
+        self._is_brief = False
         self.state = State.RUNNING
         for vcpu in self._vcpus:
             vcpu.resume()
@@ -95,7 +113,8 @@ class Pausing:
     def _one_stands(self) -> None:
         self._moving -= 1
         if not self._moving:
-            self._clock.stop()
+            if not self._is_brief:
+                self._clock.stop()
             self.state = State.PAUSED
             self._grant()
 

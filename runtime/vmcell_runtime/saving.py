@@ -8,8 +8,8 @@ next saving costs what changes until then.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 from vmcell_protos.errors import CallerError, HostError
@@ -20,7 +20,7 @@ from vmcell_runtime.kvm.cpuid import CpuidEntry
 from vmcell_runtime.kvm.vcpu import Vcpu
 from vmcell_runtime.kvm.vcpu_state import save_vcpu
 from vmcell_runtime.kvm.vm import Vm
-from vmcell_runtime.memory import GuestMemory
+from vmcell_runtime.memory import GuestMemory, Span
 from vmcell_runtime.pausing import Pausing, State
 from vmcell_runtime.snapshot.state import MachineState, encode
 from vmcell_runtime.virtio.mmio import MmioTransport
@@ -81,15 +81,32 @@ class Saving:
                 code="failed_precondition",
             )
         self._serial.flush()  # the log is not of the guest's memory: what was said is said once
+        with self._devices_held() as rows:
+            written = self._write(memory_fd, state_fd, rows)
+            # Only now: whoever hears of an error takes the old file for the base of the next save.
+            self._memory.lay_image(memory_fd)
+        return written
+
+    def own_for_nothing(self) -> list[Span]:
+        """Pages of the guest's own that are now as in the file its memory stands on; none where
+        devices are plugged in that cannot be held."""
+        return [] if self._hotplug.plugged else self._memory.as_in_image()
+
+    def give_back(self, spans: Sequence[Span]) -> None:
+        """Those of these pages that still are so are the file's again. No vCPU may be running."""
+        with self._devices_held():
+            for gpa, length in self._memory.as_in_image(spans):
+                self._memory.discard(gpa, length)
+
+    @contextmanager
+    def _devices_held(self) -> Iterator[list[TransportState]]:
+        """The transports' states; no device touches guest memory inside. CallerError."""
         with ExitStack() as held:
             rows = []
             for transport in self._transports:
                 rows.append(transport.save())
                 held.callback(transport.go_on)
-            written = self._write(memory_fd, state_fd, rows)
-            # Only now: whoever hears of an error takes the old file for the base of the next save.
-            self._memory.lay_image(memory_fd)
-        return written
+            yield rows
 
     def _write(self, memory_fd: int, state_fd: int, rows: list[TransportState]) -> int:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from vmcell_agent.cgroup import Cgroup
 from vmcell_agent.jsonfields import parse_object
+from vmcell_agent.limits import Limits
 from vmcell_agent.resources import cgroup_files
 from vmcell_protos import agent as messages
 from vmcell_protos.errors import CallerError, VmcellError
@@ -116,6 +118,43 @@ def test_a_kernel_without_swap_keeps_to_any_limit_of_it(cgroup: Cgroup) -> None:
     (Path(cgroup.path) / "memory.swap.max").unlink()
     cgroup.update({"memory.swap.max": "5", "memory.max": "900"})
     assert (Path(cgroup.path) / "memory.max").read_text() == "900"
+
+
+class Children:
+    """Stands for the agent's errands: does the work at once, and tells what there was."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def run(
+        self, what: str, work: Callable[[], bytes], done: Callable[[bytes], None], *, seconds: float
+    ) -> None:
+        self.asked.append(what)
+        done(work())
+
+
+@pytest.mark.parametrize(
+    ("resources", "is_written"),
+    [
+        ({}, False),
+        ({"devices": [{"allow": False, "access": "rwm"}]}, False),
+        ({"memory": {"limit": -1}, "cpu": {"quota": 50_000}}, False),
+        ({"memory": {"limit": -1}, "pids": {"limit": 900}}, True),
+        # What is asked of a file that keeps nothing is done each time.
+        ({"unified": {"memory.reclaim": "1"}}, True),
+    ],
+)
+def test_limits_that_hold_already_cost_no_child(
+    cgroup: Cgroup, resources: dict[str, Any], is_written: bool
+) -> None:
+    (Path(cgroup.path) / "memory.reclaim").touch()
+    children, answers = Children(), list[VmcellError | None]()
+    limits = Limits(children, cgroup, "container 'c1'")  # type: ignore[arg-type]  # a double
+    limits.update(json.dumps(resources).encode(), answers.append)
+    assert answers == [None]
+    assert bool(children.asked) == is_written
+    expected = "900" if "pids" in resources else "max"
+    assert content(cgroup) == MAX | {"pids.max": expected}
 
 
 @pytest.mark.root

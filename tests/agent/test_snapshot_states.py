@@ -3,6 +3,8 @@ no order of calls, answers and errors leaves anything that runs frozen, or what 
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -374,3 +376,20 @@ def test_refusals_say_what_to_do() -> None:
     bench.settle()
     bench.prepare()
     assert bench.answers == [None, None]
+
+
+def test_a_guest_that_is_saved_has_loaded_what_one_that_is_restored_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else every clone unpacks it again, into memory of its own; and the collector would write to
+    all objects there are."""
+    names = [f"vmcell_agent.{name}" for name in ("limits", "readdress", "renewal")]
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    frozen_before = gc.get_freeze_count()
+    try:
+        snapshot.settle()
+        assert [name for name in names if name not in sys.modules] == []
+        assert gc.get_freeze_count() > frozen_before
+    finally:
+        gc.unfreeze()

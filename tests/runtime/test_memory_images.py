@@ -228,3 +228,67 @@ def test_what_is_no_image_of_it_is_refused(make_file: MakeFile) -> None:
     with pytest.raises(CallerError, match="cannot be saved"):
         shared.save_pages(make_file())
     shared.close()
+
+
+def test_pages_that_are_as_in_the_image_are_found_and_dropped(
+    make_file: MakeFile,
+) -> None:
+    image = make_file()
+    os.pwrite(image, fill(1) + fill(2) + fill(3), PAGE_BYTES)
+    memory = GuestMemory(SMALL, image_fd=image)
+    try:
+        for page in (1, 2, 5):
+            memory.write(page * PAGE_BYTES, b"x")
+        memory.write(3 * PAGE_BYTES, b"stays")
+        memory.write(PAGE_BYTES, fill(1)[:1] + fill(1)[1:])
+        memory.write(2 * PAGE_BYTES, fill(2))
+        memory.write(5 * PAGE_BYTES, b"\0")  # a hole of the image
+        before = memory.read(0, SMALL)
+        found = memory.as_in_image()
+        assert found == [(PAGE_BYTES, 2 * PAGE_BYTES), (5 * PAGE_BYTES, PAGE_BYTES)]
+        memory.write(2 * PAGE_BYTES, b"meanwhile")
+        again = memory.as_in_image(found)
+        assert again == [(PAGE_BYTES, PAGE_BYTES), (5 * PAGE_BYTES, PAGE_BYTES)]
+        for gpa, length in again:
+            memory.discard(gpa, length)
+        expected = bytearray(before)
+        expected[2 * PAGE_BYTES : 2 * PAGE_BYTES + 9] = b"meanwhile"
+        assert memory.read(0, SMALL) == bytes(expected)
+        assert memory.as_in_image() == []
+        assert memory.save_pages(make_file(source=image)) == 2 * PAGE_BYTES
+    finally:
+        memory.close()
+
+
+def test_it_is_the_last_image_that_pages_are_compared_with(
+    small: GuestMemory, make_file: MakeFile
+) -> None:
+    """Else a page would be dropped that is as in the image before, and become another."""
+    small.write(0, fill(7))
+    assert small.as_in_image() == [], "without an image there is nothing to go back to"
+    first = make_file()
+    small.save_pages(first)
+    small.lay_image(first)
+    small.write(0, fill(8))
+    second = make_file(source=first)
+    small.save_pages(second)
+    small.lay_image(second)
+    small.write(0, fill(7))
+    assert small.as_in_image() == []
+    small.write(0, fill(8))
+    assert small.as_in_image() == [(0, PAGE_BYTES)]
+
+
+def test_above_3_gib_pages_are_compared_where_they_stand_in_the_file(make_file: MakeFile) -> None:
+    image = make_file(TWO_SLOTS)
+    os.pwrite(image, fill(1), LOW_RAM_LIMIT_BYTES)
+    memory = GuestMemory(TWO_SLOTS, image_fd=image)
+    try:
+        memory.write(HIGH_RAM_GPA, fill(1))
+        memory.write(HIGH_RAM_GPA + PAGE_BYTES, fill(1))
+        memory.write(LOW_RAM_LIMIT_BYTES - PAGE_BYTES, bytes(PAGE_BYTES))
+        same = [(LOW_RAM_LIMIT_BYTES - PAGE_BYTES, PAGE_BYTES), (HIGH_RAM_GPA, PAGE_BYTES)]
+        assert memory.as_in_image() == same
+        assert memory.as_in_image(same) == same
+    finally:
+        memory.close()

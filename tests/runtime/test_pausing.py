@@ -78,6 +78,7 @@ class Wishes(RuleBasedStateMachine):
         )
         self.made: list[State] = []
         self.granted = 0
+        self.deeds_to_come = 0
 
     def grant(self, number: int, wanted: State) -> None:
         assert number == self.granted
@@ -91,6 +92,17 @@ class Wishes(RuleBasedStateMachine):
         self.made.append(wanted)
         (self.pausing.pause if pause else self.pausing.resume)(done)
 
+    @rule()
+    def do_a_brief_deed(self) -> None:
+        runs = self.pausing.state is State.RUNNING
+        assert self.pausing.briefly(self.deed) is runs
+        self.deeds_to_come += runs
+
+    def deed(self) -> None:
+        assert not any(vcpu.runs for vcpu in self.vcpus)
+        assert self.clock.goes, "to the guest it is no pause"
+        self.deeds_to_come -= 1
+
     @rule(number=st.integers(0, 2))
     def one_stands(self, number: int) -> None:
         self.vcpus[number].stand()
@@ -101,6 +113,7 @@ class Wishes(RuleBasedStateMachine):
         moving = any(vcpu.asked is not None for vcpu in self.vcpus)
         assert (self.pausing.state is State.PAUSING) is moving
         if not moving:
+            assert self.deeds_to_come == 0
             assert self.granted == len(self.made)
             last = self.made[-1] if self.made else State.RUNNING
             assert self.pausing.state is last

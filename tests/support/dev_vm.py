@@ -113,7 +113,9 @@ class DevVm:
     def check(self, *command: str, stdin: bytes = b"", timeout_s: int = 120) -> str:
         """Like `run`, for a command that has to succeed; its standard output as text."""
         result = self.run(*command, stdin=stdin, timeout_s=timeout_s)
-        assert result.code == 0, f"{command} ended with {result.code}: {result.error_text}"
+        # What it printed before it failed is often all there is to go by.
+        said = f"{result.error_text}\n{result.text[-5000:]}"
+        assert result.code == 0, f"{command} ended with {result.code}: {said}"
         return result.text
 
     def config(self) -> dict[str, Any]:

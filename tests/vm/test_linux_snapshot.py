@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 from dev_vm import DevVm
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
+ROUNDS = int(os.environ.get("VMCELL_SNAPSHOT_ROUNDS", "2"))
+TIMEOUT_S = 600 + 100 * ROUNDS
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(TIMEOUT_S + 100)]
 
 PROGRAM = Path(__file__).parents[1] / "support" / "linux_snapshot" / "host.py"
 BALLAST = hashlib.sha256(
@@ -21,12 +24,9 @@ BALLAST = hashlib.sha256(
 WHOLE = {"ballast": BALLAST, "wrong_blocks": [], "chain": True}
 
 
-ROUNDS = int(os.environ.get("VMCELL_SNAPSHOT_ROUNDS", "2"))
-
-
 @pytest.mark.parametrize(("path", "memory_mib"), [("kernel", 256), ("user", 4096)])
 def test_all_sums_are_right(dev_vm: DevVm, path: str, memory_mib: int) -> None:
-    found = dev_vm.report_of(PROGRAM, path, str(memory_mib), str(ROUNDS), timeout_s=800)
+    found = dev_vm.report_of(PROGRAM, path, str(memory_mib), str(ROUNDS), timeout_s=TIMEOUT_S)
     assert len(found["rounds"]) == ROUNDS, found["console"]
     for row in found["rounds"]:
         assert row["audit"] == WHOLE, row
