@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import os
+import select
 import socket
 import sys
 import threading
@@ -36,10 +37,12 @@ from vmcell_runtime.control import (
     failed,
 )
 from vmcell_runtime.devices.console import LOG_LIMIT_BYTES
+from vmcell_runtime.frame import Frame
 from vmcell_runtime.jail import leave_network
 from vmcell_runtime.loading import Saved
 from vmcell_runtime.loop import HANGUP, READABLE
 from vmcell_runtime.machine import Machine
+from vmcell_runtime.size import Size, size_of
 from vmcell_runtime.snapshot.state import MAX_STATE_BYTES, decode
 from vmcell_runtime.vcpu import prepare_kicks
 
@@ -56,12 +59,24 @@ def main(shim_fd: int) -> NoReturn:
     """Serves the shim at the other end of `shim_fd` until the machine's end; never returns."""
     os.closerange(shim_fd + 1, os.sysconf("SC_OPEN_MAX"))
     shim = socket.socket(fileno=shim_fd)
-    _end_process_on_surprise(shim)
+    end_process_on_surprise(shim)
+    prepare_process()
+    serve(shim, None)
+
+
+def prepare_process() -> None:
+    """What the process is for its whole life. Errors are raised by `serve`."""
     prepare_kicks()
     threading.stack_size(STACK_BYTES)
+
+
+def serve(shim: socket.socket, ready: Frame | None) -> NoReturn:
+    """`ready` was made before the machine was known, and is used if it is of its size; the process
+    has left the network then."""
     try:
-        leave_network()
-        machine = _make(shim)
+        if ready is None:
+            leave_network()
+        machine = _make(shim, ready)
     except VmcellError as error:
         _log(f"start failed: {error}")
         _send(shim, failed(error))
@@ -71,6 +86,7 @@ def main(shim_fd: int) -> NoReturn:
     machine.loop.add(shim.fileno(), partial(_on_shim, shim, machine), READABLE | HANGUP)
     gc.collect()
     gc.freeze()
+    _end_without(shim)
     _send(shim, Running())
     end = machine.run()
     counts = " ".join(f"{name}={count}" for name, count in machine.statistics().items())
@@ -81,7 +97,7 @@ def main(shim_fd: int) -> NoReturn:
     os._exit(0)  # all is closed and flushed; the interpreter's own end would only take time
 
 
-def _make(shim: socket.socket) -> Machine | None:
+def _make(shim: socket.socket, ready: Frame | None) -> Machine | None:
     """None if the shim went away before it asked for anything."""
     datagram, fds, _, _ = socket.recv_fds(shim, MAX_MESSAGE_BYTES + 1, _MAX_FDS)
     if not datagram:
@@ -105,23 +121,44 @@ def _make(shim: socket.socket) -> Machine | None:
     descriptors = Descriptors(fds[:count])
     *saved_fds, kvm_fd = last
     try:
-        if isinstance(request, Boot):
-            return boot(config, descriptors, kvm_fd, listeners, Reports())
-        memory_fd, state_fd = saved_fds
-        saved = Saved(decode(_read_all(state_fd)), memory_fd)
-        return restore(config, descriptors, kvm_fd, listeners, Reports(), saved)
+        saved = None
+        if isinstance(request, Restore):
+            memory_fd, state_fd = saved_fds
+            saved = Saved(decode(read_state(state_fd)), memory_fd)
+        frame = _frame(size_of(config, fds), kvm_fd, ready)
+        if saved is None:
+            return boot(config, descriptors, frame, listeners, Reports())
+        return restore(config, descriptors, frame, listeners, Reports(), saved)
     finally:
         descriptors.close()
         for fd in saved_fds:
             os.close(fd)
 
 
-def _read_all(fd: int) -> bytes:
+def _frame(size: Size, kvm_fd: int, ready: Frame | None) -> Frame:
+    if ready is None:
+        return Frame(size, kvm_fd)
+    if ready.size == size:
+        os.close(kvm_fd)
+        return ready
+    ready.close()
+    return Frame(size, kvm_fd)
+
+
+def read_state(fd: int) -> bytes:
     """The whole file, wherever it was last read, or just more than a state may have."""
     found = b""
     while len(found) <= MAX_STATE_BYTES and (more := os.pread(fd, MAX_STATE_BYTES, len(found))):
         found += more
     return found
+
+
+def _end_without(shim: socket.socket) -> None:
+    """Ends the process if the shim has given it up, which it may since it has asked."""
+    poll = select.poll()
+    poll.register(shim, 0)
+    if poll.poll(0):
+        os._exit(0)
 
 
 def _on_shim(shim: socket.socket, machine: Machine, _events: int) -> None:
@@ -144,7 +181,7 @@ def _send(shim: socket.socket, event: Event) -> None:
         os._exit(0)  # as on its end of file
 
 
-def _end_process_on_surprise(shim: socket.socket) -> None:
+def end_process_on_surprise(shim: socket.socket) -> None:
     """From here on an exception nobody caught, in any thread, is vmm_error and the end."""
 
     def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
