@@ -189,6 +189,8 @@ class ZygoteLoop:
         silent = False
         flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
         try:
+            # CPython's recv_fds drops its flags, and would wait for ever.
+            connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
             datagram, fds, _, _ = socket.recv_fds(
                 connection, MAX_DATAGRAM_BYTES + 1, max(_DESCRIPTORS.values()), flags
             )
