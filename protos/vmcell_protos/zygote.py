@@ -3,7 +3,8 @@
 One message is one datagram of a SOCK_SEQPACKET socket: fields, each a length (4 bytes, little
 endian) and its bytes. Descriptors travel beside a request:
 - `run` (from the shim binary): the working directory;
-- `fork_vmm` (from a shim): the VMM's end of the control socket, then its log;
+- `fork_vmm` (from a shim): the VMM's end of the control socket, then its log; its argv, which may
+  be empty, is the machine's size (vmcell_runtime.size), for a VMM that waits with a frame of it;
 - `hello` (from anyone who looks after the zygote): none.
 Answers: `taken` comes first from the child of a `run`, then `done`; `taken` and `forked` carry the
 child's pidfd;
@@ -33,8 +34,8 @@ class MalformedMessage(ValueError):
 
 
 class Request:
-    """What is asked for. `argv` and `environment` ("NAME=value") belong to `run`, and so does
-    `stdin`: what the caller has read of its standard input."""
+    """What is asked for. `environment` ("NAME=value") belongs to `run`, and so does `stdin`: what
+    the caller has read of its standard input."""
 
     __slots__ = ("argv", "environment", "installation", "kind", "stdin")
 
@@ -99,7 +100,8 @@ def decode_request(datagram: bytes) -> Request:
     _, kind, where, stdin, argc = fields[:5]
     count = _number(argc)
     words = fields[5:]
-    if count > len(words) or (count == 0) != (kind != RUN) or (kind != RUN and (stdin or words)):
+    fits = count == len(words) and not stdin if kind != RUN else 0 < count <= len(words)
+    if not fits or (kind == HELLO and words):
         raise MalformedMessage(f"a {kind.decode()} request has {len(words)} words, {count} of argv")
     if any(b"\0" in word for word in words):
         raise MalformedMessage("a word of a request has a zero byte in it")

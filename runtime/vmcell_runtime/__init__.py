@@ -8,11 +8,13 @@ memory         guest RAM and read-only file windows, reached by guest address an
 kvm            declarations, the one checked ioctl, owners of KVM's descriptors
 layout         every guest physical address the VMM decides, drawn once
 config         what may be asked for: frozen records, their limits, their JSON
+size           how large a machine is: what KVM is told of it before anything else
 control        messages between the shim and its VMM; no I/O
 irq            interrupt lines, and the recorder tests pass instead
 bus            addresses to devices, for ports and for memory-mapped windows
 loop           the device thread's event loop: descriptors, timers, calls from other threads
 boot           everything that stands in memory and registers before the first instruction
+frame          a VM of a size, before it has devices or a guest
 devices        the few PC devices a Linux without ACPI and PCI wants
 virtio         virtio-mmio devices: images, disks, network, directories, sockets, entropy, balloon
 ending         why a machine ends: the first cause, and what the kernel said
@@ -32,6 +34,8 @@ system_calls   what a VMM may ask of the kernel
 jail           what a VMM gives up before its guest runs
 vmm            the process around one machine
 vmm_uid        a uid that no other living VMM has
+rehearsal      a machine of our own, to have its pages copied before anybody waits
+spare          a VMM process that waits for its machine
 zygote_client  a VMM process forked by the node's zygote
 handle         the host's side of that process
 """

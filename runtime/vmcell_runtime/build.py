@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from vmcell_protos.errors import CallerError
 from vmcell_runtime import layout
-from vmcell_runtime.boot.entry import ENTRY_MSRS, entry_fpu, entry_regs, entry_sregs
+from vmcell_runtime.boot.entry import entry_fpu, entry_regs, entry_sregs
 from vmcell_runtime.boot.linux import load_linux
 from vmcell_runtime.bus import Bus
 from vmcell_runtime.clock import NEVER, GuestClock, Time
@@ -24,10 +24,9 @@ from vmcell_runtime.devices.console import ConsoleLog
 from vmcell_runtime.devices.i8042 import I8042
 from vmcell_runtime.devices.serial import Serial
 from vmcell_runtime.ending import Ending
+from vmcell_runtime.frame import Frame, Processor
 from vmcell_runtime.hotplug import HotPlug, SparePlace
 from vmcell_runtime.irq import IrqLine
-from vmcell_runtime.kvm.cpuid import guest_cpuid, physical_address_bits
-from vmcell_runtime.kvm.system import System
 from vmcell_runtime.kvm.vcpu import Vcpu
 from vmcell_runtime.kvm.vm import Vm
 from vmcell_runtime.loading import Saved, check_host, load_machine
@@ -35,8 +34,7 @@ from vmcell_runtime.loop import EventLoop
 from vmcell_runtime.machine import Machine
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.pausing import Pausing
-from vmcell_runtime.saving import Processor, Saving
-from vmcell_runtime.snapshot.state import MachineState
+from vmcell_runtime.saving import Saving
 from vmcell_runtime.vcpu import VcpuThread
 from vmcell_runtime.virtio import abi
 from vmcell_runtime.virtio.balloon import Balloon
@@ -83,41 +81,37 @@ class _Board:
     vm: Vm
     memory: GuestMemory
     loop: EventLoop
-    ports: Bus
-    windows: Bus
+    irqs: Mapping[int, IrqLine]
     report: Report
     resources: ExitStack
-    irqs: dict[int, IrqLine] = field(default_factory=dict)
+    ports: Bus = field(default_factory=Bus)
+    windows: Bus = field(default_factory=Bus)
     transports: list[MmioTransport] = field(default_factory=list)
 
 
 def boot(
     config: MachineConfig,
     descriptors: Descriptors,
-    kvm_fd: int,
+    frame: Frame,
     listeners: Sequence[socket.socket],
     report: Report,
-    *,
-    page_map_fd: int = -1,
 ) -> Machine:
     """A machine whose first instruction is the kernel's entry; nothing runs yet.
 
-    Takes what it keeps from `descriptors`, and owns `kvm_fd` and `listeners` (one for each of
-    `config.vsock.listen_ports`) also when it raises; `page_map_fd` stays the caller's. One of the
-    three errors says what was wrong.
+    Takes what it keeps from `descriptors`, and owns `frame`, made for this machine's size, and
+    `listeners` (one for each of `config.vsock.listen_ports`) also when it raises. One of the three
+    errors says what was wrong.
     """
-    return _build(config, descriptors, kvm_fd, listeners, report, None, page_map_fd)
+    return _build(config, descriptors, frame, listeners, report, None)
 
 
 def restore(
     config: MachineConfig,
     descriptors: Descriptors,
-    kvm_fd: int,
+    frame: Frame,
     listeners: Sequence[socket.socket],
     report: Report,
     saved: Saved,
-    *,
-    page_map_fd: int = -1,
 ) -> Machine:
     """A machine that goes on where `saved` stood, and stands still until it is resumed.
 
@@ -125,48 +119,45 @@ def restore(
     sockets are this one's. What does not fit is a CallerError. Else as `boot`; `saved.memory_fd`
     stays the caller's.
     """
-    return _build(config, descriptors, kvm_fd, listeners, report, saved, page_map_fd)
+    return _build(config, descriptors, frame, listeners, report, saved)
 
 
 def _build(
     config: MachineConfig,
     descriptors: Descriptors,
-    kvm_fd: int,
+    frame: Frame,
     listeners: Sequence[socket.socket],
     report: Report,
     saved: Saved | None,
-    page_map_fd: int,
 ) -> Machine:
     with ExitStack() as resources:
         for sock in listeners:
             resources.callback(sock.close)
-        system = System(kvm_fd)
-        resources.callback(system.close)
-        processor = _processor(system, config, saved)
-        bits = physical_address_bits(processor.cpuid)
-        memory = _make_memory(config, descriptors, resources, saved, page_map_fd)
-        _check_reach(memory, bits)
-        board = _make_board(memory, system, report, resources)
+        resources.callback(frame.close)
+        processor = _processor(frame, config, saved)
+        board = _make_board(config, descriptors, frame, report, resources)
+        if saved is not None:
+            board.memory.lay_image(saved.memory_fd)
         ending, serial, cmos = _add_legacy_devices(config, descriptors, board)
-        windows = layout.virtio_windows(config.fixed_windows, config.spare_windows)
-        fixed, free = windows[: config.fixed_windows], windows[config.fixed_windows :]
+        spare = config.spare_window_numbers
+        fixed = frame.windows[: spare.start]
         vsock, balloon = _add_virtio_devices(config, descriptors, board, listeners, fixed)
-        places = dict(zip(config.spare_window_numbers, free, strict=True))
-        hotplug = _add_spare_windows(places, board, bits)
-        threads = _make_vcpus(config.vcpu_count, system, board, ending, processor)
-        vcpus = [thread.vcpu for thread in threads]
+        places = dict(zip(spare, frame.windows[spare.start :], strict=True))
+        hotplug = _add_spare_windows(places, board, frame.address_bits)
+        threads = _make_threads(frame.vcpus, board, ending)
         if saved is None:
-            time = _load_kernel(config, descriptors, board, windows, vcpus)
+            time = _load_kernel(config, descriptors, frame)
         else:
-            _load_legacy_devices(saved.state, serial, cmos)
-            time = load_machine(saved.state, system, board.vm, vcpus, board.transports)
-        system.close()  # whoever takes this process over finds no way to make another VM
-        clock = GuestClock(board.vm, vcpus, time)
+            serial.load(saved.state.serial)
+            cmos.index = saved.state.cmos_index
+            time = load_machine(saved.state, frame, board.transports)
+        frame.system.close()  # whoever takes this process over finds no way to make another VM
+        clock = GuestClock(board.vm, frame.vcpus, time)
         pausing = Pausing(board.loop, threads, clock, paused=saved is not None)
         saving = Saving(
             vm=board.vm,
             memory=board.memory,
-            vcpus=vcpus,
+            vcpus=frame.vcpus,
             processor=processor,
             serial=serial,
             cmos=cmos,
@@ -190,73 +181,33 @@ def _build(
         )
 
 
-def _processor(system: System, config: MachineConfig, saved: Saved | None) -> Processor:
+def _processor(frame: Frame, config: MachineConfig, saved: Saved | None) -> Processor:
     """The processor as the guest sees it: this host's, or the one it already knows."""
-    cpuid = tuple(system.supported_cpuid())
-    tsc_deadline = system.tsc_deadline
-    if saved is not None:
-        check_host(saved.state, config, cpuid, tsc_deadline=tsc_deadline)
-        cpuid, tsc_deadline = saved.state.cpuid, saved.state.tsc_deadline
-    return Processor(cpuid, tsc_deadline, system.saved_msrs(), system.xsave_bytes())
-
-
-def _make_memory(
-    config: MachineConfig,
-    descriptors: Descriptors,
-    resources: ExitStack,
-    saved: Saved | None,
-    page_map_fd: int,
-) -> GuestMemory:
-    """Guest memory with the pmem windows in it."""
-    memory = GuestMemory(
-        config.memory_mib << 20,
-        shared=bool(config.fs),
-        image_fd=saved.memory_fd if saved is not None else -1,
-        page_map_fd=page_map_fd,
-    )
-    resources.callback(memory.close)
-    _map_pmem(config, descriptors, memory)
-    return memory
+    if saved is None:
+        return frame.processor
+    state = saved.state
+    check_host(state, config, frame.processor)
+    return frame.show(state.cpuid, tsc_deadline=state.tsc_deadline)
 
 
 def _make_board(
-    memory: GuestMemory, system: System, report: Report, resources: ExitStack
+    config: MachineConfig,
+    descriptors: Descriptors,
+    frame: Frame,
+    report: Report,
+    resources: ExitStack,
 ) -> _Board:
-    """A VM that has the memory."""
-    loop = EventLoop()
-    resources.callback(loop.close)
-    vm = Vm(system.create_vm())
-    resources.callback(vm.close)
-    vm.set_tss(layout.TSS_GPA)
-    vm.set_identity_map(layout.IDENTITY_MAP_GPA)
-    vm.create_irqchip()
-    vm.set_memory(memory)
+    """The frame with the images in its pmem windows."""
+    for slot, pmem in zip(frame.images, config.pmem, strict=True):
+        frame.memory.lay_file(slot.number, descriptors.use(pmem.descriptor))
     return _Board(
-        vm=vm,
-        memory=memory,
-        loop=loop,
-        ports=Bus(),
-        windows=Bus(),
+        vm=frame.vm,
+        memory=frame.memory,
+        loop=frame.loop,
+        irqs=frame.irqs,
         report=report,
         resources=resources,
     )
-
-
-def _map_pmem(config: MachineConfig, descriptors: Descriptors, memory: GuestMemory) -> None:
-    gpa = layout.first_pmem_gpa(memory.ram_bytes)
-    for pmem in config.pmem:
-        slot = memory.map_file(descriptors.use(pmem.descriptor), gpa)
-        gpa = layout.align_pmem(gpa + slot.length_bytes)
-
-
-def _check_reach(memory: GuestMemory, address_bits: int) -> None:
-    """CallerError unless the guest's processor can address all of its memory."""
-    end_gpa = max(slot.gpa + slot.length_bytes for slot in memory.slots())
-    if end_gpa > 1 << address_bits:
-        raise CallerError(
-            f"memory and images reach up to {end_gpa:#x}, but this processor has {address_bits} "
-            "address bits; give the guest less memory"
-        )
 
 
 def _add_legacy_devices(
@@ -267,19 +218,13 @@ def _add_legacy_devices(
     if config.console_descriptor is not None:
         console_fd = descriptors.give(config.console_descriptor)
         board.resources.callback(os.close, console_fd)
-    irq = _add_irq(board, layout.SERIAL_GSI)
-    serial = Serial(irq, ConsoleLog(console_fd, ending.words.line))
+    serial = Serial(board.irqs[layout.SERIAL_GSI], ConsoleLog(console_fd, ending.words.line))
     board.ports.add(layout.SERIAL_PORT, layout.SERIAL_PORTS, serial)
     reset = I8042(lambda: ending.end("guest_reset", "the guest pulled the reset line"))
     board.ports.add(layout.KEYBOARD_PORT, layout.KEYBOARD_PORTS, reset)
     cmos = Cmos()
     board.ports.add(layout.CMOS_PORT, layout.CMOS_PORTS, cmos)
     return ending, serial, cmos
-
-
-def _load_legacy_devices(state: MachineState, serial: Serial, cmos: Cmos) -> None:
-    serial.load(state.serial)
-    cmos.index = state.cmos_index
 
 
 def _add_virtio_devices(
@@ -290,7 +235,7 @@ def _add_virtio_devices(
     windows: Sequence[tuple[int, int]],
 ) -> tuple[Vsock | None, Balloon | None]:
     """Every device present at boot at its window, in the fixed order."""
-    irqs = [_add_irq(board, gsi) for _, gsi in windows]
+    irqs = [board.irqs[gsi] for _, gsi in windows]
     images = board.memory.slots()[len(board.memory.ram_ranges) :]
     devices: list[VirtioDevice] = [
         Pmem(board.memory, image.gpa, image.length_bytes) for image in images
@@ -329,7 +274,7 @@ def _add_spare_windows(
     for number, (gpa, gsi) in windows.items():
         window = SpareWindow()
         board.windows.add(gpa, layout.VIRTIO_WINDOW_BYTES, window)
-        places[number] = SparePlace(window, gpa, _add_irq(board, gsi))
+        places[number] = SparePlace(window, gpa, board.irqs[gsi])
     hotplug = HotPlug(
         vm=board.vm,
         memory=board.memory,
@@ -383,51 +328,21 @@ def _add_virtio_device(board: _Board, device: VirtioDevice, gpa: int, irq: IrqLi
         board.vm.add_ioeventfd(fd, notify_gpa, abi.NOTIFY_BYTES, datamatch=queue)
 
 
-def _add_irq(board: _Board, gsi: int) -> IrqLine:
-    """The line `gsi`; devices that share it share its eventfd.
-
-    With an eventfd each, KVM could raise the line for one while the pulse of another still holds it
-    up, and that edge would be lost (arch/x86/kvm/ioapic.c).
-    """
-    irq = board.irqs.get(gsi)
-    if irq is None:
-        irq = board.irqs[gsi] = IrqLine(gsi)
-        board.resources.callback(irq.close)
-        board.vm.add_irqfd(irq.fd, gsi)
-    return irq
+def _make_threads(vcpus: Sequence[Vcpu], board: _Board, ending: Ending) -> list[VcpuThread]:
+    return [
+        VcpuThread(number, vcpu, ports=board.ports, windows=board.windows, end_machine=ending.end)
+        for number, vcpu in enumerate(vcpus)
+    ]
 
 
-def _make_vcpus(
-    count: int, system: System, board: _Board, ending: Ending, processor: Processor
-) -> list[VcpuThread]:
-    run_page_bytes = system.run_page_bytes()
-    threads = []
-    for number in range(count):
-        vcpu = Vcpu(board.vm.create_vcpu(number), run_page_bytes)
-        board.resources.callback(vcpu.close)
-        vcpu.set_cpuid(
-            guest_cpuid(processor.cpuid, number, count, tsc_deadline=processor.tsc_deadline)
-        )
-        vcpu.set_msrs(ENTRY_MSRS)
-        threads.append(
-            VcpuThread(
-                number, vcpu, ports=board.ports, windows=board.windows, end_machine=ending.end
-            )
-        )
-    return threads
-
-
-def _load_kernel(
-    config: MachineConfig,
-    descriptors: Descriptors,
-    board: _Board,
-    windows: Sequence[tuple[int, int]],
-    vcpus: Sequence[Vcpu],
-) -> Time:
+def _load_kernel(config: MachineConfig, descriptors: Descriptors, frame: Frame) -> Time:
     """vCPU 0 stands at the entry; the others wait for INIT and SIPI in the kernel's LAPICs."""
     kernel_fd = descriptors.use(config.kernel_descriptor)
-    entry = load_linux(board.memory, kernel_fd, config.command_line, windows, config.vcpu_count)
-    vcpus[0].set_sregs(entry_sregs(vcpus[0].get_sregs()))
-    vcpus[0].set_regs(entry_regs(entry))
-    vcpus[0].set_fpu(entry_fpu())
+    entry = load_linux(
+        frame.memory, kernel_fd, config.command_line, frame.windows, config.vcpu_count
+    )
+    first = frame.vcpus[0]
+    first.set_sregs(entry_sregs(first.get_sregs()))
+    first.set_regs(entry_regs(entry))
+    first.set_fpu(entry_fpu())
     return NEVER

@@ -50,8 +50,9 @@ from vmcell_runtime.control import (
     error_of,
 )
 from vmcell_runtime.kvm.host_kind import open_kvm, require_linux_host
+from vmcell_runtime.size import Size, size_of
 from vmcell_runtime.vmm_uid import DEFAULT_RANGE, UidRange, lease_uid
-from vmcell_runtime.zygote_client import fork_vmm
+from vmcell_runtime.zygote_client import ask_for_vmm
 
 START_TIMEOUT_S = 60.0  # also where the dev VM's software CPU runs the interpreter
 CONNECT_TIMEOUT_S = 30.0
@@ -117,11 +118,17 @@ def launch(
     boot, with devices of its own.
     """
     config.check_descriptors(len(descriptors))
+    size = size_of(config, descriptors)
     with ExitStack() as opened:
-        config, vhost_fds = _open_vhost(config, len(descriptors), opened)
-        handle = _start_process(log_fd)
+        with _Asking(log_fd, size) as asking:
+            # While the zygote does its part.
+            config, vhost_fds = _open_vhost(config, len(descriptors), opened)
+            order = _Order(config, [*descriptors, *vhost_fds], saved, uids, opened)
+            handle = asking.handle(order)
+        if handle is None:
+            handle = _execute_process(log_fd)
         try:
-            handle.start(config, [*descriptors, *vhost_fds], saved, uids)
+            handle.start(order)
         except BaseException:
             handle.close()
             raise
@@ -147,18 +154,83 @@ def _open_vhost(
     return replace(config, net=tuple(nets)), fds
 
 
-def _start_process(log_fd: int) -> VmmHandle:
-    return _fork_process(log_fd) or _execute_process(log_fd)
+class _Order:
+    """What a VMM is asked first, and the descriptors that go with it, which are `opened`'s until
+    they are taken."""
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        fds: Sequence[int],
+        saved: SavedFiles | None,
+        uids: UidRange,
+        opened: ExitStack,
+    ) -> None:
+        last = [open_kvm()]
+        opened.callback(os.close, last[0])
+        uid = 0
+        if os.geteuid() == 0:
+            uid, held = lease_uid(uids)
+            opened.callback(os.close, held)  # the VMM's copy keeps the uid
+            last.append(held)
+        self._listening: dict[int, socket.socket] = {}
+        opened.callback(self._close)
+        theirs = []
+        for port in config.vsock.listen_ports if config.vsock is not None else ():
+            self._listening[port], other = socket.socketpair()
+            theirs.append(opened.enter_context(other))
+        # Sent before the process has answered: it may be given up yet, but a machine that stands
+        # still until it is told to go on does no harm then.
+        self.goes_ahead = saved is not None
+        self.is_sent = False
+        message = Restore if saved else Boot
+        self.datagram = encode(message(config=config, uid=uid))
+        self.fds = [*fds, *(sock.fileno() for sock in theirs), *(saved or ()), *last]
+
+    def send_ahead(self, sock: socket.socket) -> bool:
+        """False if the socket does not take it."""
+        try:
+            socket.send_fds(sock, [self.datagram], self.fds, socket.MSG_DONTWAIT)
+        except OSError:
+            return False
+        self.is_sent = True
+        return True
+
+    def take_listening(self) -> dict[int, socket.socket]:
+        """Our ends of the sockets for the guest's ports, now the taker's."""
+        taken, self._listening = self._listening, {}
+        return taken
+
+    def _close(self) -> None:
+        for sock in self._listening.values():
+            sock.close()
 
 
-def _fork_process(log_fd: int) -> VmmHandle | None:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        forked = fork_vmm(theirs.fileno(), log_fd)
-    if forked is None:
-        ours.close()
-        return None
-    return VmmHandle(*forked, ours)
+class _Asking:
+    """The zygote is asked for a VMM; a context manager, and what it leaves is given up."""
+
+    def __init__(self, log_fd: int, size: Size) -> None:
+        self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._asked = ask_for_vmm(theirs.fileno(), log_fd, size)
+
+    def handle(self, order: _Order) -> VmmHandle | None:
+        """Of the process that was forked; None if the zygote does not do it."""
+        if self._asked is None or (order.goes_ahead and not order.send_ahead(self._ours)):
+            return None
+        forked = self._asked.forked()
+        if forked is None:
+            order.is_sent = False
+            return None
+        return VmmHandle(*forked, socket.socket(fileno=self._ours.detach()))
+
+    def __enter__(self) -> _Asking:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ours.close()
+        if self._asked is not None:
+            self._asked.close()
 
 
 def _execute_process(log_fd: int) -> VmmHandle:
@@ -212,32 +284,12 @@ class VmmHandle:
         self._reader = threading.Thread(target=self._read, name=f"vmm-{pid}", daemon=True)
         self._reader.start()
 
-    def start(
-        self,
-        config: MachineConfig,
-        descriptors: Sequence[int],
-        saved: SavedFiles | None,
-        uids: UidRange,
-    ) -> None:
-        """Sends the machine over and waits until it is there; for `launch` only."""
-        theirs: list[socket.socket] = []
-        last = [open_kvm()]
-        try:
-            uid = 0
-            if os.geteuid() == 0:
-                uid, held = lease_uid(uids)
-                last.append(held)  # the VMM's copy keeps the uid; ours is closed here
-            for port in config.vsock.listen_ports if config.vsock is not None else ():
-                self._listening[port], other = socket.socketpair()
-                theirs.append(other)
-            fds = [*descriptors, *(sock.fileno() for sock in theirs), *(saved or ()), *last]
-            message = Restore if saved else Boot
-            self._send(message(config=config, uid=uid), fds)
-        finally:
-            for fd in last:
-                os.close(fd)
-            for sock in theirs:
-                sock.close()
+    def start(self, order: _Order) -> None:
+        """Sends the order, unless that is done, and waits until the machine is there; for `launch`
+        only."""
+        self._listening = order.take_listening()
+        if not order.is_sent:
+            self._send_datagram(order.datagram, order.fds)
         self._wait_started()
 
     def connect_vsock(self, port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.socket:
@@ -432,8 +484,11 @@ class VmmHandle:
     # The callers' threads
 
     def _send(self, request: Request, fds: Sequence[int]) -> None:
+        self._send_datagram(encode(request), fds)
+
+    def _send_datagram(self, datagram: bytes, fds: Sequence[int]) -> None:
         try:
-            socket.send_fds(self._sock, [encode(request)], list(fds), socket.MSG_DONTWAIT)
+            socket.send_fds(self._sock, [datagram], list(fds), socket.MSG_DONTWAIT)
         except BlockingIOError as error:
             raise HostError(f"VMM {self.pid} takes no more messages; is it stuck?") from error
         except OSError as error:

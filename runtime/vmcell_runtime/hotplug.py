@@ -45,8 +45,8 @@ class HotPlug:
     """Plugs and unplugs; on the loop's thread. Owns what is plugged in; `close` is idempotent.
 
     `address_bits` is what the guest's processor can address. Each descriptor given is owned from
-    the call on, also when it raises. A disk is closed at unplug, and so is the duplicate that the
-    mapping of an image keeps (Modules/mmapmodule.c).
+    the call on, also when it raises. A disk is closed at unplug; an image's is closed as soon as it
+    is mapped.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """What a VMM gives up before its guest runs, in this order:
 
- 1  descriptors   closed, all but the shim's socket, the log and /dev/null (`vmm.main`)
+ 1  descriptors   closed, but for the shim's socket, the log, /dev/null (`vmm`, `zygote_child`)
  2  page map      /proc/self/pagemap opened: saving needs it, and there is no /proc later
  3  message       the shim says what machine, and which uid; its descriptors come along
  4  namespaces    network, IPC and host name of its own, with nothing in them
@@ -91,17 +91,27 @@ class Bounds(NamedTuple):
     file_bytes: int | None
 
 
-def enter(uid: int, bounds: Bounds, empty_root: EmptyRoot | None) -> bool:
+def leave_namespaces() -> None:
+    """Step 4, which a spare VMM does ahead. Nothing where the process is not root's. HostError."""
+    if os.geteuid() == 0:
+        _call("leave the host's namespaces", "unshare", CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS)
+
+
+def enter(
+    uid: int, bounds: Bounds, empty_root: EmptyRoot | None, *, has_left: bool = False
+) -> bool:
     """Steps 4 to 9, as the first thread and the only one; False if not all could be done because
     the process is not root's. HostError when a step fails.
 
-    `uid`, which is also the gid, is nobody else's while this process lives.
+    `uid`, which is also the gid, is nobody else's while this process lives. `has_left`: it has done
+    step 4 already.
     """
     whole = os.geteuid() == 0
     if whole and uid <= 0:
         raise ValueError(f"a VMM of root's was given uid {uid}")
+    if not has_left:
+        leave_namespaces()
     if whole:
-        _call("leave the host's namespaces", "unshare", CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS)
         if empty_root is not None:
             _enter_root(empty_root)
         else:

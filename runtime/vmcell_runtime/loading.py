@@ -12,13 +12,12 @@ from typing import NamedTuple
 from vmcell_protos.errors import CallerError
 from vmcell_runtime.clock import Time
 from vmcell_runtime.config import MachineConfig
+from vmcell_runtime.frame import Frame, Processor
 from vmcell_runtime.kvm.abi import KVM_CAP_TSC_CONTROL
-from vmcell_runtime.kvm.cpuid import CpuidEntry
 from vmcell_runtime.kvm.cpuid_difference import missing_features
 from vmcell_runtime.kvm.system import System
 from vmcell_runtime.kvm.vcpu import Vcpu
 from vmcell_runtime.kvm.vcpu_state import load_vcpu
-from vmcell_runtime.kvm.vm import Vm
 from vmcell_runtime.snapshot.fields import damaged
 from vmcell_runtime.snapshot.state import MachineState
 from vmcell_runtime.virtio.mmio import MmioTransport
@@ -35,21 +34,15 @@ class Saved(NamedTuple):
     memory_fd: int
 
 
-def check_host(
-    state: MachineState,
-    config: MachineConfig,
-    cpuid: Sequence[CpuidEntry],
-    *,
-    tsc_deadline: bool,
-) -> None:
+def check_host(state: MachineState, config: MachineConfig, here: Processor) -> None:
     """CallerError with the list of differences unless this host and `config` can go on with it."""
     if (state.ram_bytes, len(state.vcpus)) != (config.memory_mib << 20, config.vcpu_count):
         raise damaged(
             f"it is of a guest with {state.ram_bytes >> 20} MiB and {len(state.vcpus)} vCPUs, "
             f"but was said to have {config.memory_mib} MiB and {config.vcpu_count}"
         )
-    missing = missing_features(state.cpuid, cpuid)
-    if state.tsc_deadline and not tsc_deadline:
+    missing = missing_features(state.cpuid, here.cpuid) if state.cpuid != here.cpuid else []
+    if state.tsc_deadline and not here.tsc_deadline:
         missing.append("the APIC's deadline timer")
     if missing:
         named = ", ".join(missing[:_NAMED_FEATURES])
@@ -61,13 +54,7 @@ def check_host(
         )
 
 
-def load_machine(
-    state: MachineState,
-    system: System,
-    vm: Vm,
-    vcpus: Sequence[Vcpu],
-    transports: Sequence[MmioTransport],
-) -> Time:
+def load_machine(state: MachineState, frame: Frame, transports: Sequence[MmioTransport]) -> Time:
     """Puts everything in its place; the guest's time as it stood. CallerError, HostError."""
     if len(state.transports) != len(transports):
         raise CallerError(
@@ -75,11 +62,10 @@ def load_machine(
             "give it the same disks, images and interfaces",
             code="failed_precondition",
         )
-    vm.load_irqchips(state.irqchips)
-    xsave_bytes = system.xsave_bytes()
-    for vcpu, vcpu_state in zip(vcpus, state.vcpus, strict=True):
-        _match_tsc(vcpu, state.tsc_khz, system)
-        load_vcpu(vcpu, vcpu_state, xsave_bytes)
+    frame.vm.load_irqchips(state.irqchips)
+    for vcpu, vcpu_state in zip(frame.vcpus, state.vcpus, strict=True):
+        _match_tsc(vcpu, state.tsc_khz, frame.system)
+        load_vcpu(vcpu, vcpu_state, frame.processor.xsave_bytes)
     for transport, transport_state in zip(transports, state.transports, strict=True):
         transport.load(transport_state)
     return Time(state.kvmclock_ns, state.tsc)

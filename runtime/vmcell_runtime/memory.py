@@ -114,22 +114,13 @@ class _Mapping:
             self._mapped.close()
 
 
-def _map_padded(fd: int, file_bytes: int, length_bytes: int) -> _Mapping:
-    """The file, read-only, and zeros behind it up to `length_bytes`. Raises OSError.
-
-    The zeros are one anonymous mapping whose beginning the file then takes over.
-    """
-    if file_bytes == length_bytes:
-        return _Mapping(mmap.mmap(fd, file_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ))
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    mapping = _Mapping(mmap.mmap(-1, length_bytes, flags=flags, prot=mmap.PROT_READ))
+def _lay(mapping: _Mapping, fd: int, file_bytes: int) -> None:
+    """The file, read-only, takes over the beginning of a mapping. Raises OSError."""
     flags = mmap.MAP_SHARED | MAP_FIXED
     placed = _libc.mmap(mapping.address, file_bytes, mmap.PROT_READ, flags, fd, 0)
     if placed != mapping.address:
         code = ctypes.get_errno()
-        mapping.close()
         raise OSError(code, os.strerror(code))
-    return mapping
 
 
 class _Ram:
@@ -289,6 +280,16 @@ def _write_pages(ram: _Ram, fd: int, start: int, end: int) -> int:
         piece = ram.bytes[position : min(end, position + _WRITE_BYTES)]
         position += os.pwrite(fd, piece, ram.offset + position)
     return end - start
+
+
+def window_bytes(file_bytes: int) -> int:
+    """How long the window of such a file is: up to 2 MiB more, which is what Linux asks of pmem.
+
+    CallerError for a file without content.
+    """
+    if file_bytes <= 0:
+        raise CallerError(f"a pmem image has {file_bytes} bytes; give a regular file with some")
+    return -(-file_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
 
 
 class GuestMemory:
@@ -490,25 +491,48 @@ class GuestMemory:
     def map_file(self, fd: int, gpa: int) -> Slot:
         """Maps a whole file read-only at `gpa`, a multiple of 2 MiB, as a window.
 
-        The length is the file's, rounded up to 2 MiB (what Linux asks of pmem); behind the file the
-        window reads as zero. The file stays the page cache's: MAP_SHARED and PROT_READ. `fd` may be
-        closed afterwards. Devices cannot read or write this window; only the guest can read it.
+        The length is `window_bytes` of the file's; behind the file the window reads as zero. The
+        file stays the page cache's: MAP_SHARED and PROT_READ. `fd` may be closed afterwards.
+        Devices cannot read or write this window; only the guest can read it.
         """
-        file_bytes = os.fstat(fd).st_size
-        if file_bytes <= 0:
-            raise CallerError(f"a pmem image has {file_bytes} bytes; give a regular file with some")
-        length = -(-file_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-        if gpa % HUGE_PAGE_BYTES or self._overlaps(gpa, length):
-            raise CallerError(f"a pmem window of {length} bytes cannot stand at {gpa:#x}")
+        slot = self.reserve_window(window_bytes(os.fstat(fd).st_size), gpa)
         try:
-            mapping = _map_padded(fd, file_bytes, length)
+            self.lay_file(slot.number, fd)
+        except BaseException:
+            self.unmap_file(slot.number)
+            raise
+        return slot
+
+    def reserve_window(self, length_bytes: int, gpa: int) -> Slot:
+        """A window that reads as zero until `lay_file`; both are multiples of 2 MiB."""
+        if gpa % HUGE_PAGE_BYTES or self._overlaps(gpa, length_bytes):
+            raise CallerError(f"a pmem window of {length_bytes} bytes cannot stand at {gpa:#x}")
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        try:
+            mapping = _Mapping(mmap.mmap(-1, length_bytes, flags=flags, prot=mmap.PROT_READ))
         except OSError as error:
             raise HostError(f"mapping a pmem image failed: {error.strerror}") from error
         number = len(self._ram)
         while number in self._windows:
             number += 1
-        self._windows[number] = (gpa, length, mapping)
+        self._windows[number] = (gpa, length_bytes, mapping)
         return self._window_slot(number)
+
+    def lay_file(self, number: int, fd: int) -> None:
+        """The file's content stands in the window of slot `number`, which may be pinned.
+
+        CallerError unless the window is as long as `window_bytes` says.
+        """
+        _, length_bytes, mapping = self._windows[number]
+        file_bytes = os.fstat(fd).st_size
+        if window_bytes(file_bytes) != length_bytes:
+            raise CallerError(
+                f"an image of {file_bytes} bytes does not fit a window of {length_bytes} bytes"
+            )
+        try:
+            _lay(mapping, fd, file_bytes)
+        except OSError as error:
+            raise HostError(f"mapping a pmem image failed: {error.strerror}") from error
 
     def unmap_file(self, number: int) -> None:
         """Ends the window of slot `number`, whose number is free then; BufferError while pinned."""

@@ -10,13 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
 
 from vmcell_protos.errors import CallerError, HostError
 from vmcell_runtime.devices.cmos import Cmos
 from vmcell_runtime.devices.serial import Serial
+from vmcell_runtime.frame import Processor
 from vmcell_runtime.hotplug import HotPlug
-from vmcell_runtime.kvm.cpuid import CpuidEntry
 from vmcell_runtime.kvm.vcpu import Vcpu
 from vmcell_runtime.kvm.vcpu_state import save_vcpu
 from vmcell_runtime.kvm.vm import Vm
@@ -25,15 +24,6 @@ from vmcell_runtime.pausing import Pausing, State
 from vmcell_runtime.snapshot.state import MachineState, encode
 from vmcell_runtime.virtio.mmio import MmioTransport
 from vmcell_runtime.virtio.saved import TransportState
-
-
-class Processor(NamedTuple):
-    """What the guest was shown of the host's processor, and how its state is read."""
-
-    cpuid: tuple[CpuidEntry, ...]
-    tsc_deadline: bool
-    msrs: list[int]
-    xsave_bytes: int
 
 
 class Saving:

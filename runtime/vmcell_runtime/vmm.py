@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import os
+import select
 import socket
 import sys
 import threading
@@ -37,11 +38,13 @@ from vmcell_runtime.control import (
     failed,
 )
 from vmcell_runtime.devices.console import LOG_LIMIT_BYTES
+from vmcell_runtime.frame import Frame
 from vmcell_runtime.jail import Bounds, EmptyRoot, enter, seal
 from vmcell_runtime.loading import Saved
 from vmcell_runtime.loop import HANGUP, READABLE
 from vmcell_runtime.machine import Machine
 from vmcell_runtime.memory import open_page_map
+from vmcell_runtime.size import Size, size_of
 from vmcell_runtime.snapshot.state import MAX_STATE_BYTES, decode
 from vmcell_runtime.vcpu import prepare_kicks
 
@@ -54,19 +57,30 @@ _SAVED_FDS = 2  # memory and state, of a machine that is restored
 _MAX_FDS = MAX_DESCRIPTORS + MAX_LISTEN_PORTS + _SAVED_FDS + 2  # and /dev/kvm, and the uid's
 
 
-def main(shim_fd: int, empty_root: EmptyRoot | None = None) -> NoReturn:
+def main(shim_fd: int) -> NoReturn:
     """Serves the shim at the other end of `shim_fd` until the machine's end; never returns.
 
-    `empty_root` is what the zygote has made for all its VMMs; closed here. The order of what
-    follows is `vmcell_runtime.jail`'s.
+    The order of what follows is `vmcell_runtime.jail`'s.
     """
-    _close_others(shim_fd, *(empty_root or ()))
+    _close_others(shim_fd)
     shim = socket.socket(fileno=shim_fd)
-    _end_process_on_surprise(shim)
+    end_process_on_surprise(shim)
+    prepare_process()
+    serve(shim, None, None)
+
+
+def prepare_process() -> None:
+    """What the process is for its whole life. Errors are raised by `serve`."""
     prepare_kicks()
     threading.stack_size(STACK_BYTES)
+
+
+def serve(shim: socket.socket, ready: Frame | None, empty_root: EmptyRoot | None) -> NoReturn:
+    """`ready` was made before the machine was known, and is used if it is of its size; the process
+    has left the host's namespaces then. `empty_root` is what the zygote has made for all its VMMs;
+    closed here."""
     try:
-        machine = _make(shim, empty_root)
+        machine = _make(shim, ready, empty_root)
         if machine is not None:
             machine.start_threads()
             seal()
@@ -80,6 +94,7 @@ def main(shim_fd: int, empty_root: EmptyRoot | None = None) -> NoReturn:
     machine.loop.add(shim.fileno(), on_shim, READABLE | HANGUP, urgent=True)
     gc.collect()
     gc.freeze()
+    _end_without(shim)
     _send(shim, Running())
     end = machine.run()
     counts = " ".join(f"{name}={count}" for name, count in machine.statistics().items())
@@ -90,15 +105,12 @@ def main(shim_fd: int, empty_root: EmptyRoot | None = None) -> NoReturn:
     os._exit(0)  # all is closed and flushed; the interpreter's own end would only take time
 
 
-def _close_others(*kept: int) -> None:
-    low = 3
-    for fd in sorted(kept):
-        os.closerange(low, fd)
-        low = fd + 1
-    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+def _close_others(kept: int) -> None:
+    os.closerange(3, kept)
+    os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
 
 
-def _make(shim: socket.socket, empty_root: EmptyRoot | None) -> Machine | None:
+def _make(shim: socket.socket, ready: Frame | None, empty_root: EmptyRoot | None) -> Machine | None:
     """None if the shim went away before it asked for anything. This process is jailed then."""
     page_map_fd = open_page_map()
     datagram, fds, _, _ = socket.recv_fds(shim, MAX_MESSAGE_BYTES + 1, _MAX_FDS)
@@ -124,17 +136,19 @@ def _make(shim: socket.socket, empty_root: EmptyRoot | None) -> Machine | None:
     listeners = [socket.socket(fileno=fd) for fd in fds[count:]]
     descriptors = Descriptors(fds[:count])
     *saved_fds, kvm_fd = last
-    if not enter(request.uid, _bounds(config, fds), empty_root):
+    bounds = _bounds(config, fds)
+    if not enter(request.uid, bounds, empty_root, has_left=ready is not None):
         _log("not started by root: in no uid, namespaces and root directory of its own")
     report = Reports()
     try:
-        if isinstance(request, Boot):
-            return boot(config, descriptors, kvm_fd, listeners, report, page_map_fd=page_map_fd)
-        memory_fd, state_fd = saved_fds
-        saved = Saved(decode(_read_all(state_fd)), memory_fd)
-        return restore(
-            config, descriptors, kvm_fd, listeners, report, saved, page_map_fd=page_map_fd
-        )
+        saved = None
+        if isinstance(request, Restore):
+            memory_fd, state_fd = saved_fds
+            saved = Saved(decode(read_state(state_fd)), memory_fd)
+        frame = _frame(size_of(config, fds), kvm_fd, page_map_fd, ready)
+        if saved is None:
+            return boot(config, descriptors, frame, listeners, report)
+        return restore(config, descriptors, frame, listeners, report, saved)
     finally:
         descriptors.close()
         for fd in saved_fds:
@@ -149,12 +163,30 @@ def _bounds(config: MachineConfig, fds: Sequence[int]) -> Bounds:
     return Bounds(ram_bytes, max(disks, default=0))
 
 
-def _read_all(fd: int) -> bytes:
+def _frame(size: Size, kvm_fd: int, page_map_fd: int, ready: Frame | None) -> Frame:
+    if ready is None:
+        return Frame(size, kvm_fd, page_map_fd)
+    if ready.size == size:
+        os.close(kvm_fd)
+        return ready
+    ready.close()
+    return Frame(size, kvm_fd, page_map_fd)
+
+
+def read_state(fd: int) -> bytes:
     """The whole file, wherever it was last read, or just more than a state may have."""
     found = b""
     while len(found) <= MAX_STATE_BYTES and (more := os.pread(fd, MAX_STATE_BYTES, len(found))):
         found += more
     return found
+
+
+def _end_without(shim: socket.socket) -> None:
+    """Ends the process if the shim has given it up, which it may since it has asked."""
+    poll = select.poll()
+    poll.register(shim, 0)
+    if poll.poll(0):
+        os._exit(0)
 
 
 def _on_shim(shim: socket.socket, machine: Machine, _events: int) -> None:
@@ -177,7 +209,7 @@ def _send(shim: socket.socket, event: Event) -> None:
         os._exit(0)  # as on its end of file
 
 
-def _end_process_on_surprise(shim: socket.socket) -> None:
+def end_process_on_surprise(shim: socket.socket) -> None:
     """From here on an exception nobody caught, in any thread, is vmm_error and the end."""
 
     def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -21,27 +21,48 @@ from vmcell_protos.zygote import (
     encode_request,
     installation,
 )
+from vmcell_runtime.size import Size, size_words
 
 FORKED_WITHIN_S = 1.0
 
 
-def fork_vmm(shim_end: int, log_fd: int) -> tuple[int, int] | None:
-    """(pid, pidfd) of a process that runs vmcell_runtime.vmm.main on `shim_end` and logs to
-    `log_fd`; None without a zygote that does it. Both descriptors stay the caller's, the pidfd
-    becomes it. The process is not the caller's child: its exit status cannot be read."""
+class VmmFork:
+    """A VMM process that the zygote has been asked for."""
+
+    def __init__(self, zygote: socket.socket) -> None:
+        self._zygote = zygote
+
+    def forked(self) -> tuple[int, int] | None:
+        """(pid, pidfd), the pidfd the caller's; None if the zygote does not do it. Once."""
+        try:
+            self._zygote.settimeout(FORKED_WITHIN_S)
+            return _forked(self._zygote)
+        except (OSError, MalformedMessage):
+            return None
+
+    def close(self) -> None:
+        self._zygote.close()
+
+
+def ask_for_vmm(shim_end: int, log_fd: int, size: Size | None) -> VmmFork | None:
+    """Asks for a process that runs vmcell_runtime.vmm.main on `shim_end` and logs to `log_fd`; None
+    where nobody is to be asked. Both descriptors stay the caller's and may be closed. The process
+    is not the caller's child: its exit status cannot be read. With `size` it may be a spare that
+    has made itself ready for such a machine."""
     path = os.environ.get(SOCKET_VARIABLE, SOCKET_PATH)
     if not path:
         return None
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as zygote:
-        try:
-            zygote.setblocking(False)  # a queue that is full is no reason to wait
-            zygote.connect(path)
-            request = encode_request(Request(FORK_VMM, installation()))
-            socket.send_fds(zygote, [request], [shim_end, log_fd])
-            zygote.settimeout(FORKED_WITHIN_S)
-            return _forked(zygote)
-        except (OSError, MalformedMessage):
-            return None
+    zygote = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        zygote.setblocking(False)  # a queue that is full is no reason to wait
+        zygote.connect(path)
+        argv = size_words(size) if size is not None else []
+        request = encode_request(Request(FORK_VMM, installation(), argv=argv))
+        socket.send_fds(zygote, [request], [shim_end, log_fd])
+    except (OSError, MalformedMessage):
+        zygote.close()
+        return None
+    return VmmFork(zygote)
 
 
 def _forked(zygote: socket.socket) -> tuple[int, int] | None:

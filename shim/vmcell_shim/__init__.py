@@ -83,7 +83,8 @@ actions            one action of the binary and what comes of it
 caller             what a child of the zygote takes over from the process that asked
 title              what ps shows of such a child
 zygote_stub        start and delete by way of the zygote
-zygote_child       a forked process becomes a shim, a delete or a VMM
+spares             VMMs that are ready before anybody asks, kept by the zygote
+zygote_child       a forked process becomes a shim, a delete, a VMM, or one that waits to be one
 installed_code     whether what was imported is still what is installed
 zygote_loop        connections in, a child for each request
 zygote             the node's warm interpreter: its start, renewal and end

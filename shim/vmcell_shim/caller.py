@@ -19,6 +19,7 @@ _SAME_IN_STATUS = (
 _GROUPS, _UMASK = b"Groups", b"Umask"
 _LIMITS = sorted({value for name, value in vars(resource).items() if name.startswith("RLIMIT_")})
 _UNIFIED = b"0::"
+_CAP_SYS_NICE = 1 << 23
 
 
 class Caller:
@@ -44,6 +45,11 @@ class World:
         self._own = Caller("self")
         self._limits = {limit: resource.getrlimit(limit) for limit in _LIMITS}
         self._cgroup_mount = _cgroup_mount()
+
+    @property
+    def may_raise_priority(self) -> bool:
+        """Whether one that has given up its priority can have it back."""
+        return bool(int(self._own.status[b"CapEff"], 16) & _CAP_SYS_NICE)
 
     def difference(self, caller: Caller) -> str:
         """What of the caller's world a child cannot take over; "" when nothing."""

@@ -21,6 +21,7 @@ class InstalledCode:
     def __init__(self, *scripts: str) -> None:
         self._stamps: dict[str, _Stamp | None] = {path: _stamp(path) for path in scripts}
         self._scripts = scripts
+        self._vmm_stamps = self._stamps
         for package in (vmcell_protos, vmcell_runtime, vmcell_shim):
             for folder, _, names in os.walk(package.__path__[0]):
                 for name in names:
@@ -34,10 +35,13 @@ class InstalledCode:
         paths = [str(module.__file__) for module in modules]
         # One that came between the two moments has no stamp: changed.
         self._stamps = {path: self._stamps.get(path) for path in (*self._scripts, *paths)}
+        roots = tuple(package.__path__[0] for package in (vmcell_protos, vmcell_runtime))
+        self._vmm_stamps = {p: stamp for p, stamp in self._stamps.items() if p.startswith(roots)}
 
-    def has_changed(self) -> bool:
-        """Whether an import now would give something else."""
-        return any(stamp != _stamp(path) for path, stamp in self._stamps.items())
+    def has_changed(self, *, for_vmm: bool = False) -> bool:
+        """Whether an import now would give something else; `for_vmm`: of what a VMM is made of."""
+        stamps = self._vmm_stamps if for_vmm else self._stamps
+        return any(stamp != _stamp(path) for path, stamp in stamps.items())
 
 
 def _stamp(path: str) -> _Stamp | None:

@@ -30,6 +30,10 @@ class Title:
         # A kernel that forbids it leaves an odd line in `ps`, and nothing else.
         with suppress(OSError):
             _write("/proc/self/mem", line.ljust(self._room_bytes, b"\0"), self._start)
+        self.name(name)
+
+    def name(self, name: str) -> None:
+        """Only the name."""
         with suppress(OSError):
             _write("/proc/self/comm", os.fsencode(name)[:15])
 

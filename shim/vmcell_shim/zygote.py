@@ -64,6 +64,7 @@ def _live(path: str, command: list[str], inherited: list[int], title: Title) -> 
         _wait_for_other(path)
     for name in _EVERYTHING:
         importlib.import_module(name)
+    from vmcell_shim.spares import SIZES_VARIABLE, count_and_sizes, sizes_text
     from vmcell_shim.zygote_child import say
     from vmcell_shim.zygote_loop import CHANGED, STOP, ZygoteLoop
 
@@ -74,7 +75,7 @@ def _live(path: str, command: list[str], inherited: list[int], title: Title) -> 
             os.set_inheritable(fd, False)
     else:
         listener = _listen(path)
-    loop = ZygoteLoop(listener, code, title, _make_empty_root())
+    loop = ZygoteLoop(listener, code, title, _make_empty_root(), *count_and_sizes())
     _grow_intern_table()
     gc.collect()
     gc.freeze()
@@ -85,6 +86,7 @@ def _live(path: str, command: list[str], inherited: list[int], title: Title) -> 
     say("renewed" if inherited else f"listens on {path}")
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDINGS)
     while (why := loop.serve()) != STOP and os.path.exists(command[2]):
+        os.environ[SIZES_VARIABLE] = sizes_text(loop.spare_sizes)
         try:
             _renew(loop, listener, command, stand_in=why != CHANGED)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""A child of the zygote: an invocation of the binary, or a VMM process.
+"""A child of the zygote: an invocation of the binary, a VMM process, or one that waits to be one.
 
 It has to be what a program started in the ordinary way would be: own session, the caller's world
 (vmcell_shim.caller), default signals, no descriptor but those that came with the request. It ends
@@ -7,7 +7,7 @@ by itself and never returns to the zygote's loop.
 
 from __future__ import annotations
 
-import fcntl
+import gc
 import os
 import select
 import signal
@@ -16,11 +16,16 @@ import sys
 import threading
 from typing import NamedTuple, NoReturn
 
+from vmcell_protos.errors import VmcellError
 from vmcell_protos.zygote import DONE, FORK_VMM, FORKED, REFUSED, TAKEN, Answer, encode_answer
 from vmcell_runtime import vmm
+from vmcell_runtime.frame import Frame
 from vmcell_runtime.jail import EmptyRoot
+from vmcell_runtime.size import Size
+from vmcell_runtime.spare import make_ready
 from vmcell_shim.actions import perform
 from vmcell_shim.caller import Caller, World
+from vmcell_shim.spares import READY
 from vmcell_shim.title import Title
 from vmcell_shim.zygote_stub import CHILD_LIFE_S
 
@@ -29,9 +34,11 @@ if TYPE_CHECKING:
     from vmcell_protos.zygote import Request
 
 _EXIT_UNEXPECTED = 70  # EX_SOFTWARE
-_FREE_FD = 10  # above all numbers that are given anew
-_VMM_SOCKET_FD = 3
-_VMM_ENVIRONMENT = {"LANG": "C.UTF-8"}
+SPARE_NAME = "vmcell-spare"  # of one that has said that it is ready
+_SPARE_NICENESS = 19
+_PID_BYTES = 4
+_GO_ON = b"go"
+_VMM_ENVIRONMENT = {b"LANG": b"C.UTF-8"}
 
 
 class Heritage(NamedTuple):
@@ -48,9 +55,9 @@ def be_child(
     """Does what `request` of the process `caller` asks, and ends. `fds` came along."""
     try:
         roots = heritage.empty_root if request.kind == FORK_VMM else None
-        _shed(connection, [*fds, *(roots or ())])
+        _shed(connection.fileno(), *fds, *(roots or ()))
         if request.kind == FORK_VMM:
-            _be_vmm(heritage, connection, fds, caller)
+            _be_vmm(heritage, connection, fds, caller, None)
         else:
             _run(heritage, connection, request, fds, caller)
     except BaseException:  # noqa: BLE001  the interpreter's own way out is the zygote's
@@ -60,7 +67,77 @@ def be_child(
     os._exit(0)
 
 
-def _shed(connection: socket.socket, fds: list[int]) -> None:
+def be_spare(heritage: Heritage, control: socket.socket, size: Size) -> NoReturn:
+    """Makes itself ready for a machine of `size`, says so on `control`, becomes the VMM of the one
+    who is named there, and ends. It ends as well when the other end of `control` is closed."""
+    try:
+        _shed(control.fileno(), *(heritage.empty_root or ()))
+        frame = _ready_frame(heritage, size)
+        if frame is None or not _say_ready(control):
+            os._exit(1)
+        heritage.title.name(SPARE_NAME)
+        datagram, fds, _, _ = socket.recv_fds(control, _PID_BYTES, 3, socket.MSG_CMSG_CLOEXEC)
+        if datagram:
+            connection = socket.socket(fileno=fds.pop(0))
+            caller = int.from_bytes(datagram, "little")
+            _be_vmm(heritage, connection, fds, caller, (control, frame))
+    except BaseException:  # noqa: BLE001  as in be_child
+        sys.excepthook(*sys.exc_info())
+        os._exit(_EXIT_UNEXPECTED)
+    os._exit(0)
+
+
+def _ready_frame(heritage: Heritage, size: Size) -> Frame | None:
+    try:
+        # So that its pages are copied now: the caller's world will be much the same.
+        heritage.world.take_over(Caller(os.getppid()))
+        niceness = os.getpriority(os.PRIO_PROCESS, 0)
+        if heritage.world.may_raise_priority:
+            os.setpriority(os.PRIO_PROCESS, 0, _SPARE_NICENESS)
+        _replace_environment(_VMM_ENVIRONMENT)
+        frame = make_ready(size)
+        gc.collect()
+        gc.freeze()
+        os.setpriority(os.PRIO_PROCESS, 0, niceness)  # to be woken at once
+    except (OSError, VmcellError) as error:
+        say(f"cannot have a spare VMM of {size}: {error}")
+        return None
+    return frame
+
+
+def _say_ready(control: socket.socket) -> bool:
+    """False if the zygote does not want it any more."""
+    try:
+        control.send(READY)
+    except (BrokenPipeError, ConnectionResetError):
+        return False
+    return True
+
+
+def hand_over(
+    control: socket.socket, connection: socket.socket, fds: list[int], caller: int
+) -> bool:
+    """In the zygote: a spare that waits at `control` serves the process `caller` at `connection`.
+    It waits for `let_go_on` before it answers. All descriptors stay the zygote's. False if the
+    spare is gone."""
+    try:
+        pid = caller.to_bytes(_PID_BYTES, "little")
+        socket.send_fds(control, [pid], [connection.fileno(), *fds], socket.MSG_DONTWAIT)
+    except OSError:
+        return False
+    return True
+
+
+def let_go_on(control: socket.socket) -> bool:
+    """In the zygote, after `hand_over`; False if the spare is gone, and has not answered."""
+    try:
+        control.send(_GO_ON, socket.MSG_DONTWAIT)
+    except OSError:
+        return False
+    return True
+
+
+def _shed(*kept: int) -> None:
     """Nothing of the zygote's: descriptors, session, signals."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -68,7 +145,7 @@ def _shed(connection: socket.socket, fds: list[int]) -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     low = 3
-    for fd in sorted((connection.fileno(), *fds)):
+    for fd in sorted(kept):
         os.closerange(low, fd)
         low = fd + 1
     os.closerange(low, os.sysconf("SC_OPEN_MAX"))
@@ -104,28 +181,39 @@ def _run(
             thread.join()
 
 
-def _be_vmm(heritage: Heritage, connection: socket.socket, fds: list[int], caller: int) -> None:
+def _be_vmm(
+    heritage: Heritage,
+    connection: socket.socket,
+    fds: list[int],
+    caller: int,
+    ready: tuple[socket.socket, Frame] | None,
+) -> None:
+    """`ready`: a spare's socket to the zygote, and what it has made ready."""
     if _take_over(heritage.world, connection, caller) is None:
         return
-    _replace_environment({os.fsencode(k): os.fsencode(v) for k, v in _VMM_ENVIRONMENT.items()})
-    heritage.title.set([sys.executable, "-ISB", "vmcell-vmm"], "vmcell-vmm")
-    shim_end, log = map(_out_of_the_way, fds)
-    root = heritage.empty_root
-    if root is not None:
-        root = EmptyRoot(*map(_out_of_the_way, root))
+    frame = None
+    if ready is not None:
+        control, frame = ready
+        if control.recv(len(_GO_ON)) != _GO_ON:
+            return  # the zygote has refused, or is gone
+        control.close()
+    shim_end, log = fds
     pidfd = os.pidfd_open(os.getpid())
     _tell(connection, Answer(FORKED, number=os.getpid()), pidfd)
+    if frame is None:
+        vmm.prepare_process()
+        _replace_environment(_VMM_ENVIRONMENT)
+    heritage.title.set([sys.executable, "-ISB", "vmcell-vmm"], "vmcell-vmm")
     null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-    connection.detach()
     os.dup2(null, 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.dup2(shim_end, _VMM_SOCKET_FD, inheritable=False)
-    vmm.main(_VMM_SOCKET_FD, root)
-
-
-def _out_of_the_way(fd: int) -> int:
-    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FREE_FD)
+    for fd in (null, log, pidfd):
+        os.close(fd)
+    connection.close()
+    shim = socket.socket(fileno=shim_end)
+    vmm.end_process_on_surprise(shim)
+    vmm.serve(shim, frame, heritage.empty_root)
 
 
 def _take_over(world: World, connection: socket.socket, pid: int) -> Caller | None:

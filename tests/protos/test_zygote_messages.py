@@ -60,6 +60,11 @@ def test_other_requests_are_their_kind_and_installation(kind: bytes) -> None:
     assert (got.kind, got.installation, got.argv, got.environment) == (kind, b"here", [], [])
 
 
+def test_a_vmm_may_be_asked_for_by_its_machines_size() -> None:
+    got = decode_request(encode_request(Request(FORK_VMM, b"here", argv=[b"1", b"512"])))
+    assert (got.kind, got.argv, got.environment) == (FORK_VMM, [b"1", b"512"], [])
+
+
 @given(
     kind=st.sampled_from([TAKEN, DONE, FORKED, REFUSED, ALIVE]),
     number=st.integers(0, 2**31 - 1),
@@ -115,7 +120,10 @@ MAGIC = b"vmcell-zygote/1"
         fields(MAGIC, RUN, b"i", b"", b"1", b"a\0b"),
         fields(MAGIC, RUN, b"i", b"", b"1", b"a", b"no equals sign"),
         fields(MAGIC, RUN, b"i", b"", b"1", b"a", b"=no name"),
-        fields(MAGIC, FORK_VMM, b"i", b"", b"1", b"a"),
+        fields(MAGIC, FORK_VMM, b"i", b"", b"2", b"a"),
+        fields(MAGIC, FORK_VMM, b"i", b"", b"1", b"a", b"X=1"),
+        fields(MAGIC, FORK_VMM, b"i", b"stdin", b"1", b"a"),
+        fields(MAGIC, HELLO, b"i", b"", b"1", b"a"),
         fields(MAGIC, HELLO, b"i", b"stdin", b"0"),
         fields(MAGIC, RUN, b"i", b"", b"1", b"a") + b"\xff\xff\xff\xff",
         fields(MAGIC, RUN, b"i", b"", b"1", b"a")[:-1],

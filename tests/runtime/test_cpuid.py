@@ -12,6 +12,7 @@ from vmcell_runtime.kvm.cpuid import (
     encode_cpuid,
     guest_cpuid,
     physical_address_bits,
+    without_cpu_number,
 )
 
 ALL = 0xFFFF_FFFF
@@ -106,3 +107,20 @@ words = st.integers(0, ALL)
 @given(st.lists(st.builds(CpuidEntry, words, words, words, words, words, words, words)))
 def test_encoding_goes_round(entries: list[CpuidEntry]) -> None:
     assert decode_cpuid(encode_cpuid(entries)) == entries
+
+
+def test_what_depends_on_the_cpu_that_was_asked_is_left_out() -> None:
+    """Two CPUs of one host give the same then, and guests see what they saw before."""
+    other = {
+        0x1: {"ebx": 0x77 << 24 | 0x5500 | 0x80},
+        0xB: {"edx": 5},
+        0x1F: {"edx": 5},
+        0x8000001E: {"eax": 9, "ebx": 0x109, "ecx": 1},
+    }
+    elsewhere = [entry._replace(**other.get(entry.function, {})) for entry in SUPPORTED]
+    assert elsewhere != SUPPORTED
+    plain = without_cpu_number(SUPPORTED)
+    assert without_cpu_number(elsewhere) == plain
+    for vcpu in range(2):
+        shown = guest_cpuid(SUPPORTED, vcpu, 2, tsc_deadline=True)
+        assert guest_cpuid(plain, vcpu, 2, tsc_deadline=True) == shown

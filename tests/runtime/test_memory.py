@@ -341,3 +341,28 @@ def test_nobody_can_take_pages_of_shared_ram_away() -> None:
     with pytest.raises(PermissionError):
         fcntl.fcntl(region.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
     memory.close()
+
+
+def test_a_reserved_window_is_zeros_until_it_has_its_file(small: GuestMemory) -> None:
+    slot = small.reserve_window(HUGE_PAGE_BYTES, 1 << 30)
+    assert slot == small.slots()[-1]
+    assert ctypes.string_at(slot.host_address, HUGE_PAGE_BYTES) == bytes(HUGE_PAGE_BYTES)
+    small.pin_window(slot.number)  # a VM knows its address by then
+    with tempfile.TemporaryFile() as file:
+        file.write(b"\xaa" * 5000)
+        file.flush()
+        small.lay_file(slot.number, file.fileno())
+    assert small.slots()[-1] == slot
+    seen = ctypes.string_at(slot.host_address, HUGE_PAGE_BYTES)
+    assert seen == b"\xaa" * 5000 + bytes(HUGE_PAGE_BYTES - 5000)
+    small.unpin_window(slot.number)
+
+
+def test_a_file_of_another_length_does_not_come_into_a_window(small: GuestMemory) -> None:
+    slot = small.reserve_window(HUGE_PAGE_BYTES, 1 << 30)
+    with tempfile.TemporaryFile() as file:
+        for length, what in ((0, "0 bytes"), (HUGE_PAGE_BYTES + 1, "does not fit")):
+            file.truncate(length)
+            with pytest.raises(CallerError, match=what):
+                small.lay_file(slot.number, file.fileno())
+    assert ctypes.string_at(slot.host_address, 4096) == bytes(4096)

@@ -60,7 +60,8 @@ class Zygote:
     def __init__(self, path: str, binary: Path = BINARY) -> None:
         self.path = path
         self.log = Path(f"{path}.log")
-        self.environment = {**os.environ, "VMCELL_ZYGOTE": path}
+        # Spares are children too, which most tests do not expect.
+        self.environment = {**os.environ, "VMCELL_ZYGOTE": path, "VMCELL_SPARES": "0"}
         self._command = [sys.executable, "-ISB", str(binary), "zygote"]
         self._popen: subprocess.Popen[bytes] | None = None
 
@@ -109,6 +110,16 @@ class Zygote:
         finally:
             if self._popen is not None and self._popen.poll() is None:
                 self.signal(signal.SIGCONT)
+
+    def spares(self) -> list[int]:
+        """Those that have said to be ready."""
+        return [pid for pid in children(self.pid) if name(pid) == "vmcell-spare"]
+
+    def wait_for_spares(self, count: int) -> list[int]:
+        """So many are ready, and the next to ask may have one."""
+        wait_until(lambda: len(self.spares()) == count, f"{count} spares")
+        self.hello()  # it has heard of them then
+        return self.spares()
 
     def hello(self) -> Answer:
         """What it says of itself."""
@@ -188,6 +199,14 @@ def end(pid: int) -> None:
     readable, _, _ = select.select([pidfd], [], [], 20)
     os.close(pidfd)
     assert readable
+
+
+def name(pid: int) -> str:
+    """What ps calls it; "" when there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def parent(pid: int) -> int:

@@ -11,9 +11,10 @@ import pytest
 from vmm_bench import descriptors
 
 from vmcell_protos.errors import HostError
-from vmcell_tools.bench import restore
+from vmcell_tools.bench import restore, zygote
 from vmcell_tools.bench.qemu_microvm import missing_microvm
 from vmcell_tools.bench.restore import PayloadMachines, bench_restore
+from vmcell_tools.bench.zygote import private_zygote, wait_for_spare
 from vmcell_tools.progress import Progress
 
 pytestmark = pytest.mark.kvm
@@ -24,19 +25,21 @@ def test_restore() -> None:
     before = (descriptors(), list(sys.path), os.environ["VMCELL_ZYGOTE"])
     report = bench_restore(3, 512, QUIET)
     assert (descriptors(), sys.path, os.environ["VMCELL_ZYGOTE"]) == before
-    rows = {row.what.strip(): row for row in report.series}
-    ours, peer = ["restore", "fork, build", "go on", "boot", "fork"], ["QEMU boot", "QEMU restore"]
+    rows = [row.what.strip() for row in report.series]
+    parts = ["build", "go on"]
+    ours = ["restore", *parts, "restore, no spare", *parts, "boot", "fork"]
+    peer = ["QEMU boot", "QEMU restore"]
     has_qemu = not any("QEMU" in note for note in report.notes)
     assert has_qemu == (missing_microvm() == ""), report.notes
-    assert list(rows) == ours + peer * has_qemu
-    for row in rows.values():
+    assert rows == ours + peer * has_qemu
+    for row in report.series:
         assert (len(row.values), row.failures) == (3, []), report.lines()
         assert min(row.values) > 0
-    for whole, first, second in zip(
-        *(rows[name].values for name in ("restore", "fork, build", "go on")), strict=True
-    ):
-        assert whole == pytest.approx(first + second)
-    assert [ratio.value is not None for ratio in report.ratios] == [True] * (2 + has_qemu)
+    for start in (0, 3):
+        series = report.series[start : start + 3]
+        for whole, first, second in zip(*(row.values for row in series), strict=True):
+            assert whole == pytest.approx(first + second)
+    assert [ratio.value is not None for ratio in report.ratios] == [True] * (3 + has_qemu)
     assert any("TAP" in note for note in report.notes) == (os.geteuid() != 0)
 
 
@@ -49,6 +52,29 @@ def test_a_vmm_that_no_zygote_forked_is_no_sample(
         for measure in (machines.boot, machines.fork):
             with pytest.raises(HostError, match="zygote did not fork"):
                 measure()
+
+
+def test_a_restore_by_another_vmm_is_no_sample_of_the_spares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The zygote has one, but another does it."""
+    with ExitStack() as opened:
+        path = opened.enter_context(private_zygote(tmp_path, spares=1))
+        machines = PayloadMachines(tmp_path, 64, opened)
+        machines.save()
+        assert machines.restore_by_spare(path)
+        monkeypatch.setattr(restore, "spares_of", lambda _path: [1])
+        with pytest.raises(HostError, match="no spare VMM restored it"):
+            machines.restore_by_spare(path)
+
+
+def test_a_zygote_without_spares_is_no_measure_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with private_zygote(tmp_path, spares=0) as path:
+        monkeypatch.setattr(zygote, "READY_WITHIN_S", 0.2)
+        with pytest.raises(HostError, match="no spare VMM"):
+            wait_for_spare(path)
 
 
 def test_a_silent_guest_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

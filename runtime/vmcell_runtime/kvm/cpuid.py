@@ -55,6 +55,23 @@ def decode_cpuid(buffer: bytes | bytearray) -> list[CpuidEntry]:
     return [CpuidEntry(*_ENTRY.unpack_from(buffer, 8 + 40 * n)) for n in range(count)]
 
 
+def without_cpu_number(entries: Iterable[CpuidEntry]) -> list[CpuidEntry]:
+    """The same without what depends on the host's CPU that was asked: `guest_cpuid` writes that
+    anew, and two askings can be compared (SDM leaves 1, 0xB and 0x1F, APM leaf 0x8000001E)."""
+    return [_anonymous(entry) for entry in entries]
+
+
+def _anonymous(entry: CpuidEntry) -> CpuidEntry:
+    match entry.function:
+        case 0x1:
+            return entry._replace(ebx=entry.ebx & 0xFF_FFFF)
+        case 0xB | 0x1F:
+            return entry._replace(edx=0)
+        case 0x8000001E:
+            return entry._replace(eax=0, ebx=0, ecx=0)
+    return entry
+
+
 def encode_cpuid(entries: list[CpuidEntry]) -> bytearray:
     """A `kvm_cpuid2` with these entries."""
     packed = [struct.pack("<II", len(entries), 0), *(_ENTRY.pack(*entry) for entry in entries)]

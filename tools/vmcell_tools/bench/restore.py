@@ -1,5 +1,9 @@
 """How long a restore takes: the zygote is asked → the guest's first instruction.
 
+With a spare VMM, as the zygote keeps one ready for the size that was asked for last, and without:
+forked when it is asked for. The spare's own making is in neither; it happens between two requests,
+and a sample waits until it has ended.
+
 The machine has every device a sandbox has; its guest is a hand-made one, so any /dev/kvm will do.
 It was saved once before, and what is measured is warm: the snapshot is in the page cache. The
 guest's console is a pipe, and its first byte comes from one of its first two instructions.
@@ -22,12 +26,18 @@ from vmcell_protos.errors import HostError, VmcellError
 from vmcell_runtime.config import BlkConfig, MachineConfig, NetConfig, PmemConfig, VsockConfig
 from vmcell_runtime.handle import SavedFiles, VmmHandle, launch
 from vmcell_runtime.virtio.host_abi import IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, IFREQ, TUNSETIFF
-from vmcell_runtime.zygote_client import fork_vmm
+from vmcell_runtime.zygote_client import ask_for_vmm
 from vmcell_tools.bench.payload import TALK, elf, memory_file
 from vmcell_tools.bench.qemu_microvm import DEVICES, QemuMicrovm, missing_microvm
 from vmcell_tools.bench.report import Ratio, Report
 from vmcell_tools.bench.samples import Series, sample
-from vmcell_tools.bench.zygote import private_zygote
+from vmcell_tools.bench.zygote import (
+    parent,
+    private_zygote,
+    served_by,
+    spares_of,
+    wait_for_spare,
+)
 from vmcell_tools.progress import Progress
 
 DEADLINE_S = 60.0
@@ -37,37 +47,40 @@ TAP_NAME = b"vmcbench%d"  # the kernel fills in a number
 
 
 def bench_restore(count: int, memory_mib: int, progress: Progress) -> Report:
-    """`count` restores, boots of the same machine and bare forks, by turns.
+    """`count` restores with and without a spare, boots of the same machine, bare forks, by turns.
 
     Raises HostError when there is no /dev/kvm, the zygote does not serve, or the machine that is
     to be saved does not run.
     """
     report = Report(name="restore")
     size = f"{memory_mib} MiB, 1 vCPU, all devices, warm page cache"
-    restored = [
-        report.add("restore", "vmcell", f"zygote asked → first guest instruction; {size}"),
-        report.add("  fork, build", "vmcell", "zygote asked → devices and state are there"),
-        report.add("  go on", "vmcell", "told to go on → first guest instruction"),
-    ]
+    restored = _restore_series(report, "restore", f"by a spare VMM that waits; {size}")
+    plain = _restore_series(report, "restore, no spare", f"by a VMM forked for it; {size}")
     boot = report.add(
-        "boot", "vmcell", f"zygote asked → first guest instruction, no snapshot; {size}"
+        "boot", "vmcell", f"zygote asked → first guest instruction, no snapshot, no spare; {size}"
     )
     fork = report.add("fork", "vmcell", "zygote asked → pid of a VMM without a machine")
     with tempfile.TemporaryDirectory(prefix="vmcell-bench-") as name, ExitStack() as opened:
         progress.step("starting a zygote, saving a machine")
-        opened.enter_context(private_zygote(Path(name)))
+        with_spare = opened.enter_context(private_zygote(Path(name), spares=1))
+        opened.enter_context(private_zygote(Path(name), spares=0))
         machines = PayloadMachines(Path(name), memory_mib, opened)
         machines.save()
         peer = _peer(Path(name), memory_mib, report)
         progress.step("restoring")
+        with served_by(with_spare):
+            machines.restore()  # from now on it keeps a spare of this size
         for turn in range(count):
-            sample(restored, machines.restore)
+            sample(restored, lambda: machines.restore_by_spare(with_spare))
+            wait_for_spare(with_spare)  # its making is not to disturb the others
+            sample(plain, machines.restore)
             sample([boot], machines.boot)
             sample([fork], machines.fork)
             for series, measure in peer:
                 sample([series], measure)
             progress.count(turn + 1, count)
-    report.compare("restore to boot, p50", restored[0], boot)
+    report.compare("restore to one without a spare, p50", restored[0], plain[0])
+    report.compare("restore without a spare to boot, p50", plain[0], boot)
     for series, _ in peer:
         if series.what == "QEMU restore":
             report.compare("restore of vmcell to QEMU microvm, p50", restored[0], series)
@@ -82,6 +95,15 @@ def bench_restore(count: int, memory_mib: int, progress: Progress) -> Report:
     if not machines.has_tap:
         report.notes.append("left out: the network interface; its TAP needs root")
     return report.finish()
+
+
+def _restore_series(report: Report, name: str, how: str) -> list[Series]:
+    """Of what `PayloadMachines.restore` measures."""
+    return [
+        report.add(name, "vmcell", f"zygote asked → first guest instruction; {how}"),
+        report.add("  build", "vmcell", f"{name}: zygote asked → devices and state are there"),
+        report.add("  go on", "vmcell", f"{name}: told to go on → first guest instruction"),
+    ]
 
 
 def _peer(
@@ -121,6 +143,7 @@ class PayloadMachines:
         self._log = self._own(os.open(folder / "vmm.log", flags))
         self._files = [self._own(_file(folder / name, size)) for name, size in FILES.items()]
         self._saved: SavedFiles | None = None
+        self._last_pid = 0
 
     def _own(self, fd: int) -> int:
         self._opened.callback(os.close, fd)
@@ -150,6 +173,16 @@ class PayloadMachines:
                 ended = time.perf_counter_ns()
         return (ended - began) / 1e6, (standing - began) / 1e6, (ended - standing) / 1e6
 
+    def restore_by_spare(self, zygote: str) -> tuple[float, float, float]:
+        """The same by the spare VMM of the zygote at that path. HostError if another did it."""
+        wait_for_spare(zygote)
+        waiting = spares_of(zygote)
+        with served_by(zygote):
+            values = self.restore()
+        if self._last_pid not in waiting:
+            raise HostError("no spare VMM restored it")
+        return values
+
     def boot(self) -> tuple[float]:
         """Milliseconds, the same way."""
         with self._devices() as devices:
@@ -164,8 +197,11 @@ class PayloadMachines:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, theirs:
             began = time.perf_counter_ns()
-            forked = fork_vmm(theirs.fileno(), self._log)
+            asked = ask_for_vmm(theirs.fileno(), self._log, None)
+            forked = asked.forked() if asked is not None else None
             ended = time.perf_counter_ns()
+        if asked is not None:
+            asked.close()
         if forked is None:
             raise HostError(_NO_FORK)
         _, pidfd = forked
@@ -205,7 +241,8 @@ class PayloadMachines:
         vmm = launch(devices.config, devices.descriptors, log_fd=self._log, saved=saved)
         try:
             yield vmm
-            if _parent(vmm.pid) == os.getpid():
+            self._last_pid = vmm.pid
+            if parent(vmm.pid) == os.getpid():
                 raise HostError(_NO_FORK)
         finally:
             vmm.kill()
@@ -251,8 +288,3 @@ def _open_tap() -> int:
         os.close(fd)
         raise
     return fd
-
-
-def _parent(pid: int) -> int:
-    text = Path(f"/proc/{pid}/stat").read_text()
-    return int(text[text.rindex(")") + 2 :].split()[1])

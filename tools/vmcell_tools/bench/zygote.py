@@ -1,4 +1,4 @@
-"""A zygote of the benchmark's own, and this process as one that it serves."""
+"""Zygotes of the benchmark's own, and this process as one that they serve."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from vmcell_protos.zygote import (
     HELLO,
     MAX_DATAGRAM_BYTES,
     SOCKET_VARIABLE,
+    Answer,
     Request,
     decode_answer,
     encode_request,
@@ -25,18 +27,21 @@ from vmcell_tools.setup_host import INTERPRETER_FLAGS, SHIM_TEMPLATE
 
 READY_WITHIN_S = 60.0
 END_WITHIN_S = 20.0
+_POLL_S = 0.005
+_SPARE_NAME = "vmcell-spare"  # vmcell_shim.zygote_child
 
 
 @contextmanager
-def private_zygote(folder: Path) -> Iterator[str]:
-    """Its socket's path, in `folder`, where its log is too. HostError when it does not serve.
+def private_zygote(folder: Path, spares: int) -> Iterator[str]:
+    """Its socket's path, in `folder`, where its log is too; it keeps so many spare VMMs of a size.
+    HostError when it does not serve.
 
     Meanwhile VMMs of this process are forked by it: it serves those who import the same files, and
     tells that by their sys.path, so this process has the zygote's for as long.
     """
-    path, log_path = str(folder / "zygote"), folder / "zygote.log"
+    path, log_path = str(folder / f"zygote{spares}"), folder / f"zygote{spares}.log"
     command = [sys.executable, INTERPRETER_FLAGS, str(SHIM_TEMPLATE), "zygote"]
-    environment = {**os.environ, SOCKET_VARIABLE: path}
+    environment = {**os.environ, SOCKET_VARIABLE: path, "VMCELL_SPARES": str(spares)}
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, log_path.open("ab") as log:
         ready.bind("")  # an abstract name of the kernel's choice
         ready.settimeout(READY_WITHIN_S)
@@ -53,6 +58,49 @@ def private_zygote(folder: Path) -> Iterator[str]:
             yield path
     finally:
         _end(process)
+
+
+@contextmanager
+def served_by(path: str) -> Iterator[None]:
+    """This process's VMMs come from that one meanwhile."""
+    before = os.environ[SOCKET_VARIABLE]
+    os.environ[SOCKET_VARIABLE] = path
+    try:
+        yield
+    finally:
+        os.environ[SOCKET_VARIABLE] = before
+
+
+def wait_for_spare(path: str) -> None:
+    """Until the zygote at `path` has a spare VMM that is ready. HostError when it has none."""
+    deadline = time.monotonic() + READY_WITHIN_S
+    while not spares_of(path):
+        if time.monotonic() > deadline:
+            raise HostError("the zygote has no spare VMM; its log, beside its socket, may say why")
+        time.sleep(_POLL_S)
+    _hello(path)  # it has heard of it then
+
+
+def spares_of(path: str) -> list[int]:
+    """The pids of its spare VMMs that have said to be ready."""
+    pid = _hello(path).number
+    names = (entry.name for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    return [int(name) for name in names if _is_spare(Path("/proc", name), pid)]
+
+
+def _is_spare(entry: Path, zygote: int) -> bool:
+    try:
+        if (entry / "comm").read_text().rstrip() != _SPARE_NAME:
+            return False
+        return parent(int(entry.name)) == zygote
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def parent(pid: int) -> int:
+    """The parent's pid; FileNotFoundError or ProcessLookupError when there is no such process."""
+    text = Path(f"/proc/{pid}/stat").read_text()
+    return int(text[text.rindex(")") + 2 :].split()[1])
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -77,11 +125,7 @@ def _served_by(path: str) -> Iterator[None]:
 
 def _import_path(path: str) -> list[str]:
     """The zygote's sys.path; HostError unless its modules are those that run here."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        sock.settimeout(READY_WITHIN_S)
-        sock.connect(path)
-        sock.send(encode_request(Request(HELLO, b"")))
-        text = decode_answer(sock.recv(MAX_DATAGRAM_BYTES)).output.decode(errors="surrogateescape")
+    text = _hello(path).output.decode(errors="surrogateescape")
     version = sys.version
     _, _, rest = text.partition("\n")
     if not rest.startswith(f"{version}\n"):
@@ -92,3 +136,11 @@ def _import_path(path: str) -> list[str]:
         if root not in found:
             raise HostError(f"the zygote imports from {found} and this process from {root}")
     return found
+
+
+def _hello(path: str) -> Answer:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(READY_WITHIN_S)
+        sock.connect(path)
+        sock.send(encode_request(Request(HELLO, b"")))
+        return decode_answer(sock.recv(MAX_DATAGRAM_BYTES))
