@@ -4,6 +4,7 @@ The guest is an attacker from its first instruction. What it can do wrong is a `
 at its device; anything unexpected ends the process with a reason. Standard library only.
 
 Reading order:
+page_map       which pages of a mapping are this process's own
 memory         guest RAM and read-only file windows, reached by guest address and length only
 kvm            declarations, the one checked ioctl, owners of KVM's descriptors
 layout         every guest physical address the VMM decides, drawn once

@@ -23,7 +23,6 @@ stand between the two.
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import mmap
 import os
@@ -31,8 +30,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from vmcell_protos.errors import CallerError, GuestError, HostError
+from vmcell_runtime.page_map import PAGE_BYTES, own_pages, page_map, runs
 
-PAGE_BYTES = 4096
 HUGE_PAGE_BYTES = 2 << 20
 LOW_RAM_LIMIT_BYTES = 3 << 30  # RAM below here starts at 0; the hole holds MMIO windows
 HIGH_RAM_GPA = 4 << 30  # the rest of RAM starts here
@@ -181,22 +180,14 @@ class _Ram:
         self._mapped.madvise(mmap.MADV_DONTDUMP, self.lead_bytes, self.length_bytes)
 
     def own_pages(self, page_map_fd: int) -> bytes:
-        """A byte for each page: 1 if it is this process's own, 0 if it is untouched or a file's.
-
-        /proc/PID/pagemap, Documentation/admin-guide/mm/pagemap.rst: the top byte of an entry has
-        bit 63 present, 62 swapped, 61 "file page or shared anonymous".
-        """
-        pages = self.length_bytes // PAGE_BYTES
-        entries = os.pread(page_map_fd, 8 * pages, 8 * (self.address // PAGE_BYTES))
-        if len(entries) != 8 * pages:
-            raise OSError(errno.EIO, f"the kernel tells {len(entries) // 8} of {pages} pages")
-        return entries[7::8].translate(_OWN_PAGE)
+        """As `page_map.own_pages`."""
+        return own_pages(page_map_fd, self.address, self.length_bytes)
 
     def own_spans(self, page_map_fd: int) -> list[Span]:
         """The same as (gpa, length) of stretches."""
         return [
             (self.gpa + first * PAGE_BYTES, (end - first) * PAGE_BYTES)
-            for first, end in _runs(self.own_pages(page_map_fd))
+            for first, end in runs(self.own_pages(page_map_fd))
         ]
 
     def discard(self, gpa: int, length: int) -> None:
@@ -217,23 +208,7 @@ class _Ram:
 
 
 _WRITE_BYTES = 16 << 20
-_OWN_PAGE = bytes(bool(top & 0xC0) and not top & 0x20 for top in range(256))
 _ZERO_PAGE = bytes(PAGE_BYTES)
-
-
-def _runs(flags: bytes) -> Iterator[tuple[int, int]]:
-    """(first, end) of each stretch of ones."""
-    first = flags.find(1)
-    while first >= 0:
-        end = flags.find(0, first)
-        end = end if end >= 0 else len(flags)
-        yield first, end
-        first = flags.find(1, end)
-
-
-def open_page_map() -> int:
-    """This process's own page map, the caller's to close. Raises OSError."""
-    return os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _sealed_memfd(length_bytes: int) -> int:
@@ -252,7 +227,7 @@ def _sealed_memfd(length_bytes: int) -> int:
 def _without_zeros(ram: _Ram, flags: bytes) -> bytes:
     """The same flags without pages of zeros: behind a hole these read the same."""
     kept = bytearray(flags)
-    for first, end in _runs(flags):
+    for first, end in runs(flags):
         for page in range(first, end):
             start = page * PAGE_BYTES
             if bytes(ram.bytes[start : start + PAGE_BYTES]) == _ZERO_PAGE:
@@ -270,7 +245,7 @@ def _same_spans(ram: _Ram, fd: int, gpa: int, length: int) -> Iterator[Span]:
             here[page : page + PAGE_BYTES] == there[page : page + PAGE_BYTES]
             for page in range(0, piece, PAGE_BYTES)
         )
-        for first, end in _runs(same):
+        for first, end in runs(same):
             yield at + first * PAGE_BYTES, (end - first) * PAGE_BYTES
 
 
@@ -451,16 +426,13 @@ class GuestMemory:
         """
         if self._image_fd < 0 or self._torn:
             return []
-        page_map_fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with page_map(self._page_map_fd) as page_map_fd:
             own = [
                 (ram, span)
                 for ram in self._ram
                 for span in (among if among is not None else ram.own_spans(page_map_fd))
                 if ram.gpa <= span[0] < ram.end_gpa
             ]
-        finally:
-            os.close(page_map_fd)
         return [same for ram, span in own for same in _same_spans(ram, self._image_fd, *span)]
 
     def save_pages(self, fd: int) -> int:
@@ -473,19 +445,15 @@ class GuestMemory:
         if self.shared:
             raise CallerError("memory that other processes share cannot be saved")
         written = 0
-        page_map_fd = self._page_map_fd if self._page_map_fd >= 0 else open_page_map()
-        try:
+        with page_map(self._page_map_fd) as page_map_fd:
             for ram in self._ram:
                 flags = ram.own_pages(page_map_fd)
                 if self._torn:
                     flags = b"\1" * len(flags)
                 elif not self._from_image:
                     flags = _without_zeros(ram, flags)
-                for first, end in _runs(flags):
+                for first, end in runs(flags):
                     written += _write_pages(ram, fd, first * PAGE_BYTES, end * PAGE_BYTES)
-        finally:
-            if page_map_fd != self._page_map_fd:
-                os.close(page_map_fd)
         return written
 
     def map_file(self, fd: int, gpa: int) -> Slot:

@@ -12,7 +12,7 @@ import gc
 from vmcell_runtime.frame import Frame
 from vmcell_runtime.jail import leave_namespaces
 from vmcell_runtime.kvm.host_kind import open_kvm
-from vmcell_runtime.memory import open_page_map
+from vmcell_runtime.page_map import open_page_map
 from vmcell_runtime.rehearsal import rehearse
 from vmcell_runtime.size import Size
 from vmcell_runtime.vmm import prepare_process

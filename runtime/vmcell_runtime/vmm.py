@@ -43,7 +43,7 @@ from vmcell_runtime.jail import Bounds, EmptyRoot, enter, seal
 from vmcell_runtime.loading import Saved
 from vmcell_runtime.loop import HANGUP, READABLE
 from vmcell_runtime.machine import Machine
-from vmcell_runtime.memory import open_page_map
+from vmcell_runtime.page_map import open_page_map
 from vmcell_runtime.size import Size, size_of
 from vmcell_runtime.snapshot.state import MAX_STATE_BYTES, decode
 from vmcell_runtime.vcpu import prepare_kicks

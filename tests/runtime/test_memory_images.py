@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from vmcell_protos.errors import CallerError, HostError
 from vmcell_runtime import memory as memory_module
-from vmcell_runtime.memory import HIGH_RAM_GPA, LOW_RAM_LIMIT_BYTES, PAGE_BYTES, GuestMemory
+from vmcell_runtime.memory import HIGH_RAM_GPA, LOW_RAM_LIMIT_BYTES, GuestMemory
+from vmcell_runtime.page_map import PAGE_BYTES
 
 PAGES = 64
 SMALL = PAGES * PAGE_BYTES

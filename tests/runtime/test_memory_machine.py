@@ -11,7 +11,8 @@ import pytest
 from step_machine import Choices, StepMachine, machine_test, step
 
 from vmcell_protos.errors import CallerError, GuestError
-from vmcell_runtime.memory import HUGE_PAGE_BYTES, PAGE_BYTES, GuestMemory, Slot
+from vmcell_runtime.memory import HUGE_PAGE_BYTES, GuestMemory, Slot
+from vmcell_runtime.page_map import PAGE_BYTES
 
 RAM_BYTES = 64 << 10
 PLACES = tuple((4 << 30) + n * HUGE_PAGE_BYTES for n in range(4))

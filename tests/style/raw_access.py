@@ -26,6 +26,7 @@ CTYPES_MODULES = {
     "vmcell_runtime.kvm.vcpu_state": "sizes of structs",
     "vmcell_runtime.kvm.ioctl": "ioctl with an argument beyond an int",
     "vmcell_runtime.jail": "system calls that os lacks",
+    "vmcell_runtime.spare": "malloc_trim",
     "vmcell_runtime.virtio.blk": "fallocate",
     "vmcell_shim.mount_calls": "mount calls",
     "vmcell_shim.netns": "setns and mount",

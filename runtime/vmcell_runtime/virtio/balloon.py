@@ -15,7 +15,8 @@ import struct
 
 from vmcell_protos.errors import CallerError, GuestError
 from vmcell_runtime.config import MIN_MEMORY_MIB
-from vmcell_runtime.memory import PAGE_BYTES, GuestMemory
+from vmcell_runtime.memory import GuestMemory
+from vmcell_runtime.page_map import PAGE_BYTES
 from vmcell_runtime.virtio import abi, spans
 from vmcell_runtime.virtio.device import Activation, PlainDevice
 from vmcell_runtime.virtio.queue import Chain
