@@ -50,6 +50,7 @@ class Frame:
         """Owns `kvm_fd`, also when it raises; `page_map_fd`, as of `GuestMemory`, stays the
         caller's. CallerError, HostError."""
         self.size = size
+        self.page_map_fd = page_map_fd
         self.vcpus: list[Vcpu] = []
         self.irqs: dict[int, IrqLine] = {}
         with ExitStack() as resources:

@@ -112,7 +112,8 @@ def _close_others(kept: int) -> None:
 
 def _make(shim: socket.socket, ready: Frame | None, empty_root: EmptyRoot | None) -> Machine | None:
     """None if the shim went away before it asked for anything. This process is jailed then."""
-    page_map_fd = open_page_map()
+    # One that is ready has its own already.
+    page_map_fd = open_page_map() if ready is None else ready.page_map_fd
     datagram, fds, _, _ = socket.recv_fds(shim, MAX_MESSAGE_BYTES + 1, _MAX_FDS)
     if not datagram:
         return None
