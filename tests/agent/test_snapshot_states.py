@@ -383,7 +383,8 @@ import gc, sys
 from vmcell_agent import snapshot
 assert "vmcell_agent.renewal" not in sys.modules, "boot does not need it"
 snapshot.settle()
-print([name for name in ("limits", "readdress", "renewal") if f"vmcell_agent.{name}" in sys.modules])
+names = ("limits", "readdress", "renewal")
+print([name for name in names if f"vmcell_agent.{name}" in sys.modules])
 print(gc.get_freeze_count() > 0)
 """
 
