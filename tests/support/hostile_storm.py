@@ -155,6 +155,7 @@ class Storm:
         except TimeoutError:
             return False
         if end.reason not in _OWN_FAULTS:
+            self.outcome.problems.append(f"it ended as {end}")
             return False
         self.outcome.end = end
         self.outcome.told += f"; hurt itself: {end.reason}"
