@@ -167,7 +167,7 @@ def test_an_oversize_request_is_an_error_and_the_connection_goes_on(control: Con
     control.host.setblocking(False)
     unsent = memoryview(head + bytes(length) + encode_frame(3, REQUEST, b""))
     client = ClientConnection()
-    assert client.call("service", "Method", b"")[0] == 1  # a call it can answer, and not these bytes
+    assert client.call("service", "Method", b"")[0] == 1  # it awaits one answer
 
     def feed() -> bool:
         nonlocal unsent
