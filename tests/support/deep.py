@@ -11,6 +11,10 @@ import pytest
 def one_in(every: int, values: Iterable[object]) -> list[Any]:
     """The first of each `every` as it is, the others marked as deep."""
     return [
-        pytest.param(value, marks=pytest.mark.deep) if number % every else value
+        pytest.param(*_arguments(value), marks=pytest.mark.deep) if number % every else value
         for number, value in enumerate(values)
     ]
+
+
+def _arguments(value: object) -> tuple[object, ...]:
+    return value if isinstance(value, tuple) else (value,)

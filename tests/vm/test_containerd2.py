@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import grpc
 import pytest
 from cri.client import CriClient
+from deep import one_in
 from dev_vm import SMALL, DevVm
 from second_containerd import CRI_PORT, HOME, NAMESPACE, STREAM_PORT, SecondContainerd
 
@@ -27,6 +28,7 @@ def test_run_and_exit_status(second: SecondContainerd) -> None:
     assert done.text.startswith("6.12")
 
 
+@pytest.mark.deep
 def test_exec_and_a_killed_shim(second: SecondContainerd, dev_vm: DevVm) -> None:
     """Task v3, by the file that containerd 2.x keeps; a shim that dies takes its VMM along."""
     started = second.run("c1", "sleep", "600", flags=("-d",))
@@ -63,7 +65,7 @@ def second_cri(second: SecondContainerd, dev_vm: DevVm) -> Iterator[CriClient]:
         yield client
 
 
-@pytest.mark.parametrize("handler", ["vmcell", "vmcell-shim"])
+@pytest.mark.parametrize("handler", one_in(2, ["vmcell", "vmcell-shim"]))
 def test_pod(second_cri: CriClient, dev_vm: DevVm, handler: str) -> None:
     cri = second_cri
     cri.handler = handler

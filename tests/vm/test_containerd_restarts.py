@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("nothing_left")]
 
 
 @pytest.mark.timeout(300 + CYCLES * CYCLE_S)
+@pytest.mark.deep
 def test_no_byte_and_no_exit_is_lost(dev_vm: DevVm) -> None:
     settings = {
         "socket": "/run/containerd/containerd.sock",

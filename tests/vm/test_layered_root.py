@@ -48,6 +48,7 @@ def test_writes_are_where_a_commit_looks_for_them(found: dict[str, Any]) -> None
     assert "Type: character special" in found["removed"], "a whiteout"
 
 
+@pytest.mark.deep
 def test_the_pods_cgroup_on_cgroup_v2(dev_vm: DevVm) -> None:
     """The tests of the root lane, which a build machine may run on v1 only."""
     tests = os.fspath(ROOT / "tests/shim/test_cgroup.py")

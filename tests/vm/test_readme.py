@@ -69,6 +69,7 @@ def test_dev_vm_command_as_it_stands() -> None:
 
 
 @pytest.mark.usefixtures("dev_vm", "nothing_left")
+@pytest.mark.deep
 def test_make_demo() -> None:
     done = subprocess.run(
         ["make", "demo"], cwd=ROOT, capture_output=True, text=True, timeout=800, check=False

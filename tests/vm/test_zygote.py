@@ -28,6 +28,7 @@ def parents(dev_vm: DevVm, name: str) -> tuple[int, int, int]:
     return int(zygote), int(vmm), int(shim)
 
 
+@pytest.mark.deep
 def test_a_sandbox_outlives_the_zygote_and_the_next_start_works(dev_vm: DevVm) -> None:
     dev_vm.check("sh", "-c", WAIT)
     try:

@@ -61,6 +61,7 @@ def ask(
         connection.close()
 
 
+@pytest.mark.deep
 def test_large_files_are_equal_and_half_as_quick_as_a_plain_server(sandbox: Sandbox) -> None:
     content = os.urandom(SIZE_BYTES)
     program = Path(__file__).parents[2] / "support" / "plain_http_server.py"

@@ -29,6 +29,7 @@ def run(sandbox: Sandbox, code: str, **options: object) -> Execution:
     return execution
 
 
+@pytest.mark.deep
 def test_code_in_a_microvm(service: DevVm, nothing_left: None) -> None:
     with Sandbox.create(timeout=900, request_timeout=PATIENCE_S, envs={"COLOUR": "red"}) as sandbox:
         release = run(sandbox, "import os, platform; platform.release(), os.environ['COLOUR']")

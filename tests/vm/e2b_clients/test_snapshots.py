@@ -63,6 +63,7 @@ def _ask(service: DevVm, method: str, path: str, body: object = None) -> Any:
     return json.loads(text) if text else None
 
 
+@pytest.mark.deep
 def test_pause_and_resume(service: DevVm) -> None:
     before = service.inventory()
     sandbox = _create(envs={"COLOUR": "red"}, metadata={"kept": "yes"})

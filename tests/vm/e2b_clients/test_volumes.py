@@ -17,6 +17,7 @@ PATIENCE_S = 300
 VOLUME_PORT = 3001
 
 
+@pytest.mark.deep
 def test_two_sandboxes_share_a_volume(service: DevVm, nothing_left: None) -> None:
     name = f"shared-{secrets.token_hex(4)}"  # the store outlives a dev VM
     volume = Volume.create(name)
