@@ -18,7 +18,7 @@ from subprocess import PIPE, run
 
 import pytest
 from forbidden_acts import ACTS
-from payload import HLT_FOREVER, RESET, SPIN, load32, say
+from payload import HLT_FOREVER, RESET, SPIN, load32, say, say_virtualisation
 from vmm_bench import DEADLINE_S, Bench, vmm_bench
 
 from vmcell_runtime import handle as handle_module
@@ -78,14 +78,16 @@ def on_the_list(kind: str, files: set[str]) -> bool:
 def test_twenty_machines_are_jailed(bench: Bench, disk: int) -> None:
     vmms = [
         bench.launch(
-            say(b"x\n") + SPIN,
+            say_virtualisation() + say(b"x\n") + HLT_FOREVER,
             disk,
             blk=(BlkConfig(descriptor=2),),
             vsock=VsockConfig(guest_cid=3, listen_ports=(1024,)),
         )
         for _ in range(COUNT)
     ]
-    bench.wait_console(lambda text: text.count(b"x") >= 1)
+    bench.wait_console(lambda text: text.count(b"x") >= COUNT)
+    shown = (bench.console.count(b"0"), bench.console.count(b"1"))
+    assert shown == (COUNT, 0), "no guest is shown how to make guests"
     files = {os.readlink(f"/proc/self/fd/{fd}") for fd in (bench.console_fd, bench.log_fd, disk)}
     uids = set()
     for vmm in vmms:

@@ -38,3 +38,12 @@ def store32(gpa: int, value: int) -> bytes:
 def load32(gpa: int) -> bytes:
     """mov rbx, gpa; mov eax, [rbx]."""
     return b"\x48\xbb" + struct.pack("<Q", gpa) + b"\x8b\x03"
+
+
+def say_virtualisation() -> bytes:
+    """Says "0" if CPUID shows neither VMX (1.ecx bit 5) nor SVM (80000001h.ecx bit 2), else "1"."""
+    asked = b"\x31\xc9\x0f\xa2"  # xor ecx, ecx; cpuid
+    vmx = b"\xb8\x01\x00\x00\x00" + asked + b"\xc1\xe9\x05\x83\xe1\x01\x89\xce"  # to esi
+    svm = b"\xb8\x01\x00\x00\x80" + asked + b"\xc1\xe9\x02\x83\xe1\x01"  # to ecx
+    digit = b"\x09\xf1\x83\xc1\x30\x89\xc8"  # or ecx, esi; add ecx, '0'; mov eax, ecx
+    return vmx + svm + digit + b"\x66\xba\xf8\x03\xee"  # mov dx, 0x3f8; out dx, al
