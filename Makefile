@@ -75,8 +75,6 @@ test-vm: DEV_IMAGES += code-interpreter-v1
 dev-up: artifacts
 endif
 
-# Each of the fuzz targets takes so many seconds, two at a time.
-test-plain: export VMCELL_FUZZ_SECONDS ?= $(if $(DEEP),20,5)
 test-plain:
 	$(PYTEST) -m 'not kvm and not vm and not root$(TIER)'
 
