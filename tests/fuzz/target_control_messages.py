@@ -70,8 +70,8 @@ def seeds() -> dict[str, bytes]:
         "exited": control.Exited(reason="guest_panic", detail="Kernel panic"),
     }
     requests = {
-        "boot": control.Boot(config=config),
-        "restore": control.Restore(config=config),
+        "boot": control.Boot(config=config, uid=2_000_000_001),
+        "restore": control.Restore(config=config, uid=0),
         "plug": control.PlugBlk(request_id=3, window=9, read_only=True),
         "connect": control.ConnectVsock(request_id=4, port=1025),
     }

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 from c_probe import declared_in, layout, values
 
-from vmcell_runtime import memory
+from vmcell_runtime import memory, page_map
 from vmcell_runtime.boot import elf, params
 from vmcell_runtime.virtio import (
     abi,
@@ -179,6 +179,7 @@ NUMBERS: dict[ModuleType, dict[str, str]] = {
     vhost_user_abi: {},
     unanswered: {},
     memory: {**same("MAP_NORESERVE", "MAP_FIXED"), "MAX_SPANS": "IOV_MAX"},
+    page_map: {},
     params: {
         "BOOT_PARAMS_BYTES": "sizeof(struct boot_params)",
         **offset(
@@ -315,8 +316,8 @@ OWN: dict[ModuleType, dict[str, str]] = {
     memory: {
         name: OURS
         for name in ("HUGE_PAGE_BYTES", "LOW_RAM_LIMIT_BYTES", "HIGH_RAM_GPA", "_WRITE_BYTES")
-    }
-    | {"PAGE_BYTES": "x86-64"},
+    },
+    page_map: {"PAGE_BYTES": "x86-64", "_ENTRY_BYTES": "Documentation/admin-guide/mm/pagemap.rst"},
     params: {
         "E820_RAM": "asm/e820/types.h, not for user space",
         "E820_RESERVED": "asm/e820/types.h, not for user space",
