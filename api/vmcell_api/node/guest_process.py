@@ -26,6 +26,8 @@ MAX_FRAME_BYTES = 4 << 20
 PIECE_BYTES = 256 * 1024
 # envd says "keepalive" while a command is silent.
 KEEPALIVE_S = 20
+# After the deadline, which envd knows too and has words for.
+CUT_AFTER_S = 1.0
 SILENCE_S = 90.0
 CONNECT_S = 10.0
 SHELL = ("/bin/bash", "-l", "-c")
@@ -164,7 +166,8 @@ class GuestProcesses:
         try:
             connection.connect()
             # A guest that says "100 Continue" without end, or a byte a minute, is never silent.
-            cut = threading.Timer(deadline - time.monotonic(), _cut, [connection.sock])
+            left_s = deadline - time.monotonic() + CUT_AFTER_S
+            cut = threading.Timer(left_s, _cut, [connection.sock])
             cut.daemon = True
             cut.start()
             connection.sock.settimeout(SILENCE_S)
@@ -206,11 +209,11 @@ def frames(response: http.client.HTTPResponse, deadline: float) -> Iterator[dict
     """The events of a stream; the end frame's error is raised."""
     while True:
         _check_time(deadline)
-        head = _exactly(response, 5)
+        head = _exactly(response, 5, deadline)
         length = int.from_bytes(head[1:], "big")
         if length > MAX_FRAME_BYTES:
             raise GuestError(f"envd sent a frame of {length} bytes; at most {MAX_FRAME_BYTES}")
-        message = _object(_exactly(response, length))
+        message = _object(_exactly(response, length, deadline))
         if head[0] & 2:
             _raise_end_error(message.get("error"))
             return
@@ -228,14 +231,16 @@ def _raise_end_error(error: object) -> None:
     raise CommandRefused(f"{code}: {words}", code=code if code in CODES else "unknown")
 
 
-def _exactly(response: http.client.HTTPResponse, size: int) -> bytes:
+def _exactly(response: http.client.HTTPResponse, size: int, deadline: float) -> bytes:
     data = bytearray()
     while len(data) < size:
         try:
             piece = response.read(size - len(data))
         except (OSError, http.client.HTTPException) as error:
+            _check_time(deadline)
             raise _lost("reading", "a command's output", error) from error
         if not piece:
+            _check_time(deadline)
             raise HostError("the guest ended in the middle of a command", code="aborted")
         data += piece
     return bytes(data)
