@@ -3,10 +3,11 @@
  1  descriptors   closed, but for the shim's socket, the log, /dev/null (`vmm`, `zygote_child`)
  2  page map      /proc/self/pagemap opened: saving needs it, and there is no /proc later
  3  message       the shim says what machine, and which uid; its descriptors come along
- 4  namespaces    network, IPC and host name of its own, with nothing in them
+ 4  the host      no core file, bounded descriptors and processes; network, IPC and host name of its
+                  own, with nothing in them; the bounding set
  5  root          an empty, read-only tmpfs, and no other mount
- 6  limits        no core file; descriptors, processes, file size and memory bounded
- 7  identity      bounding set, groups, gid, uid: with the uid all capabilities go
+ 6  limits        file size and memory, by the machine's
+ 7  identity      groups, gid, uid: with the uid all capabilities go
  8  secrecy       not dumpable: no ptrace, no core, /proc/PID is root's
  9  no new rights no_new_privs, which the filter needs too
 10  machine       made from the descriptors that came, without any right; /dev/kvm is closed
@@ -16,7 +17,8 @@
 
 `enter` is 4 to 9, `seal` is 12. From 5 on nothing can be opened by name, so nothing may be imported
 for the first time either. A forbidden system call ends the process by SIGSYS; before that the
-Python stacks of all threads are written to the log (faulthandler: no lock, no allocation).
+Python stack of its thread is written to the log (faulthandler: no lock, no allocation; other
+threads' stacks change while they are read).
 
 A VMM that was not started by root, which only tests do, cannot do 4, 5 and 7 and bounds less in 6;
 it says so in its log, once. Sources: unshare(2), pivot_root(2), capabilities(7), prctl(2),
@@ -91,10 +93,16 @@ class Bounds(NamedTuple):
     file_bytes: int | None
 
 
-def leave_namespaces() -> None:
-    """Step 4, which a spare VMM does ahead. Nothing where the process is not root's. HostError."""
-    if os.geteuid() == 0:
-        _call("leave the host's namespaces", "unshare", CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS)
+def leave_host() -> None:
+    """Step 4, which a spare VMM does ahead. Only limits where the process is not root's.
+    HostError."""
+    _set_own_limits()
+    if os.geteuid() != 0:
+        return
+    _call("leave the host's namespaces", "unshare", CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS)
+    capability = 0
+    while not _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0):
+        capability += 1  # up to the kernel's last one
 
 
 def enter(
@@ -110,13 +118,13 @@ def enter(
     if whole and uid <= 0:
         raise ValueError(f"a VMM of root's was given uid {uid}")
     if not has_left:
-        leave_namespaces()
+        leave_host()
     if whole:
         if empty_root is not None:
             _enter_root(empty_root)
         else:
             _make_root()
-    _set_limits(bounds, whole=whole)
+    _set_machine_limits(bounds)
     if whole:
         _become(uid)
     _call("become undumpable", "prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
@@ -127,7 +135,7 @@ def enter(
 def seal() -> None:
     """Step 12, with every thread started and none in the guest. HostError when it fails."""
     # Written by C code in the signal's handler, then the default: the process ends by SIGSYS.
-    faulthandler.register(signal.SIGSYS, file=2, all_threads=True, chain=True)
+    faulthandler.register(signal.SIGSYS, file=2, all_threads=False, chain=True)
     program = vmm_filter(os.getpid())
     filter_ = ctypes.byref(_Program(len(program) // 8, program))
     flags = _SECCOMP_FILTER_FLAG_TSYNC
@@ -209,17 +217,25 @@ def _enter_root(root: EmptyRoot) -> None:
     os.close(root.directory_fd)
 
 
-def _set_limits(bounds: Bounds, *, whole: bool) -> None:
-    limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: MAX_DESCRIPTORS}
+def _set_own_limits() -> None:
+    """Those that are the same for every machine."""
+    _set_limits({resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: MAX_DESCRIPTORS})
+    if os.geteuid() == 0:
+        # Counted per uid, so of no use where others have it too.
+        _set_limits({resource.RLIMIT_NPROC: MAX_THREADS})
+
+
+def _set_machine_limits(bounds: Bounds) -> None:
     # RAM twice: Linux counts an image that is laid over RAM before what it takes the place of, and
     # saving takes some bytes for each page.
-    limits[resource.RLIMIT_DATA] = 2 * bounds.ram_bytes + OWN_MEMORY_BYTES
-    if whole:
-        # Counted per uid, so of no use where others have it too.
-        limits[resource.RLIMIT_NPROC] = MAX_THREADS
+    limits = {resource.RLIMIT_DATA: 2 * bounds.ram_bytes + OWN_MEMORY_BYTES}
     if bounds.file_bytes is not None:
         longest = max(bounds.ram_bytes, bounds.file_bytes)
         limits[resource.RLIMIT_FSIZE] = longest + OTHER_FILES_BYTES
+    _set_limits(limits)
+
+
+def _set_limits(limits: dict[int, int]) -> None:
     for limit, value in limits.items():
         _, hard = resource.getrlimit(limit)
         if hard != resource.RLIM_INFINITY:
@@ -229,9 +245,6 @@ def _set_limits(bounds: Bounds, *, whole: bool) -> None:
 
 def _become(uid: int) -> None:
     """No group, no capability in any set, and this uid for good."""
-    capability = 0
-    while not _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0):
-        capability += 1  # up to the kernel's last one
     try:
         os.setgroups(())
         os.setresgid(uid, uid, uid)

@@ -10,7 +10,7 @@ import ctypes
 import gc
 
 from vmcell_runtime.frame import Frame
-from vmcell_runtime.jail import leave_namespaces
+from vmcell_runtime.jail import leave_host
 from vmcell_runtime.kvm.host_kind import open_kvm
 from vmcell_runtime.page_map import open_page_map
 from vmcell_runtime.rehearsal import rehearse
@@ -24,7 +24,7 @@ _libc.malloc_trim.argtypes = (ctypes.c_size_t,)
 def make_ready(size: Size) -> Frame:
     """For `vmm.serve`. CallerError or HostError where no machine of that size could be."""
     prepare_process()
-    leave_namespaces()
+    leave_host()
     rehearse()
     gc.collect()
     _libc.malloc_trim(0)  # what only the rehearsal needed
