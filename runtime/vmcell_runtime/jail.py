@@ -20,9 +20,10 @@ for the first time either. A forbidden system call ends the process by SIGSYS; b
 Python stack of its thread is written to the log (faulthandler: no lock, no allocation; other
 threads' stacks change while they are read).
 
-A VMM that was not started by root, which only tests do, cannot do 4, 5 and 7 and bounds less in 6;
-it says so in its log, once. Sources: unshare(2), pivot_root(2), capabilities(7), prctl(2),
-seccomp(2), getrlimit(2), Linux Documentation/userspace-api/no_new_privs.rst.
+A VMM that was not started by root, which only tests do, cannot do 5 and 7, and of 4 has the limits
+but that of processes; it says so in its log, once. Sources: unshare(2), pivot_root(2),
+capabilities(7), prctl(2), seccomp(2), getrlimit(2), Linux
+Documentation/userspace-api/no_new_privs.rst.
 """
 
 from __future__ import annotations

@@ -272,14 +272,11 @@ class GuestMemory:
 
     RAM of `ram_bytes` (a multiple of 4096) stands at 0 up to 3 GiB, the rest at 4 GiB. Reads and
     writes take guest physical addresses and raise GuestError unless the whole range is RAM. With
-    `shared` other processes can be given the RAM (`shared_regions`). With `image_fd`, a file as
-    `save_pages` writes it, RAM begins as that; the descriptor stays the caller's. So does
-    `page_map_fd`, this process's page map for `save_pages`, where its path leads nowhere by then.
+    `shared` other processes can be given the RAM (`shared_regions`). `page_map_fd`, which stays the
+    caller's, is this process's page map, where its path leads nowhere by the time it is needed.
     """
 
-    def __init__(
-        self, ram_bytes: int, *, shared: bool = False, image_fd: int = -1, page_map_fd: int = -1
-    ) -> None:
+    def __init__(self, ram_bytes: int, *, shared: bool = False, page_map_fd: int = -1) -> None:
         if ram_bytes <= 0 or ram_bytes % PAGE_BYTES:
             raise CallerError(f"guest memory is {ram_bytes} bytes; give a multiple of 4096")
         self.ram_bytes = ram_bytes
@@ -295,12 +292,6 @@ class GuestMemory:
         self._ram = [_Ram(0, low, 0, shared=shared)]
         if ram_bytes > low:
             self._ram.append(_Ram(HIGH_RAM_GPA, ram_bytes - low, low, shared=shared))
-        if image_fd >= 0:
-            try:
-                self.lay_image(image_fd)
-            except BaseException:
-                self.close()
-                raise
 
     @property
     def ram_ranges(self) -> tuple[Span, ...]:

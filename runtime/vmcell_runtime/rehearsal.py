@@ -53,11 +53,7 @@ def rehearse() -> None:
 
 
 def _save(opened: ExitStack, memory_fd: int, state_fd: int) -> None:
-    fds, listeners = _fds(opened), _listeners(opened)
-    descriptors = Descriptors(list(map(os.dup, fds)))
-    opened.callback(descriptors.close)
-    frame = Frame(size_of(_CONFIG, fds), open_kvm())
-    machine = boot(_CONFIG, descriptors, frame, listeners, _no_report)
+    machine = boot(_CONFIG, *_parts(opened), _no_report)
     machine.pausing.state = State.PAUSED  # no vCPU has a thread, so all stand still
     machine.saving.save(memory_fd, state_fd)
     machine.close()
@@ -65,14 +61,10 @@ def _save(opened: ExitStack, memory_fd: int, state_fd: int) -> None:
 
 def _restore(opened: ExitStack, memory_fd: int, state_fd: int) -> None:
     request = control.decode_request(control.encode(control.Restore(config=_CONFIG, uid=0)))
-    fds, listeners = _fds(opened), _listeners(opened)
-    descriptors = Descriptors(list(map(os.dup, fds)))
-    opened.callback(descriptors.close)
     saved = Saved(decode(read_state(state_fd)), memory_fd)
-    frame = Frame(size_of(_CONFIG, fds), open_kvm())
     if not isinstance(request, control.Restore):
         raise AssertionError("unreachable: it was encoded as one")
-    machine = restore(request.config, descriptors, frame, listeners, _no_report, saved)
+    machine = restore(request.config, *_parts(opened), _no_report, saved)
     control.encode(control.Running())
     resume = control.decode_request(control.encode(control.Resume(request_id=1)))
     machine.loop.call_soon(lambda: machine.pausing.resume(lambda: None))
@@ -89,6 +81,14 @@ def _restore(opened: ExitStack, memory_fd: int, state_fd: int) -> None:
 
 def _no_report(line: str) -> None:
     raise HostError(f"a rehearsed guest broke a rule: {line}")
+
+
+def _parts(opened: ExitStack) -> tuple[Descriptors, Frame, list[socket.socket]]:
+    """What `_CONFIG` is made of."""
+    fds = _fds(opened)
+    descriptors = Descriptors(list(map(os.dup, fds)))
+    opened.callback(descriptors.close)
+    return descriptors, Frame(size_of(_CONFIG, fds), open_kvm()), _listeners(opened)
 
 
 def _fds(opened: ExitStack) -> list[int]:

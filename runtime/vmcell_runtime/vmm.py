@@ -62,7 +62,7 @@ def main(shim_fd: int) -> NoReturn:
 
     The order of what follows is `vmcell_runtime.jail`'s.
     """
-    _close_others(shim_fd)
+    close_others(shim_fd)
     shim = socket.socket(fileno=shim_fd)
     end_process_on_surprise(shim)
     prepare_process()
@@ -105,9 +105,13 @@ def serve(shim: socket.socket, ready: Frame | None, empty_root: EmptyRoot | None
     os._exit(0)  # all is closed and flushed; the interpreter's own end would only take time
 
 
-def _close_others(kept: int) -> None:
-    os.closerange(3, kept)
-    os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
+def close_others(*kept: int) -> None:
+    """Closes every descriptor but these and the first three."""
+    low = 3
+    for fd in sorted(kept):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
 
 
 def _make(shim: socket.socket, ready: Frame | None, empty_root: EmptyRoot | None) -> Machine | None:

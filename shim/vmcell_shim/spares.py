@@ -28,6 +28,7 @@ MAX_SIZES = 2
 # A fork and a spare's own work are kept out of the way of requests that come in a burst.
 QUIET_S = 0.05
 READY = b"ready"
+SPARE_NAME = "vmcell-spare"  # of a process that has said so
 
 Fork = Callable[[Size, socket.socket], bool]
 """Forks a spare that has this socket; False when that failed and was said."""

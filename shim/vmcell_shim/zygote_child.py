@@ -25,7 +25,7 @@ from vmcell_runtime.size import Size
 from vmcell_runtime.spare import make_ready
 from vmcell_shim.actions import perform
 from vmcell_shim.caller import Caller, World
-from vmcell_shim.spares import READY
+from vmcell_shim.spares import READY, SPARE_NAME
 from vmcell_shim.title import Title
 from vmcell_shim.zygote_stub import CHILD_LIFE_S
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from vmcell_protos.zygote import Request
 
 _EXIT_UNEXPECTED = 70  # EX_SOFTWARE
-SPARE_NAME = "vmcell-spare"  # of one that has said that it is ready
 _SPARE_NICENESS = 19
 _PID_BYTES = 4
 _GO_ON = b"go"
@@ -144,11 +143,7 @@ def _shed(*kept: int) -> None:
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    low = 3
-    for fd in sorted(kept):
-        os.closerange(low, fd)
-        low = fd + 1
-    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+    vmm.close_others(*kept)
     os.setsid()
 
 

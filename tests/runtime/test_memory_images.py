@@ -99,8 +99,9 @@ def test_what_is_discarded_is_as_in_the_image(small: GuestMemory, make_file: Mak
 def test_memory_that_begins_as_an_image(make_file: MakeFile) -> None:
     image = make_file()
     os.pwrite(image, fill(1), PAGE_BYTES)
-    memory = GuestMemory(SMALL, image_fd=image)
+    memory = GuestMemory(SMALL)
     try:
+        memory.lay_image(image)
         assert memory.read(PAGE_BYTES, PAGE_BYTES) == fill(1)
         memory.write(PAGE_BYTES, b"other")
         assert os.pread(image, 5, PAGE_BYTES) == fill(1)[:5]
@@ -121,8 +122,9 @@ def test_above_3_gib_both_ranges_stand_in_the_file(make_file: MakeFile) -> None:
         memory.close()
     assert [os.pread(image, PAGE_BYTES, at) for at in offsets] == [fill(n) for n in range(4)]
     assert data_bytes(image) == len(places) * PAGE_BYTES
-    memory = GuestMemory(TWO_SLOTS, image_fd=image)
+    memory = GuestMemory(TWO_SLOTS)
     try:
+        memory.lay_image(image)
         assert [memory.read(gpa, PAGE_BYTES) for gpa in places] == [fill(n) for n in range(4)]
         memory.write(HIGH_RAM_GPA + PAGE_BYTES, fill(9))
         hole = make_file(TWO_SLOTS)
@@ -220,12 +222,14 @@ def test_memory_of_which_a_part_stands_on_another_file_is_written_whole(
 
 
 def test_what_is_no_image_of_it_is_refused(make_file: MakeFile) -> None:
+    own = GuestMemory(SMALL)
     for length in (0, SMALL - PAGE_BYTES, SMALL + PAGE_BYTES):
         with pytest.raises(CallerError, match=f"an image of {length} bytes"):
-            GuestMemory(SMALL, image_fd=make_file(length))
-    with pytest.raises(CallerError, match="other processes share"):
-        GuestMemory(SMALL, shared=True, image_fd=make_file())
+            own.lay_image(make_file(length))
+    own.close()
     shared = GuestMemory(SMALL, shared=True)
+    with pytest.raises(CallerError, match="other processes share"):
+        shared.lay_image(make_file())
     with pytest.raises(CallerError, match="cannot be saved"):
         shared.save_pages(make_file())
     shared.close()
@@ -236,8 +240,9 @@ def test_pages_that_are_as_in_the_image_are_found_and_dropped(
 ) -> None:
     image = make_file()
     os.pwrite(image, fill(1) + fill(2) + fill(3), PAGE_BYTES)
-    memory = GuestMemory(SMALL, image_fd=image)
+    memory = GuestMemory(SMALL)
     try:
+        memory.lay_image(image)
         for page in (1, 2, 5):
             memory.write(page * PAGE_BYTES, b"x")
         memory.write(3 * PAGE_BYTES, b"stays")
@@ -283,8 +288,9 @@ def test_it_is_the_last_image_that_pages_are_compared_with(
 def test_above_3_gib_pages_are_compared_where_they_stand_in_the_file(make_file: MakeFile) -> None:
     image = make_file(TWO_SLOTS)
     os.pwrite(image, fill(1), LOW_RAM_LIMIT_BYTES)
-    memory = GuestMemory(TWO_SLOTS, image_fd=image)
+    memory = GuestMemory(TWO_SLOTS)
     try:
+        memory.lay_image(image)
         memory.write(HIGH_RAM_GPA, fill(1))
         memory.write(HIGH_RAM_GPA + PAGE_BYTES, fill(1))
         memory.write(LOW_RAM_LIMIT_BYTES - PAGE_BYTES, bytes(PAGE_BYTES))

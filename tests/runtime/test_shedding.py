@@ -59,7 +59,9 @@ class Rig:
         self.image = os.memfd_create("image")
         os.ftruncate(self.image, RAM_BYTES)
         os.pwrite(self.image, b"saved" * PAGE_BYTES, 0)
-        self.memory = GuestMemory(RAM_BYTES, image_fd=self.image if has_image else -1)
+        self.memory = GuestMemory(RAM_BYTES)
+        if has_image:
+            self.memory.lay_image(self.image)
         self.loop = TurningLoop()
         self.made_up = made_up = MadeUp()
         vcpus = cast("list[VcpuThread]", [made_up])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 
 from fake_memory import WatchedMemory
 from guest_driver import RAM_BYTES, GuestDriver, GuestQueue
@@ -15,7 +16,7 @@ INDIRECT_DESC, EVENT_IDX = 1 << 28, 1 << 29
 SENTINEL = 0xEE
 
 
-class DeviceMachine(StepMachine):
+class DeviceMachine(StepMachine, ABC):
     """A device behind its window, and a driver that starts it again whenever it likes.
 
     Everywhere: nothing but GuestError stops a device, nothing is read twice, ring words are
@@ -27,8 +28,9 @@ class DeviceMachine(StepMachine):
     shared = False
     queue_sizes = (0, 4, 16)
 
+    @abstractmethod
     def make(self, choices: Choices) -> VirtioDevice:
-        raise NotImplementedError
+        """The device, new."""
 
     def forget(self) -> None:
         """The driver has reset the device: nothing is in flight any more."""

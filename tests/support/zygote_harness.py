@@ -27,6 +27,7 @@ from vmcell_protos.zygote import (
     decode_answer,
     encode_request,
 )
+from vmcell_shim.spares import SPARE_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE_ROOTS = [str(ROOT / name) for name in ("protos", "runtime", "shim")]
@@ -113,7 +114,7 @@ class Zygote:
 
     def spares(self) -> list[int]:
         """Those that have said to be ready."""
-        return [pid for pid in children(self.pid) if name(pid) == "vmcell-spare"]
+        return [pid for pid in children(self.pid) if name(pid) == SPARE_NAME]
 
     def wait_for_spares(self, count: int) -> list[int]:
         """So many are ready, and the next to ask may have one."""

@@ -23,12 +23,12 @@ from vmcell_protos.zygote import (
     decode_answer,
     encode_request,
 )
+from vmcell_shim.spares import COUNT_VARIABLE, SPARE_NAME
 from vmcell_tools.setup_host import INTERPRETER_FLAGS, SHIM_TEMPLATE
 
 READY_WITHIN_S = 60.0
 END_WITHIN_S = 20.0
 _POLL_S = 0.005
-_SPARE_NAME = "vmcell-spare"  # vmcell_shim.zygote_child
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def private_zygote(folder: Path, spares: int) -> Iterator[str]:
     """
     path, log_path = str(folder / f"zygote{spares}"), folder / f"zygote{spares}.log"
     command = [sys.executable, INTERPRETER_FLAGS, str(SHIM_TEMPLATE), "zygote"]
-    environment = {**os.environ, SOCKET_VARIABLE: path, "VMCELL_SPARES": str(spares)}
+    environment = {**os.environ, SOCKET_VARIABLE: path, COUNT_VARIABLE: str(spares)}
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, log_path.open("ab") as log:
         ready.bind("")  # an abstract name of the kernel's choice
         ready.settimeout(READY_WITHIN_S)
@@ -90,7 +90,7 @@ def spares_of(path: str) -> list[int]:
 
 def _is_spare(entry: Path, zygote: int) -> bool:
     try:
-        if (entry / "comm").read_text().rstrip() != _SPARE_NAME:
+        if (entry / "comm").read_text().rstrip() != SPARE_NAME:
             return False
         return parent(int(entry.name)) == zygote
     except (FileNotFoundError, ProcessLookupError):
