@@ -51,6 +51,25 @@ class Timer:
         return self.deadline_ns < other.deadline_ns
 
 
+class Soon:
+    """A call at the loop's next turn, one however often it is asked for until then; callable from
+    any thread. A guest may ask for it faster than the loop turns."""
+
+    def __init__(self, loop: EventLoop, function: Callable[[], None]) -> None:
+        self._loop = loop
+        self._function = function
+        self._queued = False
+
+    def __call__(self) -> None:
+        if not self._queued:
+            self._queued = True
+            self._loop.call_soon(self._run)
+
+    def _run(self) -> None:
+        self._queued = False  # before it looks: who asks from here on is answered anew
+        self._function()
+
+
 class EventLoop:
     """Owned and used by one thread; only `call_soon` and `stop` may be called from others."""
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vmcell_runtime.loop import READABLE, URGENT_NS, WRITABLE, EventLoop
+from vmcell_runtime.loop import READABLE, URGENT_NS, WRITABLE, EventLoop, Soon
 
 SECOND_NS = 1_000_000_000
 
@@ -194,3 +194,21 @@ def test_what_is_urgent_does_not_wait_for_a_whole_batch(loop: EventLoop) -> None
     loop.remove(asked.fileno())
     for sock in (asked, asker, *(end for pair in pairs for end in pair)):
         sock.close()
+
+
+def test_asked_for_often_it_is_done_once(loop: EventLoop) -> None:
+    done: list[int] = []
+
+    def act() -> None:
+        done.append(len(done))
+        if len(done) == 1:
+            soon()  # while it acts: that is another one
+        else:
+            loop.stop()
+
+    soon = Soon(loop, act)
+    for _ in range(1000):
+        soon()
+    assert len(loop._soon) == 1
+    loop.run()
+    assert done == [0, 1]

@@ -16,7 +16,7 @@ import struct
 from functools import partial
 
 from vmcell_protos.errors import CallerError, HostError
-from vmcell_runtime.loop import HANGUP, EventLoop
+from vmcell_runtime.loop import HANGUP, EventLoop, Soon
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.virtio import abi, spans
 from vmcell_runtime.virtio.device import Activation, PlainDevice
@@ -65,7 +65,7 @@ class Fs(PlainDevice):
         self._activation: Activation | None = None
         self._refusing: Activation | None = None  # whose notifications the loop watches
         self._mourned = False
-        self._settling_queued = False
+        self._settle_soon = Soon(loop, self._settle)
         front_end.negotiate()
         if RING_FEATURES & ~front_end.features:
             raise HostError("the vhost-user daemon lacks ring features that are offered to guests")
@@ -83,7 +83,7 @@ class Fs(PlainDevice):
             self._front_end.start(activation.features, self._memory.shared_regions(), rings)
         except HostError as error:
             self._mourn(error)
-            self._queue_settling()
+            self._settle_soon()
 
     def process(self, queue_index: int) -> bool:
         raise AssertionError(f"the daemon takes the notifications of queue {queue_index} itself")
@@ -97,7 +97,7 @@ class Fs(PlainDevice):
                 self._front_end.stop(len(activation.queues))
             except HostError as error:
                 self._mourn(error)
-        self._queue_settling()
+        self._settle_soon()
 
     def close(self) -> None:
         self._activation = None
@@ -116,14 +116,8 @@ class Fs(PlainDevice):
         if activation is not None:
             self._take_over(activation)
 
-    def _queue_settling(self) -> None:
-        if not self._settling_queued:  # a guest may begin again faster than the loop turns
-            self._settling_queued = True
-            self._loop.call_soon(self._settle)
-
     def _settle(self) -> None:
         """What the driver's last steps left to do on the loop's thread."""
-        self._settling_queued = False  # before looking: what comes from here on asks again
         self._unwatch_unless_active()
         activation = self._activation
         if activation is not None and self._front_end.lost:

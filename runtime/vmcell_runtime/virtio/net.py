@@ -16,7 +16,7 @@ from collections import deque
 from functools import partial
 
 from vmcell_protos.errors import CallerError, GuestError, HostError
-from vmcell_runtime.loop import EventLoop
+from vmcell_runtime.loop import EventLoop, Soon
 from vmcell_runtime.memory import MAX_SPANS, GuestMemory, Span
 from vmcell_runtime.virtio import abi, host_abi, spans
 from vmcell_runtime.virtio.device import Activation, PlainDevice
@@ -100,7 +100,7 @@ class Net(PlainDevice):
         self.dropped_frames = 0
         self._activation: Activation | None = None
         self._watching = False
-        self._unwatch_queued = False
+        self._unwatch_soon = Soon(loop, self._unwatch_unless_active)
         self._spare: deque[Chain] = deque()
         ioctl_bytes(
             tap_fd,
@@ -137,9 +137,7 @@ class Net(PlainDevice):
         self._spare.clear()
         if activation is not None and self._vhost is not None:
             self._vhost.stop(len(activation.queues))
-        if not self._unwatch_queued:  # a guest may reset faster than the loop turns
-            self._unwatch_queued = True
-            self._loop.call_soon(self._unwatch_unless_active)
+        self._unwatch_soon()
 
     def suspend(self) -> tuple[tuple[int, int], ...]:
         activation = self._activation
@@ -290,7 +288,6 @@ class Net(PlainDevice):
         self._receive(activation)
 
     def _unwatch_unless_active(self) -> None:
-        self._unwatch_queued = False  # before looking: what is reset from here on asks again
         if self._tap_fd >= 0:
             self._watch(None)
             activation = self._activation

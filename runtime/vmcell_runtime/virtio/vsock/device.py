@@ -9,7 +9,7 @@ from collections import deque
 from functools import partial
 
 from vmcell_protos.errors import HostError
-from vmcell_runtime.loop import EventLoop
+from vmcell_runtime.loop import EventLoop, Soon
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.virtio import abi
 from vmcell_runtime.virtio.device import Activation, PlainDevice
@@ -42,7 +42,7 @@ class Vsock(PlainDevice):
         self._activation: Activation | None = None
         self._mux: Mux | None = None
         self._graveyard: list[Stream] = []
-        self._burial_queued = False
+        self._bury_soon = Soon(loop, self._bury)
 
     def connect(
         self,
@@ -79,9 +79,7 @@ class Vsock(PlainDevice):
         mux, self._mux, self._activation = self._mux, None, None
         if mux is not None:
             self._graveyard += mux.give_up()
-            if not self._burial_queued:  # a guest may reset faster than the loop turns
-                self._burial_queued = True
-                self._loop.call_soon(self._bury)
+            self._bury_soon()
 
     def tell_restored(self) -> None:
         if self._mux is not None:
@@ -104,7 +102,6 @@ class Vsock(PlainDevice):
         self._listeners.clear()
 
     def _bury(self) -> None:
-        self._burial_queued = False  # before looking: what is given up from here on asks again
         while self._graveyard:
             stream = self._graveyard.pop()
             stream.flush()
