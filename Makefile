@@ -5,10 +5,12 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for p in /usr/bin/python3 python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest
-# Of tests of which there are many alike some are run; DEEP=1 runs all of them, as .ci/run does.
+# Of tests of which there are many alike some are run; DEEP=1 runs all of them.
 DEEP ?=
 TIER := $(if $(DEEP),, and not deep)
+# A lane that is over its time ends after the test it is in, with what failed and which were slow.
+LANE_S := $(if $(DEEP),3600,1200)
+PYTEST := $(BIN)/python -m pytest --session-timeout $(LANE_S) --durations 12
 
 .PHONY: demo test test-at-once test-plain test-root test-kvm test-vm test-long test-api-cases \
 	test-state-machines test-hostile fuzz hostile-agents host venv artifacts interpreter-image \
@@ -132,7 +134,7 @@ dev-up:
 		$(addprefix --image ,$(DEV_IMAGES))
 
 test-vm: dev-up
-	$(PYTEST) -m 'vm$(TIER)' --timeout 900 tests/vm; status=$$?; $(BIN)/vmcell dev down; exit $$status
+	$(PYTEST) -m 'vm$(TIER)' --timeout 300 tests/vm; status=$$?; $(BIN)/vmcell dev down; exit $$status
 
 clean:
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis
