@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import random
 import tempfile
-import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from typing import NamedTuple
 
 from hostile_payload import MEMORY_MIB, SECOND_ENTRY_GPA, Order, kernel
 from hostile_surroundings import IMAGE_NAME, Surroundings
-from own_processor import before_others
+from run_queue import waits_of_answer, waits_of_end
 from tap_lines import TapLine
 
 from vmcell_protos.errors import CallerError, HostError
@@ -187,18 +186,18 @@ class Storm:
 
     def _measure(self, vmm: VmmHandle) -> None:
         outcome = self.outcome
-        with before_others(vmm.pid, _own_threads(vmm)) as waits:
-            for call, times_s in (
-                (vmm.balloon, outcome.answers_s),
-                (vmm.pause, outcome.pauses_s),
-                (vmm.resume, outcome.answers_s),
-            ):
-                waited_s, start = waits.waited_s, time.monotonic()
-                call()
-                took_s = time.monotonic() - start
-                times_s.append(max(0.0, took_s - (waits.waited_s - waited_s)))
-                if times_s[-1] > MAX_LATENCY_S:
-                    raise LateError(f"{call.__name__} took {times_s[-1] * 1e3:.0f} ms")
+        waits = waits_of_answer(vmm.pid, vmm._reader.native_id or 0)
+        for call, times_s in (
+            (vmm.balloon, outcome.answers_s),
+            (vmm.pause, outcome.pauses_s),
+            (vmm.resume, outcome.answers_s),
+        ):
+            waited_s, start = waits.waited_s, time.monotonic()
+            call()
+            took_s = time.monotonic() - start
+            times_s.append(max(0.0, took_s - (waits.waited_s - waited_s)))
+            if times_s[-1] > MAX_LATENCY_S:
+                raise LateError(f"{call.__name__} took {times_s[-1] * 1e3:.0f} ms")
 
     def _weigh(self, vmm: VmmHandle) -> None:
         outcome = self.outcome
@@ -268,11 +267,10 @@ class Storm:
             still_runs(vmm, 0.02)
 
     def _kill(self, vmm: VmmHandle) -> None:
-        with before_others(vmm.pid, _own_threads(vmm), ends=True) as waits:
-            start = time.monotonic()
-            vmm.kill()
-            self.outcome.end = vmm.wait_exit(ENDS_S)
-            took_s = time.monotonic() - start - waits.waited_s
+        waits, start = waits_of_end(), time.monotonic()
+        vmm.kill()
+        self.outcome.end = vmm.wait_exit(ENDS_S)
+        took_s = time.monotonic() - start - waits.waited_s
         self.outcome.kill_s = max(self.outcome.kill_s or 0.0, took_s)
         if self.outcome.end.reason not in ("killed", *_OWN_FAULTS):
             self.outcome.problems.append(f"it ended as {self.outcome.end} instead of being killed")
@@ -307,9 +305,8 @@ class Storm:
 def run_at_once(plans: list[Plan]) -> list[Outcome]:
     """Each storm in a process of its own; who was late has a second try.
 
-    Threads of one process would wait for each other's interpreter lock, and what goes before all
-    others while it measures must not wait for what cannot run then. Another process that does the
-    same can still make a VMM late, but not twice; a VMM at fault is late again.
+    Threads of one process would wait for each other's interpreter lock. What else the machine does
+    can make a VMM late, but hardly twice; a VMM at fault is late again.
     """
     outcomes = _run_once(plans)
     again = [n for n, outcome in enumerate(outcomes) if outcome.late and not outcome.problems]
@@ -358,11 +355,6 @@ def still_runs(vmm: VmmHandle, seconds: float) -> None:
     except TimeoutError:
         return
     raise AssertionError(f"the VMM ended: {end}")
-
-
-def _own_threads(vmm: VmmHandle) -> list[int]:
-    """The one that asks and the one that reads the answers."""
-    return [threading.get_native_id(), vmm._reader.native_id or 0]
 
 
 def own_kib(pid: int) -> int:

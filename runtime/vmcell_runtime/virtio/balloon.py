@@ -27,7 +27,7 @@ F_REPORTING = 1 << 5
 
 INFLATE, DEFLATE, REPORTING = range(3)
 
-MAX_NUMBERS_BYTES = 4096  # of page numbers in one buffer; Linux sends 1024 bytes
+MAX_NUMBERS_BYTES = 1024  # of page numbers in one buffer: what Linux sends. Each is an madvise()
 MAX_REPORT_BYTES = 128 << 20  # one report of Linux: 32 blocks of at most 4 MiB
 BUDGETS = {INFLATE: 4, DEFLATE: 4, REPORTING: 1}  # chains at one wake: some milliseconds of work
 PAGES_PER_MIB = (1 << 20) // PAGE_BYTES  # the device's pages have 4 KiB whatever the guest's have

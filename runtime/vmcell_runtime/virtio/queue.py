@@ -26,7 +26,7 @@ from vmcell_runtime.virtio.spans import Spans
 BUDGET_CHAINS = 64
 """Chains handled at one wake, so that no queue holds the event loop for long."""
 
-BUDGET_NS = 10_000_000
+BUDGET_NS = 5_000_000
 """And none is begun later after a wake: some are long in links, some are megabytes for a disk."""
 
 _unpack_descriptor = struct.Struct(abi.DESCRIPTOR_FORMAT).unpack_from

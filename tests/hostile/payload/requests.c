@@ -118,7 +118,7 @@ static u32 packet(struct device *device, struct descriptor *pieces, struct rando
 
 static u32 pages(struct descriptor *pieces, struct random *random)
 {
-	u32 count = heavy ? 1024 : 1 + below(random, one_in(random, 8) ? 1100 : 64), place;
+	u32 count = heavy ? 256 : 1 + below(random, one_in(random, 8) ? 300 : 64), place;
 	u32 page = (BUFFERS >> 12) + below(random, 1000);
 
 	/* A page of the payload's own would be the end of it. */
