@@ -113,13 +113,40 @@ class _Mapping:
             self._mapped.close()
 
 
-def _lay(mapping: _Mapping, fd: int, file_bytes: int) -> None:
-    """The file, read-only, takes over the beginning of a mapping. Raises OSError."""
-    flags = mmap.MAP_SHARED | MAP_FIXED
-    placed = _libc.mmap(mapping.address, file_bytes, mmap.PROT_READ, flags, fd, 0)
-    if placed != mapping.address:
+_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+
+
+def _lay(
+    address: int, length_bytes: int, protection: int, flags: int, fd: int, offset: int = 0
+) -> None:
+    """The file takes over these pages of a mapping of ours. Raises OSError."""
+    placed = _libc.mmap(address, length_bytes, protection, flags | MAP_FIXED, fd, offset)
+    if placed != address:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+class RunPage:
+    """What a vCPU shares with KVM (api.rst 5) as `bytes` and 32-bit `words`; `close` is idempotent.
+
+    The vCPU's descriptor stays the caller's, and unlike mmap.mmap this keeps no copy of it.
+    """
+
+    def __init__(self, vcpu_fd: int, length_bytes: int) -> None:
+        mapped = mmap.mmap(-1, length_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._mapping = _Mapping(mapped)
+        try:
+            _lay(self._mapping.address, length_bytes, _READ_WRITE, mmap.MAP_SHARED, vcpu_fd)
+        except OSError as error:
+            self._mapping.close()
+            raise HostError(f"mapping a vCPU's run page failed: {error.strerror}") from error
+        self.bytes = memoryview(mapped)
+        self.words = self.bytes.cast("I")
+
+    def close(self) -> None:
+        self.words.release()
+        self.bytes.release()
+        self._mapping.close()
 
 
 class _Ram:
@@ -171,12 +198,8 @@ class _Ram:
 
     def lay_image(self, fd: int) -> None:
         """The file's pages stand here instead of what was here. Raises OSError."""
-        flags = mmap.MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE
-        protection = mmap.PROT_READ | mmap.PROT_WRITE
-        placed = _libc.mmap(self.address, self.length_bytes, protection, flags, fd, self.offset)
-        if placed != self.address:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
+        flags = mmap.MAP_PRIVATE | MAP_NORESERVE
+        _lay(self.address, self.length_bytes, _READ_WRITE, flags, fd, self.offset)
         self._mapped.madvise(mmap.MADV_DONTDUMP, self.lead_bytes, self.length_bytes)
 
     def own_pages(self, page_map_fd: int) -> bytes:
@@ -489,7 +512,7 @@ class GuestMemory:
                 f"an image of {file_bytes} bytes does not fit a window of {length_bytes} bytes"
             )
         try:
-            _lay(mapping, fd, file_bytes)
+            _lay(mapping.address, file_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fd)
         except OSError as error:
             raise HostError(f"mapping a pmem image failed: {error.strerror}") from error
 

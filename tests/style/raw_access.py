@@ -61,12 +61,10 @@ IOCTL_MODULES = {
 }
 MMAP_MODULES = {
     RAW_MEMORY: "guest RAM and images",
-    "vmcell_runtime.kvm.vcpu": "the page a vCPU shares with KVM; no guest reaches it",
 }
 # memoryview.cast: words of guest memory are loaded and stored through such views only.
 CAST_MODULES = {
     RAW_MEMORY: "words of guest memory",
-    "vmcell_runtime.kvm.vcpu": "words of the page a vCPU shares with KVM",
     "vmcell_runtime.kvm.ioctl": "a length in bytes",
 }
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
 import struct
 from fcntl import ioctl
@@ -52,6 +51,7 @@ from vmcell_runtime.kvm.abi import (
 from vmcell_runtime.kvm.cpuid import CpuidEntry, encode_cpuid
 from vmcell_runtime.kvm.ioctl import kvm_ioctl
 from vmcell_runtime.kvm.layouts import offset_of
+from vmcell_runtime.memory import RunPage
 
 _IMMEDIATE_EXIT = offset_of(kvm_run, "immediate_exit")
 _EXIT_REASON_WORD = offset_of(kvm_run, "exit_reason") // 4
@@ -90,9 +90,9 @@ class Vcpu:
 
     def __init__(self, fd: int, run_page_bytes: int) -> None:
         self._fd = fd
-        self._page = mmap.mmap(fd, run_page_bytes, flags=mmap.MAP_SHARED)
-        self._bytes = memoryview(self._page)
-        self._words = self._bytes.cast("I")
+        self._page = RunPage(fd, run_page_bytes)
+        self._bytes = self._page.bytes
+        self._words = self._page.words
 
     def run(self) -> int:
         """Enters the guest; the exit reason. InterruptedError and BlockingIOError as they come."""
@@ -105,7 +105,7 @@ class Vcpu:
         self._bytes[_IMMEDIATE_EXIT] = wanted
 
     def io_exit(self) -> IoExit:
-        return IoExit._make(_IO.unpack_from(self._page, _EXIT))
+        return IoExit._make(_IO.unpack_from(self._bytes, _EXIT))
 
     def io_read(self, offset: int, length: int) -> bytes:
         """What the guest wrote: `length` bytes of the run page, all of them or ValueError."""
@@ -116,7 +116,7 @@ class Vcpu:
         self._io_view(offset, len(data))[:] = data
 
     def mmio_exit(self) -> MmioExit:
-        return MmioExit._make(_MMIO.unpack_from(self._page, _EXIT))
+        return MmioExit._make(_MMIO.unpack_from(self._bytes, _EXIT))
 
     def mmio_answer(self, data: bytes) -> None:
         """The bytes the guest's load returns, at most 8."""
@@ -124,7 +124,7 @@ class Vcpu:
 
     def internal_error(self) -> tuple[int, tuple[int, ...]]:
         """(suberror, data words) of KVM_EXIT_INTERNAL_ERROR."""
-        suberror, count, *data = _INTERNAL.unpack_from(self._page, _EXIT)
+        suberror, count, *data = _INTERNAL.unpack_from(self._bytes, _EXIT)
         return suberror, tuple(data[: min(count, len(data))])
 
     def fail_entry_reason(self) -> int:
@@ -256,8 +256,6 @@ class Vcpu:
 
     def close(self) -> None:
         if self._fd >= 0:
-            self._words.release()
-            self._bytes.release()
             self._page.close()
             os.close(self._fd)
             self._fd = -1
