@@ -1,6 +1,7 @@
 """Twenty commands of the SDK in one sandbox, in steps: one line on stdin lets it do the next.
 
-Each step answers one JSON line. A program of its own, for the reason in sdk_domain_mode.
+Each step answers one JSON line. A program of its own, for the reason in sdk_domain_mode; the vm
+lane, which has the SDK's settings for all its tests, takes `Commands` alone.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ PATIENCE_S = 60
 class Commands:
     """Commands that say "up" and wait until a FIFO is opened; each has a thread that follows it."""
 
-    def __init__(self, sandbox: Sandbox) -> None:
+    def __init__(self, sandbox: Sandbox, patience_s: float = PATIENCE_S) -> None:
         self._sandbox = sandbox
+        self._patience_s = patience_s
         self.outputs: list[list[str]] = [[] for _ in range(COMMANDS)]
         self.ends: list[object] = [None] * COMMANDS
         self._threads = [
@@ -29,7 +31,7 @@ class Commands:
         ]
         for thread in self._threads:
             thread.start()
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + patience_s
         while not all(self.outputs):
             assert time.monotonic() < deadline, "the commands did not start"
             time.sleep(0.02)
@@ -49,7 +51,7 @@ class Commands:
 
     def join(self) -> None:
         for thread in self._threads:
-            thread.join(PATIENCE_S)
+            thread.join(self._patience_s)
             assert not thread.is_alive(), "a command did not end"
 
 
