@@ -1,4 +1,4 @@
-"""Of many tests of a kind a few are run by `make test`, all by `make test DEEP=1` (CI does)."""
+"""Of many tests of a kind a few are run by `make test`, all by `make test DEEP=1`."""
 
 from __future__ import annotations
 
