@@ -12,7 +12,7 @@ TIER := $(if $(DEEP),, and not deep)
 LANE_S := $(if $(DEEP),3600,1200)
 PYTEST := $(BIN)/python -m pytest --session-timeout $(LANE_S) --durations 12
 
-.PHONY: demo test test-at-once test-plain test-root test-kvm test-vm test-long test-api-cases \
+.PHONY: demo test test-plain test-root test-kvm test-vm test-long test-api-cases \
 	test-state-machines test-hostile fuzz hostile-agents host venv artifacts interpreter-image \
 	containerd2 dev-up clean help
 
@@ -51,23 +51,26 @@ interpreter-image: venv
 demo: artifacts
 	@$(BIN)/vmcell demo
 
-# One lane after the other: a dev VM that shares its processors with other lanes is slower than it
-# saves time, and its guests' deadlines are near. `make test-at-once` runs the others beside it, niced.
-# Where there is no /dev/kvm the kvm lane needs the dev VM too. BUILT keeps the lanes from making the
-# same thing twice.
-BESIDE := test-plain test-root $(if $(wildcard /dev/kvm),test-kvm)
-IN_THE_DEV_VM := $(if $(wildcard /dev/kvm),,test-kvm) test-vm
-# Imported natively into the dev VM's disk before it starts; without this, in the VM when needed.
+# Two at a time, each of which keeps one processor busy: first the lanes that need no guest, then the
+# vm lane in two dev VMs, half in each. Each writes to build/lanes. BUILT keeps the lanes from making
+# the same thing twice. Where there is no /dev/kvm the kvm lane needs the dev VM too.
 DEV_IMAGES := small base
-LANES := $(MAKE) --no-print-directory -k BUILT=1 DEV_IMAGES="$(DEV_IMAGES) code-interpreter-v1"
+LANES := $(MAKE) --no-print-directory -k BUILT=1
+AT_ONCE := $(BIN)/python tests/support/run_lanes.py build/lanes
+HAS_KVM := $(wildcard /dev/kvm)
+# These in one of the two, all others in the other.
+VM_HALF := tests/vm/e2b_clients tests/vm/test_cri.py tests/vm/test_containerd2.py tests/vm/test_nerdctl.py
 
 test: venv artifacts containerd2 interpreter-image
-	@status=0; $(LANES) $(BESIDE) || status=1; $(LANES) $(IN_THE_DEV_VM) || status=1; exit $$status
-
-test-at-once: venv artifacts containerd2 interpreter-image
-	@$(BIN)/python tests/support/run_lanes.py build/lanes \
-		'vm=$(LANES) $(IN_THE_DEV_VM)' \
-		'plain-root-kvm=nice -n 10 $(LANES) $(BESIDE)'
+	@status=0; \
+	$(AT_ONCE) 'plain=$(LANES) test-plain' \
+		'root-kvm=$(LANES) test-root $(if $(HAS_KVM),test-kvm)' || status=1; \
+	$(AT_ONCE) \
+		'vm-1=VMCELL_DEV_NAME=make-1 $(LANES) test-vm VM_TESTS="$(VM_HALF)" \
+			DEV_IMAGES="$(DEV_IMAGES) code-interpreter-v1"' \
+		'vm-2=VMCELL_DEV_NAME=make-2 $(LANES) $(if $(HAS_KVM),,test-kvm) test-vm \
+			VM_TESTS="tests/vm $(addprefix --ignore ,$(VM_HALF))"' || status=1; \
+	exit $$status
 
 ifndef BUILT
 test-plain test-root test-kvm test-vm: venv
@@ -133,8 +136,9 @@ dev-up:
 	@$(BIN)/vmcell dev up --store $${VMCELL_DEV_NAME:-make} --api-port 0 --data-port 0 \
 		$(addprefix --image ,$(DEV_IMAGES))
 
+VM_TESTS ?= tests/vm
 test-vm: dev-up
-	$(PYTEST) -m 'vm$(TIER)' --timeout 300 tests/vm; status=$$?; $(BIN)/vmcell dev down; exit $$status
+	$(PYTEST) -m 'vm$(TIER)' --timeout 300 $(VM_TESTS); status=$$?; $(BIN)/vmcell dev down; exit $$status
 
 clean:
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis
