@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 from vmcell_protos.errors import HostError
 
 DEFAULT_PATH = "/etc/vmcell/api.toml"
+_KINDS = {int: "a whole number", str: "a text", bool: "true or false", tuple: "a list of texts"}
 _LABEL = "[a-z0-9]([a-z0-9-]*[a-z0-9])?"
 _DOMAIN = re.compile(rf"{_LABEL}(\.{_LABEL})*(:[0-9]{{1,5}})?")
 _BIND = re.compile(r"([0-9A-Za-z.-]*|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}")
@@ -187,7 +188,7 @@ def parse_config(text: str, path: str) -> ApiConfig:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise HostError(f"{path} is not TOML: {error}") from error
+        raise HostError(f"{path} is not TOML: {error}; correct it there") from error
     kinds = {row.name: type(row.default) for row in fields(ApiConfig)}
     values: dict[str, object] = {}
     for name, value in table.items():
@@ -196,6 +197,9 @@ def parse_config(text: str, path: str) -> ApiConfig:
         if kinds[name] is tuple and isinstance(value, list):
             value = tuple(str(item) for item in value)
         if type(value) is not kinds[name]:
-            raise HostError(f"{path}: {name} is {value!r}; it takes a {kinds[name].__name__}")
+            raise HostError(f"{path}: {name} is {value!r}; it takes {_KINDS[kinds[name]]}")
         values[name] = value
-    return ApiConfig(**values)  # type: ignore[arg-type]  # types checked against the defaults
+    try:
+        return ApiConfig(**values)  # type: ignore[arg-type]  # types checked against the defaults
+    except HostError as error:
+        raise HostError(f"{path}: {error}") from error

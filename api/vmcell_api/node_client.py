@@ -432,7 +432,9 @@ def translate_fault(error: grpc.RpcError, socket_path: str) -> VmcellError:
     spoken = any(key == "vmcell-fault" for key, _ in error.trailing_metadata() or ())
     code = CODE_NAMES.get(error.code().value[0], "unknown")
     if not spoken and code == "unavailable":
-        return NodeUnreachable(f"noded does not answer on {socket_path}; start it, then try again")
+        return NodeUnreachable(
+            f"noded does not answer on {socket_path}; start `vmcell serve`, then try again"
+        )
     kind = CallerError if code in CALLERS_CODES else HostError
     return kind(error.details() or code, code=code)
 

@@ -46,7 +46,10 @@ def list_images(cache_dir: str) -> list[ImageRow]:
         with locked_directory(directory):
             return _rows(directory)
     except OSError as error:
-        raise HostError(f"cannot read the image cache {directory}: {error}") from error
+        words = error.strerror or error
+        raise HostError(
+            f"cannot read the image cache {directory}: {words}; run it as root"
+        ) from error
 
 
 def _is_there_at_all(directory: str) -> bool:
@@ -117,7 +120,10 @@ def collect(cache_dir: str, *, limit_mib: int) -> list[ImageRow]:
                     total -= row.size_bytes
                     removed.append(row)
     except OSError as error:
-        raise HostError(f"cannot clean the image cache {directory}: {error}") from error
+        words = error.strerror or error
+        raise HostError(
+            f"cannot clean the image cache {directory}: {words}; run it as root"
+        ) from error
     return removed
 
 

@@ -52,7 +52,8 @@ def load_config() -> ShimConfig:
         with open(path, encoding="utf-8") as file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise HostError(f"cannot read {path}: {error}; run `vmcell setup` to write it") from error
+        words = getattr(error, "strerror", None) or error
+        raise HostError(f"cannot read {path}: {words}; run `vmcell setup` to write it") from error
     config = parse_config(text, path)
     override = os.environ.get("VMCELL_BOOT_TIMEOUT_S")
     if override is None:

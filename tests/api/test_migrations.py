@@ -138,6 +138,12 @@ def test_what_breaks_off_leaves_the_old_version(
     _assert_tables_are_right(empty_url)
 
 
+def test_a_store_that_cannot_be_made_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(HostError, match=r"Not a directory.*; run as root .* database_url"):
+        migrate(f"sqlite:///{tmp_path}/file/api.sqlite")
+
+
 def test_a_store_of_a_newer_program_is_left_alone(empty_url: str) -> None:
     migrate(empty_url)
     engine = open_engine(empty_url)

@@ -234,12 +234,18 @@ def test_a_spec_always_has_a_path() -> None:
         ('slot_network = "10.88.0.0/30"', "too small"),
         ('slot_network = "10.88.0.1/16"', "slot_network"),
         ('nameservers = ["dns.example"]', "nameservers"),
+        ('workers = "x"', "workers is 'x'; it takes a whole number"),
+        ("pool = 1", "pool is 1; it takes a list of texts"),
+        ("allow_no_end = 1", "allow_no_end is 1; it takes true or false"),
+        ("domain = 1", "domain is 1; it takes a text"),
+        ('pool = ["x"]', "pool has 'x'"),
         ("= 1", "TOML"),
     ],
 )
 def test_bad_settings_are_refused_by_name(text: str, word: str) -> None:
-    with pytest.raises(HostError, match=word):
+    with pytest.raises(HostError, match=word) as caught:
         parse_config(text, "api.toml")
+    assert str(caught.value).startswith("api.toml")
 
 
 def test_settings_are_read() -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmcell_protos.errors import HostError
+from vmcell_protos.errors import CallerError, HostError
 from vmcell_tools.build_cache import BuildCache, input_digest
 from vmcell_tools.build_step import run_step
 from vmcell_tools.progress import Progress
@@ -43,6 +43,17 @@ def test_the_default_root_follows_xdg(monkeypatch: pytest.MonkeyPatch) -> None:
     for ignored in ("", "relative/path"):
         monkeypatch.setenv("XDG_CACHE_HOME", ignored)
         assert BuildCache.default().root == Path.home() / ".cache/vmcell"
+
+
+def test_another_users_cache_is_named(cache: BuildCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.build("kind", "d1", lambda work: None, QUIET)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    with pytest.raises(CallerError, match=r"cache is another user's; .*XDG_CACHE_HOME"):
+        cache.build("kind", "d1", lambda work: pytest.fail("built twice"), QUIET)
 
 
 def test_a_finished_build_is_not_made_again(cache: BuildCache) -> None:
@@ -171,7 +182,7 @@ def test_a_failing_step_tells_its_last_words(tmp_path: Path) -> None:
 
 
 def test_a_missing_command_is_one_sentence() -> None:
-    with pytest.raises(HostError, match="no-such-command is not installed"):
+    with pytest.raises(HostError, match="no-such-command is not installed; run: tools/inst"):
         run_step(["no-such-command"], deadline_s=20)
 
 

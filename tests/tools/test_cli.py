@@ -124,6 +124,31 @@ def test_wrong_usage_is_status_two() -> None:
     assert vmcell("games")[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("dev", "up", "--lifetime", "-1"), "-1 is not in the range x>=60"),
+        (("dev", "up", "--deadline", "0"), "0.0 is not in the range x>=1"),
+        (("dev", "run", "-e", "COLOUR", "--", "true"), "'COLOUR' is not NAME=VALUE"),
+        (("dev", "run", "-e", "=red", "--", "true"), "'=red' is not NAME=VALUE"),
+    ],
+)
+def test_wrong_values_are_named(words: tuple[str, ...], sentence: str) -> None:
+    code, out, error = vmcell(*words)
+    assert (code, out) == (2, "")
+    assert sentence in error
+
+
+def test_another_users_dev_vm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Path(os.environ["XDG_RUNTIME_DIR"], "file")
+    place.touch()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
+    code, _, error = vmcell("dev", "down")
+    assert code == 1
+    assert "cannot use the dev VM's directory" in error
+    assert "set XDG_RUNTIME_DIR" in error
+
+
 def test_down_without_a_vm_is_fine() -> None:
     assert vmcell("dev", "down") == (0, "dev VM 'default' was not up\n", "")
 
@@ -166,8 +191,31 @@ def test_a_cache_without_a_configuration(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("VMCELL_CONFIG", str(tmp_path / "absent.toml"))
     code, out, error = vmcell("cache", "list")
     assert (code, out) == (1, "")
-    assert "run `vmcell setup`" in error
+    path = tmp_path / "absent.toml"
+    assert error == (
+        f"Error: cannot read {path}: No such file or directory; run `vmcell setup` to write it\n"
+    )
     assert vmcell("cache", "prune", "--limit-mib", "-1")[0] == 2
+
+
+@pytest.mark.parametrize(("word", "verb"), [("list", "read"), ("prune", "clean")])
+def test_a_cache_that_cannot_be_used(image: Path, word: str, verb: str) -> None:
+    folder = image.parent
+    image.unlink()
+    folder.rmdir()
+    folder.touch()
+    code, _, error = vmcell("cache", word)
+    assert code == 1
+    assert f"cannot {verb} the image cache {folder}: Not a directory; run it as root" in error
+
+
+def test_a_containerd_that_is_not_there(tmp_path: Path) -> None:
+    code, _, error = vmcell("bench", "exec", "-n", "1", "--address", str(tmp_path / "none.sock"))
+    assert code == 1
+    assert error.startswith(
+        "Error: looking up image docker.io/vmcell/small:latest: containerd does"
+    )
+    assert error.endswith("; see: vmcell doctor\n")
 
 
 def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

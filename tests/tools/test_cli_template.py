@@ -98,7 +98,9 @@ def test_a_failing_build_is_one_sentence_with_the_output(service: ApiService, fo
     (folder / "Dockerfile").write_text("FROM small\nRUN exit 3\n")
     result = _run("build", str(folder), "--name", "broken", status=1)
     assert "it went wrong" in result.stderr
-    assert "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("Error: template broken was not built: ")
+    assert "exit status 3" in last
     watched = _run("watch", "broken", status=1)
     assert "exit status 3" in watched.stderr
 
@@ -121,6 +123,35 @@ def test_what_is_wrong_is_said(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert sentence in _run(*words, status=1).stderr
+
+
+@pytest.mark.parametrize(
+    "url", ["here", "http://", "http://[", "http://x:y", "ftp://x", "http://a b"]
+)
+def test_a_url_that_is_none(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("E2B_API_KEY", "e2b_0")
+    monkeypatch.setenv("E2B_API_URL", url)
+    sentence = f"Error: E2B_API_URL is {url!r}; set it to a URL like http://127.0.0.1:3000\n"
+    assert _run("list", status=1).stderr == sentence
+    result = CliRunner().invoke(main, ["volume", "list"])
+    assert (result.exit_code, result.stderr) == (1, sentence)
+
+
+def test_a_build_without_an_api(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("E2B_API_KEY", "e2b_0")
+    monkeypatch.setenv("E2B_API_URL", "http://127.0.0.1:9")
+    last = _run("build", str(folder), "--name", "x", status=1).stderr.splitlines()[-1]
+    assert last.startswith("Error: the API does not answer at http://127.0.0.1:9: ")
+    assert last.endswith("; start it with `vmcell serve`, or set E2B_API_URL")
+
+
+def test_a_build_with_a_wrong_key(
+    service: ApiService, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("E2B_API_KEY", "e2b_" + "0" * 40)
+    last = _run("build", str(folder), "--name", "x", status=1).stderr.splitlines()[-1]
+    assert last.startswith("Error: template x was not built: ")
+    assert "API key is not valid" in last
 
 
 def test_without_a_key_or_an_api(service: ApiService, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -109,10 +111,23 @@ def test_uninstall_refuses_while_a_sandbox_lives(tmp_path: Path) -> None:
     state = tmp_path / "run/vmcell/default/c1/state.json"
     state.parent.mkdir(parents=True)
     state.write_text("{}")
-    with pytest.raises(CallerError, match="c1"):
+    with pytest.raises(CallerError, match=r"\(c1 in namespace default\).*task rm -f ID"):
         uninstall(tmp_path)
     assert (tmp_path / SHIM).exists()
     assert (tmp_path / CONFIG).exists()
+
+
+def test_a_file_that_cannot_be_removed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, ARTIFACTS)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(HostError, match=r"cannot remove .*: Permission denied; run it as root"):
+        uninstall(tmp_path)
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vmcell_protos.errors import HostError
+from vmcell_protos.errors import CallerError, HostError
 from vmcell_tools.progress import Progress
 
 LOCK_DEADLINE_S = 3600.0
@@ -60,11 +60,12 @@ class BuildCache:
     ) -> Path:
         """The directory for `digest`, filled by `fill(empty directory)` when it is not there yet.
 
-        Whatever `fill` raises, nothing is left behind. Raises HostError for a full disk.
+        Whatever `fill` raises, nothing is left behind. Raises HostError for a full disk,
+        CallerError for another user's cache.
         """
         found = self.find(kind, digest)
         if found is not None:
-            os.utime(found)
+            self._note_use(found)
             return found
         home = self.root / kind
         with self._full_disk_named(kind):
@@ -72,6 +73,15 @@ class BuildCache:
             with _locked(home, progress):
                 found = self.find(kind, digest)
                 return found or self._fill(home, digest, fill)
+
+    def _note_use(self, found: Path) -> None:
+        try:
+            os.utime(found)
+        except PermissionError as error:
+            raise CallerError(
+                f"the build cache {self.root} is another user's; run it as that user, or set"
+                " XDG_CACHE_HOME to a directory of yours"
+            ) from error
 
     def _fill(self, home: Path, digest: str, fill: Callable[[Path], None]) -> Path:
         for stale in home.glob(f"{UNFINISHED_PREFIX}*"):

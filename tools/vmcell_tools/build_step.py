@@ -52,7 +52,7 @@ def run_step(
             start_new_session=True,
         )
     except FileNotFoundError as error:
-        raise HostError(f"{words[0]} is not installed; run: vmcell setup") from error
+        raise HostError(f"{words[0]} is not installed; run: tools/install-packages") from error
     expired = threading.Event()
     timer = threading.Timer(deadline_s, _expire, (process, expired))
     timer.start()

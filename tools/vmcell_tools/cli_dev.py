@@ -31,8 +31,20 @@ def dev() -> None:
 @click.option("--memory-mib", default=6144, show_default=True, type=int)
 @click.option("--api-port", type=click.IntRange(0, 65535), help="Default 3000; 0 is any free one.")
 @click.option("--data-port", type=click.IntRange(0, 65535), help="Default 3080; 0 is any free one.")
-@click.option("--deadline", default=180.0, show_default=True, help="Seconds until it must be up.")
-@click.option("--lifetime", default=14400, show_default=True, help="Seconds until it powers off.")
+@click.option(
+    "--deadline",
+    default=180.0,
+    show_default=True,
+    type=click.FloatRange(1),
+    help="Seconds until it must be up.",
+)
+@click.option(
+    "--lifetime",
+    default=14400,
+    show_default=True,
+    type=click.IntRange(60),
+    help="Seconds until it powers off.",
+)
 @click.option("--store", help="Keep containerd's images on a disk of that key; default: in memory.")
 @click.option(
     "--image",
@@ -104,6 +116,9 @@ def dev_run(
     from vmcell_tools import dev_run as runner
 
     pairs = [variable.partition("=") for variable in variables]
+    for (key, sign, _), variable in zip(pairs, variables, strict=True):
+        if not key or not sign:
+            raise click.BadParameter(f"{variable!r} is not NAME=VALUE", param_hint="'--env'")
     command = runner.Command(
         words=words,
         terminal=True if tty else None,

@@ -174,8 +174,14 @@ def recorded_processes(name: str) -> list[ProcessId]:
 def locked(name: str, *, wait_s: float) -> Iterator[Path]:
     """Hold the lock of dev VM `name`; yields its directory, made with mode 0700."""
     directory = state_directory(name)
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise HostError(
+            f"cannot use the dev VM's directory {directory}: {error.strerror}; run it as its owner,"
+            " or set XDG_RUNTIME_DIR to a directory of yours"
+        ) from error
     deadline = time.monotonic() + wait_s
     try:
         while True:

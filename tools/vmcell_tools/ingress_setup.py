@@ -17,7 +17,7 @@ from vmcell_api.config import DEFAULT_PATH, ApiConfig, parse_config
 from vmcell_protos.errors import CallerError, HostError
 from vmcell_tools.local_ca import ensure_certificate, split_domain
 from vmcell_tools.service_units import NGINX_PATH, SERVICE_PATH, nginx_unit, service_unit
-from vmcell_tools.setup_host import below, write_file
+from vmcell_tools.setup_host import below, remove_file, write_file
 
 NGINX_CONFIG = "/etc/vmcell/nginx.conf"
 TLS_FOLDER = "/etc/vmcell/tls"
@@ -58,7 +58,7 @@ def uninstall(root: Path) -> list[str]:
     for name in (NGINX_CONFIG, SERVICE_PATH, NGINX_PATH):
         path = below(root, name)
         if path.exists():
-            path.unlink()
+            remove_file(path)
             done.append(f"removed {path}")
     if below(root, TLS_FOLDER).exists():
         done.append(f"kept {below(root, TLS_FOLDER)}; delete it when no client trusts it any more")

@@ -135,18 +135,21 @@ def uninstall(root: Path) -> list[str]:
     done = []
     config = _present_config(path)
     if config is not None:
-        living = [str(found) for found in below(root, config.state_dir).glob("*/*/state.json")]
+        living = [
+            f"{found.parent.name} in namespace {found.parent.parent.name}"
+            for found in below(root, config.state_dir).glob("*/*/state.json")
+        ]
         if living:
             raise CallerError(
-                f"sandboxes are still there ({', '.join(living)}); delete them with"
-                " ctr task delete, then uninstall again"
+                f"sandboxes are still there ({', '.join(living)}); end each with"
+                " `ctr -n NAMESPACE task rm -f ID`, then uninstall again"
             )
         done.append(f"kept the image cache in {config.cache_dir}; delete it when nobody needs it")
     done += unmerge(root)
     written = [f"{SHIM_DIRECTORY}/{SHIM_NAME}", UNIT_PATH, *snippet_files()]
     for file in (path, *(below(root, name) for name in written)):
         if file.exists():
-            file.unlink()
+            remove_file(file)
             done.insert(0, f"removed {file}")
     for directory in (below(root, SNIPPET_DIRECTORY), path.parent):
         # What an operator put there stays.
@@ -186,6 +189,14 @@ def write_file(path: Path, text: str, mode: int) -> str:
     except OSError as error:
         raise HostError(f"cannot write {path}: {error.strerror}; run it as root") from error
     return f"wrote {path}"
+
+
+def remove_file(path: Path) -> None:
+    """Deletes a file of ours; HostError that names it."""
+    try:
+        path.unlink()
+    except OSError as error:
+        raise HostError(f"cannot remove {path}: {error.strerror}; run it as root") from error
 
 
 def _make_private(path: Path) -> str:

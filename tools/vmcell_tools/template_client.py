@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from vmcell_protos.errors import CallerError, HostError
+from vmcell_tools.volume_client import DEFAULT_URL, checked_url, no_answer
 
-DEFAULT_URL = "http://127.0.0.1:3000"
 TIMEOUT_S = 60
 POLL_S = 0.5
 PAGE = 100
@@ -99,10 +99,7 @@ class TemplateClient:
         except urllib.error.HTTPError as error:
             raise _refused(error) from error
         except (OSError, http.client.HTTPException) as error:
-            raise HostError(
-                f"the API at {self.url} does not answer: {error}; start it with `vmcell serve`, or "
-                "set E2B_API_URL"
-            ) from error
+            raise no_answer(self.url, error) from error
         try:
             return json.loads(text) if text else None
         except ValueError as error:
@@ -114,7 +111,7 @@ def client_of_environment() -> TemplateClient:
     key = os.environ.get("E2B_API_KEY", "")
     if not key:
         raise CallerError("E2B_API_KEY is not set; make a key with `vmcell key create --team NAME`")
-    return TemplateClient(os.environ.get("E2B_API_URL", DEFAULT_URL).rstrip("/"), key)
+    return TemplateClient(checked_url(os.environ.get("E2B_API_URL") or DEFAULT_URL), key)
 
 
 def _refused(error: urllib.error.HTTPError) -> CallerError | HostError:

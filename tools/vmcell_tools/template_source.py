@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vmcell_protos.errors import CallerError, HostError
+from vmcell_tools.volume_client import no_answer
 
 DOCKERFILES = ("e2b.Dockerfile", "Dockerfile")
 # What says "as soon as the start command runs" to the SDK, which wants some command.
@@ -82,9 +83,11 @@ def build(
 ) -> Built:
     """Builds through the API, `on_line` gets level and text of each line of the log.
 
-    Raises CallerError with the reason when the build fails.
+    Raises CallerError with the reason when the build fails, HostError without an answer.
     """
     sdk, settings = _sdk(), source.settings
+    import httpx  # comes with the SDK
+
     name = wanted.name or str(settings.get("template_name") or settings.get("template_id") or "")
     if not name:
         raise CallerError("the template has no name; give one with --name")
@@ -100,10 +103,10 @@ def build(
             api_url=url,
             api_key=key,
         )
-    except sdk.exceptions.SandboxException as error:
+    except _refusals(sdk) as error:
         raise CallerError(f"template {name} was not built: {error}") from error
-    except sdk.exceptions.TemplateException as error:
-        raise CallerError(f"template {name} was not built: {error}") from error
+    except httpx.HTTPError as error:
+        raise no_answer(url, error) from error
     except (ValueError, OSError) as error:
         raise CallerError(f"template {name} cannot be built: {error}") from error
     return Built(
@@ -121,6 +124,12 @@ def _sdk() -> Any:
     except ImportError as error:
         raise HostError("the E2B SDK is not installed; run: pip install e2b") from error
     return e2b
+
+
+def _refusals(sdk: Any) -> tuple[type[Exception], ...]:
+    """The SDK's own exceptions; they have no common parent, and versions add to them."""
+    kinds = vars(sdk.exceptions).values()
+    return tuple(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Exception))
 
 
 def _from_program(program: Path) -> Any:

@@ -15,11 +15,32 @@ ANSWER_WITHIN_S = 60
 REMOVE_WITHIN_S = 630  # a volume may have millions of files
 
 
+def checked_url(url: str) -> str:
+    """Where an API answers, without a slash at its end; CallerError unless http or https."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or not url.isprintable() or " " in url:
+        raise CallerError(f"E2B_API_URL is {url!r}; set it to a URL like {DEFAULT_URL}")
+    return url.rstrip("/")
+
+
+def no_answer(url: str, error: Exception) -> HostError:
+    """What is said of an API that cannot be reached."""
+    words = getattr(error, "reason", error)  # urllib wraps the system's error
+    return HostError(
+        f"the API does not answer at {url}: {words}; start it with `vmcell serve`, or set"
+        " E2B_API_URL"
+    )
+
+
 class VolumeClient:
     """Every call raises CallerError with the API's own sentence, or HostError without an API."""
 
     def __init__(self, url: str | None = None, key: str | None = None) -> None:
-        self._url = (url or os.environ.get("E2B_API_URL") or DEFAULT_URL).rstrip("/")
+        self._url = checked_url(url or os.environ.get("E2B_API_URL") or DEFAULT_URL)
         self._key = key or os.environ.get("E2B_API_KEY") or ""
         if not self._key:
             raise CallerError("E2B_API_KEY is not set; make a key: vmcell key create --team NAME")
@@ -63,10 +84,7 @@ class VolumeClient:
             with error:
                 raise CallerError(_sentence(error.read(), error.code)) from error
         except (OSError, ValueError) as error:
-            raise HostError(
-                f"the API does not answer at {self._url}: {error}; start it with `vmcell serve`, "
-                "or set E2B_API_URL"
-            ) from error
+            raise no_answer(self._url, error) from error
         return json.loads(text) if text else None
 
 

@@ -47,13 +47,18 @@ _BLOB_EXISTS = re.compile(r"content (sha256:[0-9a-f]{64}): already exists")
 _CALLERS_FAULT = (
     *("invalid_argument", "not_found", "already_exists", "failed_precondition", "out_of_range"),
 )
+# What gRPC itself says; containerd also passes on "unavailable" of a shim.
+_NO_CONNECTION = "failed to connect"
 
 
 def translate(error: grpc.RpcError, tried: str) -> VmcellError:
     """Our error for one of gRPC's; `tried` says what was asked, with the value."""
     code = CODE_NAMES.get(error.code().value[0], "unknown")
     kind = CallerError if code in _CALLERS_FAULT else HostError
-    return kind(f"{tried}: {error.details()}", code=code)
+    words = error.details() or code
+    if words.startswith(_NO_CONNECTION):
+        words = f"containerd does not answer ({words}); see: vmcell doctor"
+    return kind(f"{tried}: {words}", code=code)
 
 
 class Containerd:

@@ -97,7 +97,8 @@ def migrate(url: str, *, owner_uid: int | None = None) -> None:
             engine.dispose()
     except (OSError, sa.exc.SQLAlchemyError) as error:
         raise HostError(
-            f"cannot bring the store {_shown(url)} up to date: {words_of(error)}"
+            f"cannot bring the store {_shown(url)} up to date: {words_of(error)}; run as root or as"
+            " the API's user, and see that database_url names a store that is there"
         ) from error
 
 

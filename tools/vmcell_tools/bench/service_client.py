@@ -22,7 +22,7 @@ class ServiceClient:
     def __init__(self, url: str, key: str) -> None:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise CallerError(f"{url!r} is no http or https URL; set {URL_VARIABLE}")
+            raise CallerError(f"{url!r} is no http or https URL; give --url or {URL_VARIABLE} one")
         kind = (
             http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         )
@@ -66,7 +66,8 @@ class ServiceClient:
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()  # the next call makes a new one
             raise HostError(
-                f"the API does not answer {method} {path} at {self._url}: {error}; is it running?"
+                f"the API does not answer {method} {path} at {self._url}: {error}; start it with"
+                " `vmcell serve`, or name another by --url"
             ) from error
         if not 200 <= answer.status < 300:
             raise CallerError(f"{method} {path}: {_sentence(text, answer.status)}")
