@@ -98,9 +98,10 @@ def test_a_failing_build_is_one_sentence_with_the_output(service: ApiService, fo
     (folder / "Dockerfile").write_text("FROM small\nRUN exit 3\n")
     result = _run("build", str(folder), "--name", "broken", status=1)
     assert "it went wrong" in result.stderr
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("Error: template broken was not built: ")
-    assert "exit status 3" in last
+    assert isinstance(result.exception, SystemExit)
+    sentence = result.stderr[result.stderr.index("Error: ") :]
+    assert sentence.startswith("Error: template broken was not built: ")
+    assert "exit status 3" in sentence
     watched = _run("watch", "broken", status=1)
     assert "exit status 3" in watched.stderr
 
