@@ -1,8 +1,8 @@
 """The shim's part of snapshots in the place of a shim that has it not: runc's.
 
-What it keeps of the contract (docs/architecture.md, "Snapshots"): a save stops the task for real
-and writes the directory in one step; a task whose container's spec names a snapshot is not made
-unless that is whole. The memory is not saved: what starts again is the image's envd.
+What it keeps of the contract (docs/architecture.md, "Saved sandboxes"): a save stops the task for
+real and writes the directory in one step; a task whose container's spec names a snapshot is not
+made unless that is whole. The memory is not saved: what starts again is the image's envd.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vmcell_protos.errors import CallerError, HostError
-from vmcell_tools import host_packages
+from vmcell_tools import doctor, host_packages
 from vmcell_tools.host_packages import PACKAGES, missing_packages, packages_for
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "install-packages"
@@ -20,6 +21,17 @@ def test_each_package_once_in_order() -> None:
     assert len(names) == len(set(names))
     assert set(names) == {*PACKAGES["build"], *PACKAGES["run"]}
     assert names[0] == PACKAGES["build"][0]
+
+
+def test_what_doctor_asks_for_is_among_the_packages_to_run_on(tmp_path: Path) -> None:
+    """`vmcell setup --packages` and `install-packages run` leave doctor nothing to install."""
+    rows = doctor.examine(doctor.Host(root=tmp_path, path=str(tmp_path)))
+    advised = [re.search(r"apt-get install ([^;,]*)", row.advice) for row in rows]
+    wanted = " ".join(match[1] for match in advised if match)
+    # Of virtiofsd's package doctor names Debian 12's in brackets.
+    names = re.sub(r"virtiofsd \(Debian 12: (\S+)\)", r"\1", wanted).split()
+    assert len(names) >= 6
+    assert set(names) <= set(PACKAGES["run"])
 
 
 def test_an_unknown_purpose_is_named() -> None:

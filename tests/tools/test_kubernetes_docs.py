@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import shlex
 
-import click
 from source_tree import ROOT
 
 from vmcell_shim.cgroup_limits import HOST_MEMORY_MIB, HOST_TASKS
@@ -13,7 +11,6 @@ from vmcell_shim.config import CACHE_LIMIT_MIB
 from vmcell_shim.info import NAME
 from vmcell_shim.rootfs import MAX_LOWERS
 from vmcell_shim.sizing import OVERHEAD_MIB
-from vmcell_tools.cli import main
 from vmcell_tools.containerd_config import BEGIN, END, HANDLER, POD_ANNOTATIONS, SNIPPETS
 
 GUIDE = (ROOT / "docs/kubernetes.md").read_text()
@@ -68,14 +65,3 @@ def test_numbers_and_names_of_the_guide() -> None:
         assert part in text, part
     for row in SNIPPETS:
         assert row.plugin in GUIDE
-
-
-def test_every_command_of_ours_exists() -> None:
-    lines = re.findall(r"^ {4}\.venv/bin/vmcell (.*)$", GUIDE, re.MULTILINE)
-    assert len(lines) >= 6
-    for line in lines:
-        words = shlex.split(line, comments=True)
-        command: click.Command = main
-        while isinstance(command, click.Group):
-            command = command.commands[words.pop(0)]
-        command.make_context(command.name, words)

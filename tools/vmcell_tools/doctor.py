@@ -319,8 +319,8 @@ def live_directories(host: Host) -> Row:
         what="virtiofsd",
         found="not installed",
         status="warn",
-        advice="apt-get install virtiofsd (Debian 12: qemu-system-common); without it no bind mount"
-        " of a writable or large directory works",
+        advice="apt-get install virtiofsd (Debian 12: qemu-system-common); without it no pod starts"
+        " and no bind mount of a writable or large directory works",
     )
 
 

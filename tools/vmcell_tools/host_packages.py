@@ -30,6 +30,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "run": (
         *("containerd", "runc", "erofs-utils", "e2fsprogs", "nftables", "iproute2"),
         *("nginx-light", "openssl", "procps"),
+        # virtiofsd, which every pod needs.
+        "qemu-system-common",
     ),
     "devvm": (
         *("qemu-system-x86", "qemu-system-common", "busybox-static", "kmod"),

@@ -301,7 +301,7 @@ class Containerd:
         self._delete(self._tasks.Delete, request, f"task {container_id}")
 
     def checkpoint_task(self, container_id: str, options: bytes, *, timeout_s: float) -> None:
-        """Has the shim save the task as `options` say (JSON; docs/architecture.md, "Snapshots").
+        """Has the shim save the task as `options` say (docs/architecture.md, "Saved sandboxes").
 
         containerd makes blobs of its own of it afterwards, which hold nothing and are removed: the
         same bytes each time, so it fails where an earlier call's, or another's, are still there.

@@ -1,6 +1,6 @@
 """Saving a sandbox's machine: to go on, or to end and be resumed later.
 
-What the shim is asked for (docs/architecture.md, "Snapshots"): one call that stops the vCPUs,
+What the shim is asked for (docs/architecture.md, "Saved sandboxes"): one call that stops the vCPUs,
 writes a snapshot and then lets them run on, or leaves them standing.
 """
 
