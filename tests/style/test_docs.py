@@ -17,6 +17,7 @@ import pytest
 from source_tree import ROOT, packages
 
 from vmcell_api.config import ApiConfig
+from vmcell_api.scopes import RESOURCES, ROUTES
 from vmcell_shim.config import ShimConfig
 from vmcell_tools.cli import main
 
@@ -64,6 +65,12 @@ def test_links_lead_somewhere(page: Path) -> None:
         there = page.parent / name if name else page
         assert there.exists(), target
         assert not anchor or anchor in anchors(there), target
+
+
+def test_readme_leads_to_every_page() -> None:
+    linked = set(LINK.findall((ROOT / "README.md").read_text()))
+    pages = {str(page.relative_to(ROOT)) for page in PAGES} - {"README.md", "CHANGELOG.md"}
+    assert pages <= {target.partition("#")[0] for target in linked}
 
 
 def check_command(line: str) -> None:
@@ -144,6 +151,14 @@ def test_modules_places_and_variables_exist(page: Path) -> None:
         assert module.exists(), package + dotted
         for name in names[1:]:
             assert re.search(rf"\b{name}\b", module.read_text()), package + dotted
+
+
+def test_scopes_are_listed_with_their_routes() -> None:
+    page = (ROOT / "docs/operators.md").read_text()
+    for path, resource in ROUTES:
+        rows = [line for line in page.splitlines() if re.match(rf"\| .*`{resource}\b", line)]
+        assert any(f"`{path}" in row for row in rows), path
+    assert {resource for _, resource in ROUTES} == {*RESOURCES, "admin"}
 
 
 @pytest.mark.parametrize(
