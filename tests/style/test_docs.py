@@ -18,6 +18,7 @@ from source_tree import ROOT, packages
 
 from vmcell_api.config import ApiConfig
 from vmcell_api.scopes import RESOURCES, ROUTES
+from vmcell_runtime.control import END_REASONS
 from vmcell_shim.config import ShimConfig
 from vmcell_tools.cli import main
 
@@ -159,6 +160,26 @@ def test_scopes_are_listed_with_their_routes() -> None:
         rows = [line for line in page.splitlines() if re.match(rf"\| .*`{resource}\b", line)]
         assert any(f"`{path}" in row for row in rows), path
     assert {resource for _, resource in ROUTES} == {*RESOURCES, "admin"}
+
+
+def test_troubleshooting_quotes_what_is_said() -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    for words in (
+        *(
+            "cannot start the microVM",
+            "which cannot run an unmodified Linux",
+            "opening /dev/kvm failed",
+        ),
+        *("which shares live directories, is at none of", "has not answered", "port is not open"),
+        *(
+            "was made with another version of the base image",
+            "sandbox slots of this node are in use",
+        ),
+    ):
+        assert words in page, words
+        assert words.removeprefix("opening /dev/kvm ") in source(), words
+    for reason in END_REASONS:
+        assert reason == "guest_shutdown" or f"`{reason}`" in page, reason
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,16 @@ def doctor(as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--kernel", type=click.Path(exists=True, dir_okay=False, resolve_path=True))
-@click.option("--base-image", type=click.Path(exists=True, dir_okay=False, resolve_path=True))
+@click.option(
+    "--kernel",
+    type=click.Path(exists=True, dir_okay=False, resolve_path=True),
+    help="The guest's kernel; default: the newest build.",
+)
+@click.option(
+    "--base-image",
+    type=click.Path(exists=True, dir_okay=False, resolve_path=True),
+    help="The guest's base image; default: the newest build.",
+)
 @click.option("--vcpus", type=click.IntRange(1, 8), help="Default of a container.")
 @click.option("--memory-mib", type=click.IntRange(64, 262144), help="Default of a container.")
 @click.option("--packages", is_flag=True, help="Also install the Debian packages to run on.")
