@@ -244,8 +244,12 @@ def test_kept_results_are_found_again_for_the_same_client_only(tmp_path: Path) -
         path.write_text(wrong)
         with pytest.raises(CallerError, match="holds no results"):
             KeptResults(path)
+    with pytest.raises(CallerError, match="no is no directory; make it"):
+        KeptResults(tmp_path / "no" / "folder")
+    lost = KeptResults(tmp_path / "taken")
+    (tmp_path / "taken").mkdir()
     with pytest.raises(HostError, match="cannot write"):
-        KeptResults(tmp_path / "no" / "folder").add(first)
+        lost.add(first)
     assert KeptResults(None).find(CLIENTS[0]) is None
 
 

@@ -46,6 +46,7 @@ dev_run          one command in the dev VM
 dev_faults       guests and kernels that the software CPU lost
 leak_check       what sandboxes have on a machine
 dev_service      images and the E2B service in the dev VM
+api_client       one request to a running API
 volume_client    a team's volumes, by a running API
 bench            figures of this host
 operator_desk    the store, opened for the operator's commands, which are audited

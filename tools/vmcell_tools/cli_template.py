@@ -96,8 +96,8 @@ def build(
         built = template_source.build(
             source,
             wanted,
-            url=client.url,
-            key=client.key,
+            url=client.api.url,
+            key=client.api.key,
             on_line=lambda level, text: progress.note(text),
         )
     if as_json:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vmcell_protos.errors import CallerError, HostError
-from vmcell_tools.volume_client import no_answer
+from vmcell_tools.api_client import no_answer
 
 DOCKERFILES = ("e2b.Dockerfile", "Dockerfile")
 # What says "as soon as the start command runs" to the SDK, which wants some command.

@@ -15,9 +15,14 @@ class KeptResults:
     """A JSON file with one object for each client, written anew after each; None keeps nothing."""
 
     def __init__(self, path: Path | None) -> None:
-        """Reads what is there; CallerError for a file that holds something else."""
+        """Reads what is there; CallerError for a file that holds something else, and at once, not
+        after the calls, for one that has no place."""
         self._path = path
         self._columns: list[Column] = []
+        if path is not None and not path.parent.is_dir():
+            raise CallerError(
+                f"{path.parent} is no directory; make it, or keep the results elsewhere"
+            )
         if path is not None and path.exists():
             try:
                 self._columns = [_column(row) for row in json.loads(path.read_text())]
