@@ -1,4 +1,5 @@
-"""Every command of the README is run: here, by `make test` itself, or by the test named."""
+"""Every command of the README and of the installation on one host is run: here, by `make test`
+itself, or by the test named."""
 
 from __future__ import annotations
 
@@ -18,19 +19,28 @@ RUN_ELSEWHERE = {
     "make artifacts": "a step of make test",
     ".venv/bin/vmcell serve": "tests/vm/e2b_clients, by its fixture",
     ".venv/bin/vmcell key create --team me": "tests/vm/e2b_clients, by its fixture",
-    "python examples/first_sandbox.py": "tests/vm/test_readme.py, by make demo",
-    ".venv/bin/vmcell dev up": "tests/vm/test_dev_vm.py",
+    ".venv/bin/python examples/first_sandbox.py": "tests/vm/test_readme.py, by make demo",
+    "nerdctl run --rm --runtime io.containerd.vmcell.v2 alpine uname -r": "test_nerdctl.py",
+    ".venv/bin/vmcell dev up --store mine --image small": "a step of make test, as make dev-up",
     ".venv/bin/vmcell dev down": "the last step of make test",
+    "apt-get install git make": "a checkout is there",
+    "git clone URL /opt/vmcell && cd /opt/vmcell": "a checkout is there",
+    "ln -s /opt/vmcell/.venv/bin/vmcell /usr/local/bin/vmcell": "for comfort",
+    "systemctl enable --now containerd": "the dev VM has no systemd; its containerd runs",
+    "systemctl enable --now vmcell-zygote": "tests/tools/test_setup_host.py, by systemd-analyze",
 }
 IN_THE_VM = (".venv/bin/vmcell setup", ".venv/bin/vmcell doctor", ".venv/bin/vmcell image", "ctr ")
 
 
 def readme_commands() -> list[str]:
-    """The indented lines of the README, comments cut off, continued lines joined."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    """The indented lines of both, the installation first, each once; comments cut off, continued
+    lines joined."""
+    guide = (ROOT / "docs/install.md").read_text()
+    one_host = guide[guide.index("\n## On one host") : guide.index("\n## On many hosts")]
+    text = (one_host + (ROOT / "README.md").read_text()).replace("\\\n", " ")
     lines = re.findall(r"^ {4}(\S.*)$", text, re.MULTILINE)
     commands = (re.sub(r"\s+", " ", line.split("  #")[0]).strip() for line in lines)
-    return [command for command in commands if not command.startswith("export ")]
+    return list(dict.fromkeys(row for row in commands if not row.startswith("export ")))
 
 
 def test_every_command_has_its_test() -> None:
