@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,25 @@ def test_an_empty_host_fails_with_advice_for_all_that_is_needed(host: Host) -> N
     for what in ("vhost-net", "nginx", "CRI runtime", "image cache", "zygote"):
         assert rows[what].status == "warn", what
     assert all(row.advice for row in rows.values() if row.status != "ok")
+
+
+@pytest.mark.parametrize(
+    ("machine", "release", "status", "word"),
+    [
+        ("x86_64", "6.1.0-38-amd64", "ok", ""),
+        ("x86_64", "5.12.0", "ok", ""),
+        ("x86_64", "5.10.0-30-amd64", "warn", "5.12 or later"),
+        ("x86_64", "odd", "warn", "5.12 or later"),
+        ("aarch64", "6.12.1", "fail", "x86-64"),
+    ],
+)
+def test_linux_and_processor(
+    host: Host, machine: str, release: str, status: str, word: str
+) -> None:
+    row = doctor.linux(replace(host, machine=machine, release=release))
+    assert (row.status, row.found) == (status, f"{release} on {machine}")
+    assert word in row.advice
+    assert row in examine(replace(host, machine=machine, release=release))
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import socket
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -49,6 +50,7 @@ Status = Literal["ok", "warn", "fail"]
 FICLONE = 0x40049409
 CONTAINERD_SOCKET = "run/containerd/containerd.sock"
 OLDEST_CONTAINERD = (1, 6)
+OLDEST_LINUX = (5, 12)  # mount_setattr(2), for shares
 CGROUP_CONTROLLERS = ("cpu", "memory", "pids")
 JAIL_NAMESPACES = ("ipc", "mnt", "net", "uts")
 FREE_GIB_FAIL, FREE_GIB_WARN = 1, 10
@@ -69,10 +71,13 @@ KVM_ADVICE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """Where to look: the root of the tree, and the PATH of programs in the real one."""
+    """Where to look: the root of the tree, and the PATH of programs in the real one. `machine` and
+    `release` are uname's."""
 
     root: Path = Path("/")
     path: str = SYSTEM_PATH
+    machine: str = field(default_factory=lambda: os.uname().machine)
+    release: str = field(default_factory=lambda: os.uname().release)
 
     def at(self, path: str) -> Path:
         return self.root / path.lstrip("/")
@@ -89,6 +94,19 @@ class Row:
     found: str
     status: Status
     advice: str = ""
+
+
+def linux(host: Host) -> Row:
+    what, found = "Linux", f"{host.release} on {host.machine}"
+    if host.machine != "x86_64":
+        advice = "use a machine with x86-64 processors; there is no monitor for others"
+        return Row(what=what, found=found, status="fail", advice=advice)
+    numbers = re.match(r"(\d+)\.(\d+)", host.release)
+    if numbers is None or (int(numbers[1]), int(numbers[2])) < OLDEST_LINUX:
+        oldest = ".".join(map(str, OLDEST_LINUX))
+        advice = f"run Linux {oldest} or later; without it no pod and no live directory works"
+        return Row(what=what, found=found, status="warn", advice=advice)
+    return Row(what=what, found=found, status="ok")
 
 
 def kvm(host: Host) -> Row:
@@ -405,7 +423,7 @@ def free_disk(host: Host) -> Row:
 
 
 CHECKS: tuple[Callable[[Host], Row], ...] = (
-    *(kvm, containerd, containerd_socket, shim, zygote, configuration, kernel, base_image),
+    *(linux, kvm, containerd, containerd_socket, shim, zygote, configuration, kernel, base_image),
     *(kubernetes, cgroup, jail, nftables, tun, vhost_net, image_tools, live_directories, nginx),
     certificate,
     *(image_cache, reflink, free_disk),
