@@ -35,6 +35,34 @@ def print_json(value: object) -> None:
     click.echo(json.dumps(value, indent=1, default=str))
 
 
+def cell(value: object) -> str:
+    """`value` as a cell that shows it as it is: no markup, and nothing that a terminal obeys."""
+    from rich.markup import escape
+
+    return escape(plain(value))
+
+
+def plain(value: object) -> str:
+    """`value` in one line of printable characters: others came from a guest, or from a caller."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in str(value)
+    )
+
+
+def name_values(
+    context: click.Context, parameter: click.Parameter, given: Sequence[str]
+) -> dict[str, str]:
+    """The callback of a repeatable option that takes NAME=VALUE."""
+    pairs = {}
+    for text in given:
+        name, sign, value = text.partition("=")
+        if not sign or not name:
+            raise click.BadParameter(f"{text!r} is no NAME=VALUE")
+        pairs[name] = value
+    return pairs
+
+
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A borderless table; cells may hold rich's markup."""
     from rich.console import Console
@@ -46,4 +74,4 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     # A pipe or a log has no width of its own.
-    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)
+    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, emoji=False).print(table)
