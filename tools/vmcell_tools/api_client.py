@@ -76,7 +76,7 @@ class ApiClient:
             raise self._silent(error, f"{method} {path}", within_s) from error
         try:
             media = json.loads(text) if text else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise HostError(f"{self.url} answered {method} {path} with no JSON") from error
         return Answer(status=status, media=media, next_token=token)
 
@@ -196,7 +196,7 @@ def _refused(error: urllib.error.HTTPError) -> CallerError | HostError:
             text = b""
     try:
         words = str(json.loads(text)["message"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         words = f"the API answered {error.code}"
     if error.code >= 500:
         return HostError(words)

@@ -122,7 +122,7 @@ def _refusal(response: http.client.HTTPResponse) -> VmcellError:
     try:
         told = json.loads(response.read(MAX_REFUSAL_BYTES))
         words, code = str(told["message"]), str(told.get("code", ""))
-    except (ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
+    except (ValueError, KeyError, TypeError, RecursionError, OSError, http.client.HTTPException):
         words, code = f"the sandbox's door answered {response.status}", ""
     known = code if code in CODES else None
     return HostError(words) if response.status >= 500 else CallerError(words, code=known)

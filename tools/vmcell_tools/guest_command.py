@@ -148,7 +148,7 @@ class RunningCommand:
                         self._check_end(message)
                         return
                     events = list(_facts(message["event"]))
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                     raise HostError(f"{self._where()} holds what no envd says: {error}") from error
                 yield from events
 
@@ -158,8 +158,9 @@ class RunningCommand:
             return
         code, words = str(error.get("code")), str(error.get("message"))
         if code == "deadline_exceeded":
-            seconds = f"{self._command.timeout_s:g} s"
-            raise CommandError(f"the command was ended after {seconds}", TIMEOUT_STATUS)
+            own_s = self._command.timeout_s
+            after = "by the server" if own_s is None else f"after {own_s:g} s"
+            raise CommandError(f"the command was ended {after}", TIMEOUT_STATUS)
         if words.startswith("error starting process"):
             is_absent = "not found" in words or "no such file" in words.lower()
             raise CommandError(words, NOT_FOUND_STATUS if is_absent else NOT_STARTED_STATUS)
@@ -197,8 +198,7 @@ def _facts(event: Json) -> Iterator[tuple[str, Any]]:
 
 
 def _exit_status(end: Json) -> int:
-    status = str(end.get("status", ""))
-    if end.get("exited", True) or not status.startswith("signal: "):
+    words = str(end.get("status", "")).removesuffix(" (core dumped)")
+    if not words.startswith("signal: "):
         return int(end.get("exitCode", 0)) & 0xFF
-    words = status.removesuffix(" (core dumped)")
     return 128 + next((n for n in range(1, signal.NSIG) if exit_text(n).status == words), 0)
