@@ -15,6 +15,7 @@ import signal
 import struct
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,6 +34,7 @@ class FakeEnvd:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.headers: list[dict[str, str]] = []
         self.running: dict[int, subprocess.Popen[bytes]] = {}
+        self.terminals: dict[int, int] = {}  # by pid
         self.input_refusal: tuple[int, dict[str, str]] | None = None
 
     def names(self) -> list[str]:
@@ -97,19 +99,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _run(self, message: dict[str, Any], headers: dict[str, str]) -> dict[str, Any]:
         """The end-of-stream message."""
-        wanted = message["process"]
         try:
-            child = subprocess.Popen(
-                [wanted["cmd"], *wanted["args"]],
-                env={"PATH": os.environ["PATH"], **wanted["envs"]},
-                cwd=wanted.get("cwd"),
-                stdin=subprocess.PIPE if message["stdin"] else subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
+            child = self._terminal_child(message) if "pty" in message else _child(message)
         except OSError as error:
-            words = f"error starting process '{wanted['cmd']}': fork/exec: {error.strerror}"
+            words = f"error starting process '{message['process']['cmd']}': {error.strerror}"
             return {"error": {"code": "invalid_argument", "message": words}}
         self.envd.running[child.pid] = child
         self._event({"keepalive": {}})
@@ -121,10 +114,15 @@ class _Handler(BaseHTTPRequestHandler):
             timer = threading.Timer(seconds, lambda: (late.set(), _kill(child, signal.SIGKILL)))
             timer.start()
         with child:
-            readers = [
-                threading.Thread(target=self._pass_on, args=(kind, stream.fileno()))
+            outputs = {
+                kind: stream.fileno()
                 for kind, stream in (("stdout", child.stdout), ("stderr", child.stderr))
                 if stream is not None
+            }
+            if child.pid in self.envd.terminals:
+                outputs = {"pty": self.envd.terminals[child.pid]}
+            readers = [
+                threading.Thread(target=self._pass_on, args=output) for output in outputs.items()
             ]
             for reader in readers:
                 reader.start()
@@ -135,10 +133,12 @@ class _Handler(BaseHTTPRequestHandler):
             timer.cancel()
             timer.join()
         del self.envd.running[child.pid]
+        if (terminal := self.envd.terminals.pop(child.pid, None)) is not None:
+            os.close(terminal)
         if late.is_set():
             return {"error": {"code": "deadline_exceeded", "message": DEADLINE_WORDS}}
         if code < 0:
-            name = {9: "killed", 15: "terminated"}[-code]
+            name = {1: "hangup", 9: "killed", 15: "terminated"}[-code]
             self._event({"end": {"exitCode": -1, "exited": False, "status": f"signal: {name}"}})
         else:
             # protobuf's JSON leaves out what is 0.
@@ -146,10 +146,22 @@ class _Handler(BaseHTTPRequestHandler):
             self._event({"end": {**end, "exited": True, "status": f"exit status {code}"}})
         return {}
 
+    def _terminal_child(self, message: dict[str, Any]) -> subprocess.Popen[bytes]:
+        ours, its = os.openpty()
+        termios.tcsetwinsize(ours, _rows_and_columns(message))
+        try:
+            child = _child(message, terminal=its)
+        finally:
+            os.close(its)
+        self.envd.terminals[child.pid] = ours
+        return child
+
     def _pass_on(self, kind: str, descriptor: int) -> None:
-        while data := os.read(descriptor, 65536):
-            with contextlib.suppress(ConnectionError):
-                self._event({"data": {kind: base64.b64encode(data).decode()}})
+        # EIO: nobody has the terminal any more.
+        with contextlib.suppress(ConnectionError, OSError):
+            while data := os.read(descriptor, 65536):
+                with contextlib.suppress(ConnectionError):
+                    self._event({"data": {kind: base64.b64encode(data).decode()}})
 
     def _event(self, event: dict[str, Any]) -> None:
         self._frame({"event": event})
@@ -172,7 +184,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.envd.input_refusal is not None:
             status, body = self.envd.input_refusal
             raise _Refused(status, body["code"], body["message"])
-        stdin = self._child(message).stdin
+        child = self._child(message)
+        if child.pid in self.envd.terminals:
+            os.write(self.envd.terminals[child.pid], base64.b64decode(message["input"]["pty"]))
+            return {}
+        stdin = child.stdin
         assert stdin is not None
         try:
             stdin.write(base64.b64decode(message["input"]["stdin"]))
@@ -189,12 +205,37 @@ class _Handler(BaseHTTPRequestHandler):
             stdin.close()
         return {}
 
+    def _Update(self, message: dict[str, Any]) -> dict[str, Any]:
+        terminal = self.envd.terminals[self._child(message).pid]
+        termios.tcsetwinsize(terminal, _rows_and_columns(message))
+        return {}
+
     def _SendSignal(self, message: dict[str, Any]) -> dict[str, Any]:
         _kill(self._child(message), signal.Signals[message["signal"].removeprefix("SIGNAL_")])
         return {}
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Quiet."""
+
+
+def _child(message: dict[str, Any], *, terminal: int | None = None) -> subprocess.Popen[bytes]:
+    wanted = message["process"]
+    pipe = subprocess.PIPE if terminal is None else terminal
+    stdin = subprocess.DEVNULL if terminal is None and not message["stdin"] else pipe
+    return subprocess.Popen(
+        [*(("setsid", "-c") if terminal is not None else ()), wanted["cmd"], *wanted["args"]],
+        env={"PATH": os.environ["PATH"], **wanted["envs"]},
+        cwd=wanted.get("cwd"),
+        stdin=stdin,
+        stdout=pipe,
+        stderr=pipe,
+        start_new_session=terminal is None,  # else by setsid(1), with the terminal as its own
+    )
+
+
+def _rows_and_columns(message: dict[str, Any]) -> tuple[int, int]:
+    size = message["pty"]["size"]
+    return size["rows"], size["cols"]
 
 
 def _kill(child: subprocess.Popen[bytes], number: int) -> None:

@@ -175,10 +175,25 @@ def test_a_reader_that_leaves_ends_the_command(sandbox_id: str, envd: FakeEnvd) 
     assert "SendSignal" in envd.names()
 
 
+def test_an_output_that_takes_no_more(sandbox_id: str, envd: FakeEnvd) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*VMCELL, sandbox_id, "yes"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+    assert done.returncode == 125
+    assert done.stderr.startswith(b"Error: the output cannot be written, so the command was ended")
+    assert done.stderr.count(b"\n") == 1
+    assert "SendSignal" in envd.names()
+
+
 def test_timeout(sandbox_id: str, envd: FakeEnvd) -> None:
-    code, out, err = _exec("--timeout", "1.5", sandbox_id, "sh", "-c", "echo up; sleep 600")
-    assert (code, out, err) == (124, b"up\n", b"Error: the command was ended after 1.5 s\n")
-    assert envd.headers[0]["connect-timeout-ms"] == "1500"
+    code, out, err = _exec("--timeout", "1", sandbox_id, "sh", "-c", "echo up; sleep 600")
+    assert (code, out, err) == (124, b"up\n", b"Error: the command was ended after 1 s\n")
+    assert envd.headers[0]["connect-timeout-ms"] == "1000"
     assert _exec("--timeout", "60", sandbox_id, "true")[0] == 0
 
 
@@ -196,7 +211,10 @@ def test_usage(sandbox_id: str) -> None:
         ((sandbox_id, "-i", "cat"), b"-i stands behind ID; options stand before it"),
         ((), b"Missing argument 'ID'"),
         (("-e", "x", sandbox_id, "true"), b"'x' is no NAME=VALUE"),
-        (("--timeout", "0", sandbox_id, "true"), b"0"),
+        (("--timeout", "0", sandbox_id, "true"), b"0 is not in the range"),
+        (("--timeout", "nan", sandbox_id, "true"), b"'nan' is not a valid integer"),
+        (("-u", "a:b", sandbox_id, "true"), b"'a:b' is no user name"),
+        ((sandbox_id, "echo", "\udcff"), b"'\\udcff' is not UTF-8"),
     ):
         code, _, err = _exec(*words)
         assert code == 2

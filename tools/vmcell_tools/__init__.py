@@ -51,6 +51,7 @@ volume_client    a team's volumes, by a running API
 sandbox_client   its sandbox routes
 snapshot_client  its snapshot routes
 envd_door        envd of a sandbox, from outside
+local_terminal   the terminal that this process has, raw for a while
 guest_command    a command in a sandbox
 bench            figures of this host
 operator_desk    the store, opened for the operator's commands, which are audited

@@ -27,6 +27,18 @@ class OneSentenceGroup(click.Group):
             raise click.ClickException(str(error)) from error
 
 
+class TextGroup(click.Group):
+    """Its words travel as JSON and in URLs, which hold text alone; wrong usage is status 2."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for word in args:
+            try:
+                word.encode()
+            except UnicodeEncodeError:
+                raise click.UsageError(f"{word!r} is not UTF-8", ctx) from None
+        return super().parse_args(ctx, args)
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

@@ -25,7 +25,7 @@ def history(sandbox_id: str, as_json: bool) -> None:
 
     from vmcell_tools.sandbox_tables import HISTORY_TITLES, history_row
 
-    rows = _client().history(sandbox_id)
+    rows = sandbox_client().history(sandbox_id)
     if as_json:
         print_json(rows)
     else:
@@ -40,7 +40,7 @@ def rollback(sandbox_id: str, snapshot: str, as_json: bool) -> None:
     """Take sandbox ID back to SNAPSHOT, one of its own, by id or name; connections to it end."""
     from vmcell_tools.progress import Progress
 
-    client = _client()
+    client = sandbox_client()
     with Progress("vmcell sandbox") as progress:
         progress.step(f"taking {sandbox_id} back to {snapshot}")
         answer = client.rollback(sandbox_id, snapshot)
@@ -54,7 +54,7 @@ def undo(sandbox_id: str, as_json: bool) -> None:
     """Take back the last rollback of sandbox ID, or the last undo."""
     from vmcell_tools.progress import Progress
 
-    client = _client()
+    client = sandbox_client()
     with Progress("vmcell sandbox") as progress:
         progress.step(f"undoing the last rollback of {sandbox_id}")
         answer = client.undo(sandbox_id)
@@ -76,7 +76,7 @@ def fork(sandbox_id: str, count: int, timeout: int, as_json: bool) -> None:
     """Copy sandbox ID, which goes on, and print the ids of the copies."""
     from vmcell_tools.progress import Progress
 
-    client = _client()
+    client = sandbox_client()
     with Progress("vmcell sandbox") as progress:
         progress.step(f"copying {sandbox_id}, {count} times")
         rows = client.fork(sandbox_id, count=count, timeout_s=timeout)
@@ -107,7 +107,8 @@ def _show(answer: Json, words: str, as_json: bool) -> None:
     )
 
 
-def _client() -> SandboxClient:
+def sandbox_client() -> SandboxClient:
+    """The client of all commands of the group."""
     from vmcell_tools.api_client import client_of_environment
     from vmcell_tools.sandbox_client import SandboxClient
 

@@ -8,17 +8,16 @@ import click
 
 from vmcell_protos.errors import CallerError, VmcellError
 from vmcell_tools.cli_exec import execute
-from vmcell_tools.cli_output import json_option, name_values, print_json, print_table
-from vmcell_tools.cli_past import fork, history, rollback, undo
+from vmcell_tools.cli_output import TextGroup, json_option, name_values, print_json, print_table
+from vmcell_tools.cli_past import fork, history, rollback, sandbox_client, undo
 
 if TYPE_CHECKING:
     from vmcell_tools.api_client import Json
-    from vmcell_tools.sandbox_client import SandboxClient
 
 LEVELS = ("debug", "info", "warn", "error")
 
 
-@click.group()
+@click.group(cls=TextGroup)
 def sandbox() -> None:
     """Sandboxes of a team, through a running API (E2B_API_URL, E2B_API_KEY)."""
 
@@ -44,7 +43,7 @@ def list_command(state: str | None, template: str, metadata: dict[str, str], as_
 
     from vmcell_tools.sandbox_tables import SANDBOX_TITLES, sandbox_row
 
-    rows = _client().find(state=state or "", metadata=metadata, template=template)
+    rows = sandbox_client().find(state=state or "", metadata=metadata, template=template)
     if as_json:
         print_json(rows)
     else:
@@ -60,7 +59,7 @@ def show(sandbox_id: str, as_json: bool) -> None:
 
     from vmcell_tools.sandbox_tables import sandbox_facts
 
-    client = _client()
+    client = sandbox_client()
     found = client.get(sandbox_id)
     sample = client.newest_metrics(found["sandboxID"]) if found["state"] == "running" else None
     if as_json:
@@ -116,7 +115,7 @@ def create(
         body["allowInternetAccess"] = False
     if volumes:
         body["volumeMounts"] = [_mount(text) for text in volumes]
-    client = _client()
+    client = sandbox_client()
     with Progress("vmcell sandbox") as progress:
         progress.step(f"creating one of {template}")
         made = client.create(body)
@@ -140,7 +139,7 @@ def kill(sandbox_ids: tuple[str, ...], as_json: bool) -> None:
     """End sandboxes, running or paused. Each is tried, also when one before it failed."""
     from vmcell_tools.progress import Progress
 
-    client = _client()
+    client = sandbox_client()
     killed, failed = [], []
     with Progress("vmcell sandbox") as progress:
         for sandbox_id in sandbox_ids:
@@ -167,7 +166,7 @@ def pause(sandbox_id: str, as_json: bool) -> None:
     """Save sandbox ID to disk and free its memory and its place."""
     from vmcell_tools.progress import Progress
 
-    client = _client()
+    client = sandbox_client()
     with Progress("vmcell sandbox") as progress:
         progress.step(f"pausing {sandbox_id}")
         client.pause(sandbox_id)
@@ -185,7 +184,7 @@ def resume(sandbox_id: str, timeout: int | None, as_json: bool) -> None:
     """Let sandbox ID go on where it was paused; one that runs gets the time."""
     from vmcell_tools.progress import Progress
 
-    client = _client()
+    client = sandbox_client()
     with Progress("vmcell sandbox") as progress:
         progress.step(f"resuming {sandbox_id}")
         was_paused = client.resume(sandbox_id, timeout)
@@ -201,7 +200,7 @@ def resume(sandbox_id: str, timeout: int | None, as_json: bool) -> None:
 @json_option
 def timeout(sandbox_id: str, seconds: int, as_json: bool) -> None:
     """Let sandbox ID end SECONDS from now; 0 ends it (or pauses it, as it was made) at once."""
-    _client().set_timeout(sandbox_id, seconds)
+    sandbox_client().set_timeout(sandbox_id, seconds)
     if as_json:
         print_json({"sandboxID": sandbox_id, "timeout": seconds})
     elif seconds:
@@ -220,7 +219,7 @@ def logs(sandbox_id: str, level: str, search: str, limit: int, as_json: bool) ->
     """What envd in sandbox ID logged: commands, their output and their ends; the newest last."""
     from vmcell_tools.sandbox_tables import log_line
 
-    rows = _client().logs(sandbox_id, level=level, search=search, limit=limit)
+    rows = sandbox_client().logs(sandbox_id, level=level, search=search, limit=limit)
     if as_json:
         print_json(rows)
         return
@@ -236,15 +235,8 @@ def memory(sandbox_id: str, as_json: bool) -> None:
     a microVM (the overhead: its two processes without guest RAM)."""
     from vmcell_tools.sandbox_tables import MEMORY_TITLES, memory_rows, memory_sums
 
-    found = _client().memory(sandbox_id)
+    found = sandbox_client().memory(sandbox_id)
     if as_json:
         print_json({**found, **memory_sums(found)})
     else:
         print_table(MEMORY_TITLES, memory_rows(found))
-
-
-def _client() -> SandboxClient:
-    from vmcell_tools.api_client import client_of_environment
-    from vmcell_tools.sandbox_client import SandboxClient
-
-    return SandboxClient(client_of_environment())

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vmcell_tools.cli_output import cell, json_option, print_json, print_table
+from vmcell_tools.cli_output import TextGroup, cell, json_option, print_json, print_table
 
 if TYPE_CHECKING:
     from vmcell_tools.api_client import Json
     from vmcell_tools.snapshot_client import SnapshotClient
 
 
-@click.group()
+@click.group(cls=TextGroup)
 def snapshot() -> None:
     """Snapshots of sandboxes, through a running API (E2B_API_URL, E2B_API_KEY).
 

@@ -17,6 +17,7 @@ from vmcell_agent.envd.wire.gotext import exit_text
 from vmcell_protos.errors import CODES, CallerError, HostError, VmcellError
 from vmcell_tools.api_client import Json
 from vmcell_tools.envd_door import KEEPALIVE_S, Door
+from vmcell_tools.local_terminal import Size
 
 # A stream that is silent for so long is lost.
 SILENT_S = 4 * KEEPALIVE_S
@@ -35,16 +36,22 @@ class CommandError(VmcellError):
         self.exit_status = exit_status
 
 
+class OutputError(HostError):
+    """Standard output or error takes no more: a full disk, a terminal that has gone."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What to run, as whom and where: "" is envd's default; `with_stdin`: it has an input."""
+    """What to run, as whom and where: "" is envd's default; `with_stdin`: it has an input;
+    `terminal`: it has one of that size, for input and all output."""
 
     words: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
     directory: str = ""
     user: str = ""
-    timeout_s: float | None = None
+    timeout_s: int | None = None
     with_stdin: bool = False
+    terminal: Size | None = None
 
     def message(self) -> Json:
         """process.StartRequest."""
@@ -52,7 +59,10 @@ class Command:
         process: Json = {"cmd": program, "args": arguments, "envs": self.environment}
         if self.directory:
             process["cwd"] = self.directory
-        return {"process": process, "stdin": self.with_stdin}
+        message: Json = {"process": process, "stdin": self.with_stdin}
+        if self.terminal is not None:
+            message["pty"] = _size(self.terminal)
+        return message
 
 
 class Sink(Protocol):
@@ -81,15 +91,21 @@ class RunningCommand:
     def run(self, *, stdin: Callable[[], bytes] | None, stdout: Sink, stderr: Sink) -> int:
         """The exit status, 128 + its number for a signal.
 
-        `stdin` waits for a piece of input, b"" at its end. BrokenPipeError of the sinks passes
-        through, after the command was told to end.
+        `stdin` waits for a piece of input, b"" at its end. A sink that fails ends the command:
+        BrokenPipeError, or OutputError.
         """
         connection = self._door.connect(SILENT_S)
         try:
-            return self._follow(connection, stdin, {"stdout": stdout, "stderr": stderr})
+            sinks = {"stdout": stdout, "stderr": stderr, "pty": stdout}
+            return self._follow(connection, stdin, sinks)
         except BrokenPipeError:
             self.terminate()
             raise
+        except OSError as error:  # those of connections have become HostErrors
+            self.terminate()
+            raise OutputError(
+                f"the output cannot be written, so the command was ended: {error}"
+            ) from error
         finally:
             connection.close()
 
@@ -104,6 +120,11 @@ class RunningCommand:
             if error.code != "not_found":
                 raise
 
+    def resize(self, size: Size) -> None:
+        """Tells the command of a new size of its terminal."""
+        with contextlib.suppress(CallerError):  # it has ended
+            self._door.call("Update", {"process": {"pid": self.pid}, "pty": _size(size)})
+
     def _follow(
         self,
         connection: http.client.HTTPConnection,
@@ -111,7 +132,7 @@ class RunningCommand:
         sinks: dict[str, Sink],
     ) -> int:
         timeout_s = self._command.timeout_s
-        headers = {} if timeout_s is None else {"Connect-Timeout-Ms": str(int(timeout_s * 1000))}
+        headers = {} if timeout_s is None else {"Connect-Timeout-Ms": str(timeout_s * 1000)}
         response = self._door.stream(connection, self._command.message(), headers)
         status = None
         for kind, found in self._events(response):
@@ -131,8 +152,8 @@ class RunningCommand:
         return status
 
     def _events(self, response: http.client.HTTPResponse) -> Iterator[tuple[str, Any]]:
-        """(start, pid), (stdout or stderr, bytes), (end, exit status) as they come; raises what
-        the stream's end tells."""
+        """(start, pid), (stdout, stderr or pty, bytes), (end, exit status) as they come; raises
+        what the stream's end tells."""
         decoder = EnvelopeDecoder(MAX_FRAME_BYTES)
         while True:
             try:
@@ -159,7 +180,7 @@ class RunningCommand:
         code, words = str(error.get("code")), str(error.get("message"))
         if code == "deadline_exceeded":
             own_s = self._command.timeout_s
-            after = "by the server" if own_s is None else f"after {own_s:g} s"
+            after = "by the server" if own_s is None else f"after {own_s} s"
             raise CommandError(f"the command was ended {after}", TIMEOUT_STATUS)
         if words.startswith("error starting process"):
             is_absent = "not found" in words or "no such file" in words.lower()
@@ -172,11 +193,15 @@ class RunningCommand:
     def _feed(self, stdin: Callable[[], bytes]) -> None:
         """Passes the input on, in order, no faster than the command takes it."""
         process = {"pid": self.pid}
+        kind = "stdin" if self._command.terminal is None else "pty"
         try:
             while piece := stdin():
-                data = {"stdin": base64.b64encode(piece).decode()}
+                data = {kind: base64.b64encode(piece).decode()}
                 self._door.call("SendInput", {"process": process, "input": data})
-            self._door.call("CloseStdin", {"process": process})
+            if kind == "stdin":
+                self._door.call("CloseStdin", {"process": process})
+            else:  # our terminal has gone, and a terminal has no end of input
+                self.terminate()
         except (VmcellError, OSError) as error:
             # What a command does not read is no error, as with a pipe.
             if "writing to stdin" in str(error) or getattr(error, "code", "") == "not_found":
@@ -190,11 +215,16 @@ def _facts(event: Json) -> Iterator[tuple[str, Any]]:
     """What one process.ProcessEvent tells; keepalives tell nothing."""
     if "start" in event:
         yield "start", int(event["start"]["pid"])
-    for name in ("stdout", "stderr"):
+    for name in ("stdout", "stderr", "pty"):
         if text := (event.get("data") or {}).get(name):
             yield name, base64.b64decode(text, validate=True)
     if "end" in event:
         yield "end", _exit_status(event["end"])
+
+
+def _size(size: Size) -> Json:
+    """process.PTY."""
+    return {"size": {"cols": size.columns, "rows": size.rows}}
 
 
 def _exit_status(end: Json) -> int:
