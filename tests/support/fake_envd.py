@@ -253,12 +253,12 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def fake_envd() -> Iterator[FakeEnvd]:
-    """A server on a free port of the loopback; what still runs ends with it."""
+def fake_envd(address: str = "127.0.0.1", port: int = 0) -> Iterator[FakeEnvd]:
+    """A server on a free port of the loopback by default; what still runs ends with it."""
     envd = FakeEnvd()
     handler = type("Handler", (_Handler,), {"envd": envd})
-    server = _Server(("127.0.0.1", 0), handler)
-    envd.url = f"http://127.0.0.1:{server.server_port}"
+    server = _Server((address, port), handler)
+    envd.url = f"http://{address}:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:

@@ -6,15 +6,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from api_service import ApiService, api_service, listening
 from click.testing import CliRunner
+from data_plane import data_plane, free_port
 from envd_node import envd_service
 from fake_envd import FakeEnvd, fake_envd
 from hypothesis import given
@@ -22,10 +25,14 @@ from hypothesis import strategies as st
 
 from vmcell_protos.errors import CallerError, HostError, VmcellError
 from vmcell_tools.cli import main
-from vmcell_tools.envd_door import Door, door_of
+from vmcell_tools.envd_door import ENVD_PORT, Door, door_of
 from vmcell_tools.guest_command import Command, CommandError, RunningCommand
+from vmcell_tools.local_ca import ensure_certificate
 
 PATIENCE_S = 60
+DOMAIN = "sbx.localhost"
+# Of this process alone, as envd's port is always the same.
+GUEST_ADDRESS = f"127.78.{os.getpid() >> 8 & 0xFF}.{os.getpid() & 0xFF or 1}"
 VMCELL = (sys.executable, "-m", "vmcell_tools", "sandbox", "exec")
 
 
@@ -358,6 +365,38 @@ def test_any_stream_ends_in_a_status_or_a_sentence(
     except VmcellError:
         return
     assert 0 <= status <= 255
+
+
+def test_by_a_domain_with_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E2B_DOMAIN and a CA alone; both through the real nginx and the router."""
+    port, resolve = free_port(), socket.getaddrinfo
+
+    def loopback(host: str, *rest: Any, **more: Any) -> list[Any]:
+        return resolve("127.0.0.1" if host.endswith(f".{DOMAIN}") else host, *rest, **more)
+
+    files, _ = ensure_certificate(tmp_path / "tls", DOMAIN)
+    monkeypatch.setattr(socket, "getaddrinfo", loopback)
+    for name in ("E2B_API_URL", "E2B_SANDBOX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("E2B_DOMAIN", f"{DOMAIN}:{port}")
+    with (
+        api_service(tmp_path / "api", domain=f"{DOMAIN}:{port}") as service,
+        data_plane(service, ENVD_PORT, tmp_path / "nginx", tls=files, tls_port=port),
+        fake_envd(GUEST_ADDRESS, ENVD_PORT) as envd,
+    ):
+        monkeypatch.setenv("E2B_API_KEY", service.key)
+        service.node.address = GUEST_ADDRESS
+        words = ["sandbox", "exec", "i" + "0" * 19, "true"]
+        strange = CliRunner().invoke(main, words)
+        assert strange.exit_code == 125
+        assert "CERTIFICATE_VERIFY_FAILED" in strange.stderr
+        monkeypatch.setenv("SSL_CERT_FILE", str(files.authority))
+        sandbox_id = _create(service, envd)
+        done = CliRunner().invoke(
+            main, ["sandbox", "exec", sandbox_id, "sh", "-c", "echo a; exit 3"]
+        )
+        assert (done.exit_code, done.stdout) == (3, "a\n"), done.output
+        assert envd.headers[0]["host"] == f"{ENVD_PORT}-{sandbox_id}.{DOMAIN}:{port}"
 
 
 @pytest.mark.root
