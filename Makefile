@@ -9,7 +9,7 @@ BIN := .venv/bin
 DEEP ?=
 TIER := $(if $(DEEP),, and not deep)
 # A lane that is over its time ends after the test it is in, with what failed and which were slow.
-LANE_S := $(if $(DEEP),3600,1200)
+LANE_S := $(if $(DEEP),3600,1800)
 PYTEST := $(BIN)/python -m pytest --session-timeout $(LANE_S) --durations 12
 
 .PHONY: demo test test-plain test-root test-kvm test-vm test-long test-api-cases \

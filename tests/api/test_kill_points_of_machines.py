@@ -33,7 +33,7 @@ SHIM_POINTS = [
 ]
 
 
-@pytest.mark.parametrize("name", one_in(4, SHIM_POINTS))
+@pytest.mark.parametrize("name", one_in(8, SHIM_POINTS))
 def test_noded_killed_with_our_shim(name: str, shimmed: PrivateContainerd, tmp_path: Path) -> None:
     containerd = RealContainerd(
         folder=shimmed.directory, socket=str(shimmed.socket), log=shimmed.log

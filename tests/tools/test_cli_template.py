@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -126,52 +124,6 @@ def test_what_is_wrong_is_said(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert sentence in _run(*words, status=1).stderr
-
-
-@pytest.mark.parametrize(
-    "url", ["here", "http://", "http://[", "http://x:y", "ftp://x", "http://a b"]
-)
-def test_a_url_that_is_none(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    monkeypatch.setenv("E2B_API_KEY", "e2b_0")
-    monkeypatch.setenv("E2B_API_URL", url)
-    sentence = f"Error: E2B_API_URL is {url!r}; set it to a URL like http://127.0.0.1:3000\n"
-    assert _run("list", status=1).stderr == sentence
-    result = CliRunner().invoke(main, ["volume", "list"])
-    assert (result.exit_code, result.stderr) == (1, sentence)
-
-
-STRANGE = {"/html": b"<html>", "/rows": b"[1, 2]", "/other": b'[{"a": 1}]', "/object": b'{"a": 1}'}
-
-
-class _NoApi(BaseHTTPRequestHandler):
-    """Answers with what stands in STRANGE for the first folder of the path, else with 404."""
-
-    def do_GET(self) -> None:
-        body = next((text for key, text in STRANGE.items() if self.path.startswith(key)), None)
-        self.send_response(404 if body is None else 200)
-        self.end_headers()
-        self.wfile.write(body or b"<html>")
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.mark.parametrize("folder", ["", *STRANGE])
-@pytest.mark.parametrize("words", ["template list", "volume list", "template watch x"])
-def test_what_is_no_api_is_told_so(
-    monkeypatch: pytest.MonkeyPatch, folder: str, words: str
-) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), _NoApi) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("E2B_API_KEY", "e2b_0")
-        monkeypatch.setenv("E2B_API_URL", f"http://127.0.0.1:{server.server_port}{folder}")
-        result = CliRunner().invoke(main, words.split())
-        server.shutdown()
-    assert result.exit_code == 1
-    assert isinstance(result.exception, SystemExit)
-    assert result.stderr.startswith(f"Error: http://127.0.0.1:{server.server_port}{folder} answers")
-    assert "E2B_API_URL" in result.stderr
-    assert result.stderr.count("\n") == 1
 
 
 def test_a_build_without_an_api(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

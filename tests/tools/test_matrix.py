@@ -264,6 +264,7 @@ def test_a_page_tells_of_repetitions_and_days() -> None:
 
 
 @pytest.mark.root
+@pytest.mark.deep  # the vm lane has the newest SDK against microVMs
 @pytest.mark.timeout(300)
 def test_the_newest_sdk_on_real_envds(tmp_path: Path) -> None:
     """Every call of the driver but those above succeeds."""

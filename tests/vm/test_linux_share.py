@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from dev_vm import DevVm
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
+# test_ctr_pod.py has a live directory of a container as well.
+pytestmark = [pytest.mark.vm, pytest.mark.deep, pytest.mark.timeout(600)]
 
 PROGRAM = Path(__file__).parents[1] / "support" / "linux_share" / "host.py"
 

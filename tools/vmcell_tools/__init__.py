@@ -46,8 +46,13 @@ dev_run          one command in the dev VM
 dev_faults       guests and kernels that the software CPU lost
 leak_check       what sandboxes have on a machine
 dev_service      images and the E2B service in the dev VM
-api_client       one request to a running API
+api_client       a running API: where it is, its errors as sentences
 volume_client    a team's volumes, by a running API
+sandbox_client   its sandbox routes
+snapshot_client  its snapshot routes
+envd_door        envd of a sandbox, from outside
+local_terminal   the terminal that this process has, raw for a while
+guest_command    a command in a sandbox
 bench            figures of this host
 operator_desk    the store, opened for the operator's commands, which are audited
 demo             an E2B client against a real microVM
@@ -55,6 +60,7 @@ template_client  the API's template routes
 template_source  what a template is built from
 matrix           calls of every client in every version
 cli_output       errors, JSON and tables of all commands
+sandbox_tables   sandboxes, snapshots and memory as tables
 cli_dev          words and options of `vmcell dev`
 cli_host         words and options of `vmcell setup` and `doctor`
 cli_bench        words and options of `vmcell bench`
@@ -63,6 +69,10 @@ cli_template     words and options of `vmcell template`
 cli_team         words and options of `vmcell team` and `migrate`
 cli_key          words and options of `vmcell key`
 cli_audit        words and options of `vmcell audit`
+cli_exec         words and options of `vmcell sandbox exec`
+cli_past         words and options of `vmcell sandbox history`, `rollback`, `undo` and `fork`
+cli_sandbox      words and options of `vmcell sandbox`
+cli_snapshot     words and options of `vmcell snapshot`
 cli_volume       words and options of `vmcell volume`
 cli_build        words and options of `vmcell kernel` and `image`
 cli_matrix       words and options of `vmcell matrix`

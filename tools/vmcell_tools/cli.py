@@ -16,6 +16,8 @@ from vmcell_tools.cli_host import doctor, setup
 from vmcell_tools.cli_key import key
 from vmcell_tools.cli_matrix import matrix
 from vmcell_tools.cli_output import OneSentenceGroup
+from vmcell_tools.cli_sandbox import sandbox
+from vmcell_tools.cli_snapshot import snapshot
 from vmcell_tools.cli_team import migrate, team
 from vmcell_tools.cli_template import template
 from vmcell_tools.cli_volume import volume
@@ -28,7 +30,8 @@ def main() -> None:
 
 
 COMMANDS = (
-    *(setup, doctor, kernel, image, template, volume, cache, team, key, audit, migrate),
+    *(setup, doctor, kernel, image, template, sandbox, snapshot, volume, cache),
+    *(team, key, audit, migrate),
     *(bench, matrix, dev),
 )
 for command in COMMANDS:

@@ -27,12 +27,52 @@ class OneSentenceGroup(click.Group):
             raise click.ClickException(str(error)) from error
 
 
+class TextGroup(click.Group):
+    """Its words travel as JSON and in URLs, which hold text alone; wrong usage is status 2."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for word in args:
+            try:
+                word.encode()
+            except UnicodeEncodeError:
+                raise click.UsageError(f"{word!r} is not UTF-8", ctx) from None
+        return super().parse_args(ctx, args)
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def print_json(value: object) -> None:
     """`value` on standard output, indented."""
     click.echo(json.dumps(value, indent=1, default=str))
+
+
+def cell(value: object) -> str:
+    """`value` as a cell that shows it as it is: no markup, and nothing that a terminal obeys."""
+    from rich.markup import escape
+
+    return escape(plain(value))
+
+
+def plain(value: object) -> str:
+    """`value` in one line of printable characters: others came from a guest, or from a caller."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in str(value)
+    )
+
+
+def name_values(
+    context: click.Context, parameter: click.Parameter, given: Sequence[str]
+) -> dict[str, str]:
+    """The callback of a repeatable option that takes NAME=VALUE."""
+    pairs = {}
+    for text in given:
+        name, sign, value = text.partition("=")
+        if not sign or not name:
+            raise click.BadParameter(f"{text!r} is no NAME=VALUE")
+        pairs[name] = value
+    return pairs
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -46,4 +86,4 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     # A pipe or a log has no width of its own.
-    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)
+    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, emoji=False).print(table)

@@ -25,9 +25,7 @@ def template() -> None:
 @json_option
 def list_command(as_json: bool) -> None:
     """The team's templates and those of the installation."""
-    from vmcell_tools.template_client import client_of_environment
-
-    rows = client_of_environment().templates()
+    rows = _client().templates()
     if as_json:
         print_json(rows)
         return
@@ -76,10 +74,10 @@ def build(
     `vmcell template watch` finds it again, `vmcell template rm` ends it.
     """
     from vmcell_tools import template_source
+    from vmcell_tools.api_client import client_of_environment
     from vmcell_tools.progress import Progress
-    from vmcell_tools.template_client import client_of_environment
 
-    client = client_of_environment()
+    api = client_of_environment()
     wanted = template_source.Wanted(
         name=name,
         tags=tags,
@@ -96,8 +94,8 @@ def build(
         built = template_source.build(
             source,
             wanted,
-            url=client.api.url,
-            key=client.api.key,
+            url=api.url,
+            key=api.key,
             on_line=lambda level, text: progress.note(text),
         )
     if as_json:
@@ -119,9 +117,7 @@ def build(
 @json_option
 def watch(name: str, build_id: str, as_json: bool) -> None:
     """Follow a build of NAME to its end: the one given, or the newest."""
-    from vmcell_tools.template_client import client_of_environment
-
-    client = client_of_environment()
+    client = _client()
     template_id, builds = client.builds(name)
     if not build_id:
         if not builds:
@@ -144,6 +140,13 @@ def watch(name: str, build_id: str, as_json: bool) -> None:
         click.echo(f"build {build_id} is ready")
 
 
+def _client() -> TemplateClient:
+    from vmcell_tools.api_client import client_of_environment
+    from vmcell_tools.template_client import TemplateClient
+
+    return TemplateClient(client_of_environment())
+
+
 def _follow(client: TemplateClient, template_id: str, build_id: str) -> BuildEnd:
     from vmcell_tools.progress import Progress
     from vmcell_tools.template_client import BuildEnd
@@ -162,9 +165,7 @@ def _follow(client: TemplateClient, template_id: str, build_id: str) -> BuildEnd
 @json_option
 def rm(name: str, as_json: bool) -> None:
     """Delete template NAME with its builds; sandboxes made of it go on."""
-    from vmcell_tools.template_client import client_of_environment
-
-    client_of_environment().remove(name)
+    _client().remove(name)
     if as_json:
         print_json({"removed": name})
     else:

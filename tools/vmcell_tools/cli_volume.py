@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from vmcell_tools.cli_output import json_option, print_json, print_table
+from vmcell_tools.cli_output import TextGroup, cell, json_option, print_json, print_table
+
+if TYPE_CHECKING:
+    from vmcell_tools.api_client import Json
+    from vmcell_tools.volume_client import VolumeClient
 
 
-@click.group()
+@click.group(cls=TextGroup)
 def volume() -> None:
     """Volumes of a team, through a running API (E2B_API_URL, E2B_API_KEY)."""
 
@@ -16,9 +22,7 @@ def volume() -> None:
 @json_option
 def list_command(as_json: bool) -> None:
     """All volumes of the team."""
-    from vmcell_tools.volume_client import VolumeClient
-
-    _print(VolumeClient().list(), as_json)
+    _print(_client().list(), as_json)
 
 
 @volume.command()
@@ -26,9 +30,7 @@ def list_command(as_json: bool) -> None:
 @json_option
 def create(name: str, as_json: bool) -> None:
     """Make an empty volume; its token is printed with --json only."""
-    from vmcell_tools.volume_client import VolumeClient
-
-    made = VolumeClient().create(name)
+    made = _client().create(name)
     if as_json:
         print_json(made)
     else:
@@ -41,9 +43,8 @@ def create(name: str, as_json: bool) -> None:
 def remove(names: tuple[str, ...], as_json: bool) -> None:
     """Remove volumes, by name or id, with all their files."""
     from vmcell_tools.progress import Progress
-    from vmcell_tools.volume_client import VolumeClient
 
-    client = VolumeClient()
+    client = _client()
     removed = []
     with Progress("vmcell volume rm") as progress:
         for name in names:
@@ -52,8 +53,15 @@ def remove(names: tuple[str, ...], as_json: bool) -> None:
     _print(removed, as_json)
 
 
-def _print(rows: list[dict[str, str]], as_json: bool) -> None:
+def _client() -> VolumeClient:
+    from vmcell_tools.api_client import client_of_environment
+    from vmcell_tools.volume_client import VolumeClient
+
+    return VolumeClient(client_of_environment())
+
+
+def _print(rows: list[Json], as_json: bool) -> None:
     if as_json:
         print_json(rows)
     else:
-        print_table(("name", "id"), [(row["name"], row["volumeID"]) for row in rows])
+        print_table(("name", "id"), [(cell(row["name"]), cell(row["volumeID"])) for row in rows])
