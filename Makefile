@@ -105,8 +105,8 @@ test-long: venv
 	VMCELL_CONTRACT_CALLS=36000 $(PYTEST) -o faulthandler_timeout=0 tests/shim/test_contract_machine.py
 
 # Hostile guests on this machine's /dev/kvm; make test runs 20 seeds. SEED=17 is where to begin.
-SEEDS ?= 200
 SEED ?= 1
+test-hostile: SEEDS ?= 200
 test-hostile: venv
 	VMCELL_HOSTILE_SEEDS=$(SEEDS) VMCELL_HOSTILE_SEED=$(SEED) $(PYTEST) -m kvm tests/hostile \
 		-k hurts_only_itself -o log_cli=true -o log_cli_level=INFO
@@ -128,7 +128,7 @@ fuzz: venv
 	@$(BIN)/python tests/fuzz/run_fuzz.py $(TARGET) --seconds $(SECONDS) --keep
 
 # Guests whose agent is an attacker, as many as SEEDS; make test DEEP=1 has 20 of them.
-SEEDS ?= 500
+hostile-agents: SEEDS ?= 500
 hostile-agents: venv
 	VMCELL_HOSTILE_SEEDS=$(SEEDS) $(PYTEST) tests/shim/test_hostile_agent.py
 
