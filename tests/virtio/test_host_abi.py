@@ -178,7 +178,11 @@ NUMBERS: dict[ModuleType, dict[str, str]] = {
     fs: {"TAG_BYTES": "sizeof(((struct virtio_fs_config *)0)->tag)"},
     vhost_user_abi: {},
     unanswered: {},
-    memory: {**same("MAP_NORESERVE", "MAP_FIXED"), "MAX_SPANS": "IOV_MAX"},
+    memory: {
+        **same("MAP_NORESERVE", "MAP_FIXED"),
+        "MAX_SPANS": "IOV_MAX",
+        "_READ_WRITE": "PROT_READ | PROT_WRITE",
+    },
     page_map: {},
     params: {
         "BOOT_PARAMS_BYTES": "sizeof(struct boot_params)",
