@@ -149,11 +149,6 @@ class Containerd:
             ) from error
         return answer.image.target
 
-    def image_names(self) -> list[str]:
-        """The names of all images of the namespace."""
-        answer = self._call(self._images.List, images_pb2.ListImagesRequest(), "listing the images")
-        return [image.name for image in answer.images]
-
     def read_blob(self, digest: str) -> bytes:
         """A small blob of the content store, at most 8 MiB."""
         request = content_pb2.ReadContentRequest(digest=digest)

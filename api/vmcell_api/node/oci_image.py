@@ -17,7 +17,6 @@ INDEX_TYPES = (
     "application/vnd.oci.image.index.v1+json",
     "application/vnd.docker.distribution.manifest.list.v2+json",
 )
-MAX_JSON_BYTES = 8 << 20
 # Shell commands that are run in every sandbox of the image.
 START_LABEL, READY_LABEL = "io.vmcell.start", "io.vmcell.ready"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
