@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import signal
 import time
 from dataclasses import dataclass
 
@@ -179,13 +178,6 @@ def members(path: str, *, hierarchies: tuple[Hierarchy, ...] | None = None) -> s
         with contextlib.suppress(FileNotFoundError):
             found.update(map(int, _words(os.path.join(row.directory(path), "cgroup.procs"))))
     return found
-
-
-def kill_members(path: str, *, hierarchies: tuple[Hierarchy, ...] | None = None) -> None:
-    """SIGKILL for every process in the cgroup but the caller."""
-    for pid in members(path, hierarchies=hierarchies) - {os.getpid()}:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def remove_cgroup(
