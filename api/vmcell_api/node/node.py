@@ -106,8 +106,8 @@ class Node:
 
     def _new_pauses(self) -> Pauses:
         return Pauses(
-            self.containerd,
-            self.slots,
+            containerd=self.containerd,
+            slots=self.slots,
             registry=self._registry,
             removals=self._removals,
             builder=self._builder,
@@ -119,8 +119,8 @@ class Node:
 
     def _new_rollbacks(self) -> Rollbacks:
         return Rollbacks(
-            self.containerd,
-            self._state_dir,
+            containerd=self.containerd,
+            state_dir=self._state_dir,
             registry=self._registry,
             removals=self._removals,
             builder=self._builder,
