@@ -21,7 +21,7 @@ REMOVE_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class NewStep:
-    """One step, as the client sent it."""
+    """One step, as the client sent it; the node checks what it means."""
 
     type: str
     args: list[str]
@@ -114,15 +114,7 @@ class BuildClient:
             template_id=build.template_id,
             from_image=build.from_image,
             registry_login=login,
-            steps=[
-                node_pb2.BuildStep(
-                    type=step.type,
-                    args=step.args,
-                    files_hash=step.files_hash,
-                    force=step.force,
-                )
-                for step in build.steps
-            ],
+            steps=[node_pb2.BuildStep(**vars(step)) for step in build.steps],
             force=build.force,
             start_command=build.start_command,
             ready_command=build.ready_command,
