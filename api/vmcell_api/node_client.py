@@ -1,29 +1,22 @@
 """The API's side of noded's door.
 
-`NodeVerbs` is what the rest of the API knows of a node; `NodeClient` is the real one. gRPC
-channels do not survive a fork, so the channel is made at the first call, in the worker.
+`NodeVerbs` is what the rest of the API knows of a node; `NodeClient` is the real one.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
-
-import grpc
 
 from vmcell_api.egress import OPEN, Egress
 from vmcell_api.guest_http import fetch
 from vmcell_api.metric_sample import MetricSample
+from vmcell_api.node_channel import NodeChannel
 from vmcell_api.snapshot_facts import FileChange, SnapshotFile
 from vmcell_api.volumes.names import VolumeMount
-from vmcell_protos.errors import CODE_NAMES, CallerError, HostError, VmcellError
 from vmcell_protos.pb import node_pb2, node_pb2_grpc
 
-CALL_TIMEOUT_S = 30.0
-# 10,000 files with paths of 4 KiB are the most that one holds.
-MAX_ANSWER_BYTES = 64 << 20
 KILL_TIMEOUT_S = 60.0
 # Saving a machine of many GiB to a slow disk; noded gives up a little earlier.
 SAVE_TIMEOUT_S = 330.0
@@ -33,19 +26,10 @@ DIFF_TIMEOUT_S = 150.0
 LOGS_BYTES, LOGS_TIMEOUT_S = 4 << 20, 10.0
 # A volume may have millions of files.
 REMOVE_VOLUME_TIMEOUT_S = 600.0
-CALLERS_CODES = (
-    *("invalid_argument", "not_found", "already_exists", "failed_precondition", "out_of_range"),
-    *("permission_denied", "unimplemented", "aborted"),
-)
-
 
 RUNNING, PAUSING, PAUSED = "running", "pausing", "paused"
 
 JsonNumbers = dict[str, object]
-
-
-class NodeUnreachable(HostError):
-    """noded does not answer; asking again soon may help."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,18 +198,13 @@ class NodeClient:
     """noded over its unix socket; thread-safe, `close()` is idempotent."""
 
     def __init__(self, socket_path: str, *, create_timeout_s: float) -> None:
-        self._socket_path = socket_path
         self._create_timeout_s = create_timeout_s
-        self._lock = threading.Lock()
-        self._channel: grpc.Channel | None = None
-        self._stub: node_pb2_grpc.NodeStub | None = None
+        self._channel = NodeChannel(socket_path, node_pb2_grpc.NodeStub)
+        self._call = self._channel.call
 
     def close(self) -> None:
         """Ends the connection."""
-        with self._lock:
-            if self._channel is not None:
-                self._channel.close()
-            self._channel = self._stub = None
+        self._channel.close()
 
     def create(self, sandbox: NewSandbox) -> RunningSandbox:
         """Makes a sandbox and answers when it can be used."""
@@ -404,39 +383,6 @@ class NodeClient:
     def remove_volume(self, volume_id: str) -> None:
         """Removes a volume, a missing one too; aborted while a sandbox has it."""
         self._call("RemoveVolume", node_pb2.VolumeRef(volume_id=volume_id), REMOVE_VOLUME_TIMEOUT_S)
-
-    def _call(self, verb: str, request: object, timeout_s: float = CALL_TIMEOUT_S):  # type: ignore[no-untyped-def]  # stubs are untyped
-        method: Callable = getattr(self._connected(), verb)
-        try:
-            return method(request, timeout=timeout_s)
-        except grpc.RpcError as error:
-            raise translate_fault(error, self._socket_path) from error
-
-    def _connected(self) -> node_pb2_grpc.NodeStub:
-        with self._lock:
-            if self._stub is None:
-                self._channel = grpc.insecure_channel(
-                    f"unix://{self._socket_path}",
-                    options=[
-                        ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
-                        ("grpc.initial_reconnect_backoff_ms", 100),
-                        ("grpc.max_reconnect_backoff_ms", 1000),
-                    ],
-                )
-                self._stub = node_pb2_grpc.NodeStub(self._channel)
-            return self._stub
-
-
-def translate_fault(error: grpc.RpcError, socket_path: str) -> VmcellError:
-    """Our error for one of gRPC's; noded marks its own answers in the trailing metadata."""
-    spoken = any(key == "vmcell-fault" for key, _ in error.trailing_metadata() or ())
-    code = CODE_NAMES.get(error.code().value[0], "unknown")
-    if not spoken and code == "unavailable":
-        return NodeUnreachable(
-            f"noded does not answer on {socket_path}; start `vmcell serve`, then try again"
-        )
-    kind = CallerError if code in CALLERS_CODES else HostError
-    return kind(error.details() or code, code=code)
 
 
 def _running(message: node_pb2.Sandbox) -> RunningSandbox:
