@@ -318,11 +318,10 @@ class Containerd:
             blob = content_pb2.DeleteContentRequest(digest=digest)
             self._delete(self._content.Delete, blob, f"blob {digest}")
 
-    def resume_task(self, container_id: str, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
+    def resume_task(self, container_id: str) -> None:
         """Lets a paused task run on."""
         request = tasks_pb2.ResumeTaskRequest(container_id=container_id)
-        tried = f"resuming the task of {container_id}"
-        self._call(self._tasks.Resume, request, tried, timeout_s=timeout_s)
+        self._call(self._tasks.Resume, request, f"resuming the task of {container_id}")
 
     def task_pids(self) -> dict[str, int]:
         """Every task of the namespace with the pid that containerd knows."""
