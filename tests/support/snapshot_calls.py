@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fake_vmm import FakeVmm
-from shim_harness import DEADLINE_S, FakeContainerd, Shim
+from shim_harness import DEADLINE_S, Shim, shim_in
 
 from vmcell_protos import task
 from vmcell_protos.wellknown import Any as AnyMessage
@@ -98,15 +98,8 @@ def other_shim(first: Shim, name: str = "second") -> Iterator[Shim]:
     """One more shim of the same host and configuration."""
     directory = first.directory / name
     directory.mkdir(exist_ok=True)
-    containerd = FakeContainerd(str(directory / "events.sock"))
-    try:
-        shim = Shim(directory, containerd)
-        try:
-            yield shim
-        finally:
-            shim.close()
-    finally:
-        containerd.close()
+    with shim_in(directory) as shim:
+        yield shim
 
 
 def end(shim: Shim, container_id: str = "c1") -> None:
