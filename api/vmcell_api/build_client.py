@@ -84,7 +84,7 @@ class BuildVerbs(Protocol):
 
 
 class BuildClient:
-    """noded over its unix socket; thread-safe, `close()` is idempotent."""
+    """`BuildVerbs` of noded over its unix socket; thread-safe, `close()` is idempotent."""
 
     def __init__(self, socket_path: str) -> None:
         self._channel = NodeChannel(socket_path, node_pb2_grpc.BuildsStub)
@@ -95,7 +95,6 @@ class BuildClient:
         self._channel.close()
 
     def start(self, build: NewBuild) -> None:
-        """Takes a build on."""
         login = None
         if build.username:
             login = node_pb2.RegistryLogin(username=build.username, password=build.password)
@@ -115,16 +114,13 @@ class BuildClient:
         self._call("StartBuild", request)
 
     def get(self, build_id: str, *, offset: int, limit: int) -> NodeBuild:
-        """A build with a page of its log."""
         request = node_pb2.GetBuildRequest(build_id=build_id, offset=offset, limit=limit)
         return _build(self._call("GetBuild", request))
 
     def cancel(self, build_id: str) -> NodeBuild:
-        """Ends a build early."""
         return _build(self._call("CancelBuild", node_pb2.BuildRef(build_id=build_id)))
 
     def remove(self, build_id: str) -> None:
-        """Cancels a build and removes image and log."""
         self._call("RemoveBuild", node_pb2.BuildRef(build_id=build_id), REMOVE_TIMEOUT_S)
 
 

@@ -195,7 +195,7 @@ class NodeVerbs(Protocol):
 
 
 class NodeClient:
-    """noded over its unix socket; thread-safe, `close()` is idempotent."""
+    """`NodeVerbs` of noded over its unix socket; thread-safe, `close()` is idempotent."""
 
     def __init__(self, socket_path: str, *, create_timeout_s: float) -> None:
         self._create_timeout_s = create_timeout_s
@@ -207,7 +207,6 @@ class NodeClient:
         self._channel.close()
 
     def create(self, sandbox: NewSandbox) -> RunningSandbox:
-        """Makes a sandbox and answers when it can be used."""
         request = node_pb2.CreateSandboxRequest(
             sandbox_id=sandbox.sandbox_id,
             template_id=sandbox.template_id,
@@ -232,34 +231,28 @@ class NodeClient:
         return _running(self._call("CreateSandbox", request, self._create_timeout_s))
 
     def kill(self, sandbox_id: str) -> None:
-        """Ends a sandbox; not_found when there is none."""
         self._call("KillSandbox", node_pb2.SandboxRef(sandbox_id=sandbox_id), KILL_TIMEOUT_S)
 
     def get(self, sandbox_id: str) -> RunningSandbox:
-        """One sandbox, in whatever state; not_found when there is none."""
         return _running(self._call("GetSandbox", node_pb2.SandboxRef(sandbox_id=sandbox_id)))
 
     def list(self) -> list[RunningSandbox]:
-        """The sandboxes in whatever state, oldest first."""
         answer = self._call("ListSandboxes", node_pb2.ListSandboxesRequest())
         return [_running(message) for message in answer.sandboxes]
 
     def set_deadline(self, sandbox_id: str, timeout_s: int, *, only_extend: bool) -> RunningSandbox:
-        """Moves the end to `timeout_s` from now."""
         request = node_pb2.SetDeadlineRequest(
             sandbox_id=sandbox_id, timeout_ms=timeout_s * 1000, only_extend=only_extend
         )
         return _running(self._call("SetDeadline", request))
 
     def pause(self, sandbox_id: str) -> RunningSandbox:
-        """Saves it and ends its machine; aborted: it is paused already, or was called off."""
         request = node_pb2.SandboxRef(sandbox_id=sandbox_id)
         return _running(self._call("PauseSandbox", request, SAVE_TIMEOUT_S))
 
     def resume(
         self, sandbox_id: str, timeout_s: int, *, by_request: bool = False
     ) -> tuple[RunningSandbox, bool]:
-        """(the sandbox running, whether this call restored it); see `NodeVerbs`."""
         request = node_pb2.ResumeSandboxRequest(
             sandbox_id=sandbox_id, timeout_ms=timeout_s * 1000, by_request=by_request
         )
@@ -268,25 +261,21 @@ class NodeClient:
         return _running(answer.sandbox), answer.resumed
 
     def make_snapshot(self, sandbox_id: str, snapshot_id: str, *, life_s: int = 0) -> NodeSnapshot:
-        """A snapshot of a running sandbox; it is removed after `life_s` unless 0."""
         request = node_pb2.MakeSnapshotRequest(
             sandbox_id=sandbox_id, snapshot_id=snapshot_id, life_ms=life_s * 1000
         )
         return _snapshot(self._call("MakeSnapshot", request, SAVE_TIMEOUT_S))
 
     def snapshots(self, sandbox_id: str = "") -> Sequence[NodeSnapshot]:
-        """All, or those of one sandbox, oldest first."""
         request = node_pb2.ListSnapshotsRequest(sandbox_id=sandbox_id)
         return [_snapshot(message) for message in self._call("ListSnapshots", request).snapshots]
 
     def remove_snapshot(self, snapshot_id: str) -> None:
-        """Removes one; not_found when there is none, aborted while it is being restored."""
         self._call("RemoveSnapshot", node_pb2.SnapshotRef(snapshot_id=snapshot_id))
 
     def rollback(
         self, sandbox_id: str, snapshot_id: str, *, undo_life_s: int
     ) -> tuple[RunningSandbox, NodeSnapshot]:
-        """(the sandbox as that snapshot has it, what it was before)."""
         request = node_pb2.RollbackRequest(
             sandbox_id=sandbox_id, snapshot_id=snapshot_id, undo_life_ms=undo_life_s * 1000
         )
@@ -294,7 +283,6 @@ class NodeClient:
         return _running(answer.sandbox), _snapshot(answer.undo)
 
     def file_changes(self, older_id: str, newer_id: str) -> Sequence[FileChange]:
-        """Which files differ between two snapshots, as two guests restored from them say."""
         request = node_pb2.DiffSnapshotsRequest(older_id=older_id, newer_id=newer_id)
         answer = self._call("DiffSnapshots", request, DIFF_TIMEOUT_S + 2 * self._create_timeout_s)
         return [
@@ -308,7 +296,6 @@ class NodeClient:
         ]
 
     def memory(self, sandbox_id: str) -> JsonNumbers:
-        """What a running sandbox has of the host's memory, as the API answers it."""
         answer = self._call("ReadMemory", node_pb2.SandboxRef(sandbox_id=sandbox_id))
         return {
             "guestMemoryBytes": answer.guest_memory_bytes,
@@ -324,7 +311,6 @@ class NodeClient:
         }
 
     def info(self) -> NodeInfo:
-        """What the node is, and how much of it is free."""
         answer = self._call("NodeInfo", node_pb2.NodeInfoRequest())
         return NodeInfo(
             containerd_version=answer.containerd_version,
@@ -333,7 +319,6 @@ class NodeClient:
         )
 
     def set_egress(self, sandbox_id: str, egress: Egress) -> RunningSandbox:
-        """Changes what a sandbox may reach, for good."""
         request = node_pb2.SetEgressRequest(
             sandbox_id=sandbox_id,
             allow_internet=egress.allow_internet,
@@ -350,7 +335,6 @@ class NodeClient:
         end_unix_ms: int = 0,
         newest_only: bool = False,
     ) -> dict[str, Sequence[MetricSample]]:
-        """What sandboxes used, oldest first; one that is not running is left out."""
         request = node_pb2.ReadMetricsRequest(
             sandbox_ids=sandbox_ids,
             start_unix_ms=start_unix_ms,
@@ -377,11 +361,9 @@ class NodeClient:
         )
 
     def make_volume(self, volume_id: str) -> None:
-        """Makes an empty volume; one that is there stays as it is."""
         self._call("MakeVolume", node_pb2.VolumeRef(volume_id=volume_id))
 
     def remove_volume(self, volume_id: str) -> None:
-        """Removes a volume, a missing one too; aborted while a sandbox has it."""
         self._call("RemoveVolume", node_pb2.VolumeRef(volume_id=volume_id), REMOVE_VOLUME_TIMEOUT_S)
 
 
