@@ -380,7 +380,7 @@ class Container:
         self.init.advance(wish)
         try:
             if self.sandbox.is_pod:
-                self._ask_guest(in_pod)
+                self.guest.call(in_pod, self._footprint.ref(), Empty, _FREEZE_ANSWER_S)
             else:
                 vcpus()
         except BaseException:
@@ -407,9 +407,6 @@ class Container:
             self._events.publish(TaskPaused(container_id=self.id))
         if goes_on:
             self._send_held()
-
-    def _ask_guest(self, method: str) -> None:
-        self.guest.call(method, self._footprint.ref(), Empty, _FREEZE_ANSWER_S)
 
     def update(self, resources: bytes) -> None:
         """New limits (OCI linux.resources as JSON), inside what the VM was booted with."""
