@@ -12,6 +12,7 @@ guest_http       asking a guest's envd, bounded
 volumes          volumes on this node's disk
 node             noded: sandboxes through containerd
 store            teams, keys, templates, owners of sandboxes
+node_channel     gRPC to noded's socket
 node_client      the API's side of noded's door
 tenancy          what the operator does with teams and keys
 metrics          counters for Prometheus

@@ -1,27 +1,22 @@
 """The API's side of noded's builds.
 
-`BuildVerbs` is what the rest of the API knows of them; `BuildClient` is the real one. Like
-NodeClient it makes its channel at the first call, in the worker.
+`BuildVerbs` is what the rest of the API knows of them; `BuildClient` is the real one.
 """
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import grpc
-
-from vmcell_api.node_client import translate_fault
+from vmcell_api.node_channel import NodeChannel
 from vmcell_protos.pb import node_pb2, node_pb2_grpc
 
-CALL_TIMEOUT_S = 30.0
 REMOVE_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewStep:
-    """One step, as the client sent it."""
+    """One step, as the client sent it; the node checks what it means."""
 
     type: str
     args: list[str]
@@ -89,22 +84,17 @@ class BuildVerbs(Protocol):
 
 
 class BuildClient:
-    """noded over its unix socket; thread-safe, `close()` is idempotent."""
+    """`BuildVerbs` of noded over its unix socket; thread-safe, `close()` is idempotent."""
 
     def __init__(self, socket_path: str) -> None:
-        self._socket_path = socket_path
-        self._lock = threading.Lock()
-        self._channel: grpc.Channel | None = None
+        self._channel = NodeChannel(socket_path, node_pb2_grpc.BuildsStub)
+        self._call = self._channel.call
 
     def close(self) -> None:
         """Ends the connection."""
-        with self._lock:
-            if self._channel is not None:
-                self._channel.close()
-            self._channel = None
+        self._channel.close()
 
     def start(self, build: NewBuild) -> None:
-        """Takes a build on."""
         login = None
         if build.username:
             login = node_pb2.RegistryLogin(username=build.username, password=build.password)
@@ -114,15 +104,7 @@ class BuildClient:
             template_id=build.template_id,
             from_image=build.from_image,
             registry_login=login,
-            steps=[
-                node_pb2.BuildStep(
-                    type=step.type,
-                    args=step.args,
-                    files_hash=step.files_hash,
-                    force=step.force,
-                )
-                for step in build.steps
-            ],
+            steps=[node_pb2.BuildStep(**vars(step)) for step in build.steps],
             force=build.force,
             start_command=build.start_command,
             ready_command=build.ready_command,
@@ -132,31 +114,14 @@ class BuildClient:
         self._call("StartBuild", request)
 
     def get(self, build_id: str, *, offset: int, limit: int) -> NodeBuild:
-        """A build with a page of its log."""
         request = node_pb2.GetBuildRequest(build_id=build_id, offset=offset, limit=limit)
         return _build(self._call("GetBuild", request))
 
     def cancel(self, build_id: str) -> NodeBuild:
-        """Ends a build early."""
         return _build(self._call("CancelBuild", node_pb2.BuildRef(build_id=build_id)))
 
     def remove(self, build_id: str) -> None:
-        """Cancels a build and removes image and log."""
         self._call("RemoveBuild", node_pb2.BuildRef(build_id=build_id), REMOVE_TIMEOUT_S)
-
-    def _call(self, verb: str, request: object, timeout_s: float = CALL_TIMEOUT_S):  # type: ignore[no-untyped-def]  # stubs are untyped
-        with self._lock:
-            if self._channel is None:
-                options = [("grpc.initial_reconnect_backoff_ms", 100)]
-                options.append(("grpc.max_reconnect_backoff_ms", 1000))
-                self._channel = grpc.insecure_channel(
-                    f"unix://{self._socket_path}", options=options
-                )
-            stub = node_pb2_grpc.BuildsStub(self._channel)
-        try:
-            return getattr(stub, verb)(request, timeout=timeout_s)
-        except grpc.RpcError as error:
-            raise translate_fault(error, self._socket_path) from error
 
 
 def _build(message: node_pb2.BuildState) -> NodeBuild:

@@ -70,7 +70,6 @@ class ApiConfig:
     slot_network: str = "10.88.0.0/16"
     nameservers: tuple[str, ...] = ("8.8.8.8", "1.1.1.1")
     default_user: str = "user"
-    default_template: str = "base"
     start_timeout_s: int = 120
     max_timeout_s: int = 86400
     allow_no_end: bool = True

@@ -15,13 +15,8 @@ from vmcell_api.config import ApiConfig
 from vmcell_api.egress import Egress
 from vmcell_api.identifiers import new_access_token, new_sandbox_id, sandbox_id_of
 from vmcell_api.metric_sample import MetricSample
-from vmcell_api.node_client import (
-    PAUSED,
-    NewSandbox,
-    NodeUnreachable,
-    NodeVerbs,
-    RunningSandbox,
-)
+from vmcell_api.node_channel import NodeUnreachable, is_undone
+from vmcell_api.node_client import PAUSED, NewSandbox, NodeVerbs, RunningSandbox
 from vmcell_api.sandbox_bodies import CreateBody, ListQuery
 from vmcell_api.sandbox_logs import LogEntry, parse_entries
 from vmcell_api.snapshot_catalog import SnapshotCatalog
@@ -314,11 +309,6 @@ class ControlPlane:
 
 def _running_ids(here: Sequence[RunningSandbox]) -> set[str]:
     return {running.sandbox_id for running in here if running.state != PAUSED}
-
-
-def is_undone(error: VmcellError) -> bool:
-    """Whether a create that failed so is known to have left nothing."""
-    return not isinstance(error, NodeUnreachable) and error.code != "deadline_exceeded"
 
 
 def _create_error(error: VmcellError, template: str) -> VmcellError:

@@ -14,7 +14,7 @@ from gunicorn.http.errors import ParseException
 
 from vmcell_api.coded_errors import CodedError
 from vmcell_api.json_body import BodyTooLarge
-from vmcell_api.node_client import NodeUnreachable
+from vmcell_api.node_channel import NodeUnreachable
 from vmcell_api.request_rate import RateExceeded
 from vmcell_protos.errors import CODES, VmcellError
 

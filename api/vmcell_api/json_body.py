@@ -184,19 +184,6 @@ def text_list_field(body: dict[str, object], name: str, *, prefix: str = "") -> 
     return value
 
 
-def object_list_field(body: dict[str, object], name: str) -> list[dict[str, object]]:
-    """A list of objects, [] when absent or null."""
-    value = body.get(name)
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise CallerError(f"{name} is {_shown(value)}; it takes a list of objects")
-    for item in value:
-        if not isinstance(item, dict):
-            raise CallerError(f"{name} holds {_shown(item)}; it takes objects")
-    return value
-
-
 def text_map_field(body: dict[str, object], name: str) -> dict[str, str]:
     """An object of strings, {} when absent or null."""
     value = body.get(name)

@@ -18,7 +18,6 @@ import time
 import traceback
 from collections.abc import Mapping
 
-FORMATS = ("text", "json")
 _SECRET = re.compile(r"(e2b_|vmt_)[0-9a-zA-Z]{8,}|\b[0-9a-f]{32,}\b|v1_[A-Za-z0-9+/]{20,}")
 _QUOTES_REQUESTS = ("Invalid request from ip=", "Error handling request", "Error handling http")
 

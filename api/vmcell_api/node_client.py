@@ -1,29 +1,22 @@
 """The API's side of noded's door.
 
-`NodeVerbs` is what the rest of the API knows of a node; `NodeClient` is the real one. gRPC
-channels do not survive a fork, so the channel is made at the first call, in the worker.
+`NodeVerbs` is what the rest of the API knows of a node; `NodeClient` is the real one.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
-
-import grpc
 
 from vmcell_api.egress import OPEN, Egress
 from vmcell_api.guest_http import fetch
 from vmcell_api.metric_sample import MetricSample
+from vmcell_api.node_channel import NodeChannel
 from vmcell_api.snapshot_facts import FileChange, SnapshotFile
 from vmcell_api.volumes.names import VolumeMount
-from vmcell_protos.errors import CODE_NAMES, CallerError, HostError, VmcellError
 from vmcell_protos.pb import node_pb2, node_pb2_grpc
 
-CALL_TIMEOUT_S = 30.0
-# 10,000 files with paths of 4 KiB are the most that one holds.
-MAX_ANSWER_BYTES = 64 << 20
 KILL_TIMEOUT_S = 60.0
 # Saving a machine of many GiB to a slow disk; noded gives up a little earlier.
 SAVE_TIMEOUT_S = 330.0
@@ -33,19 +26,10 @@ DIFF_TIMEOUT_S = 150.0
 LOGS_BYTES, LOGS_TIMEOUT_S = 4 << 20, 10.0
 # A volume may have millions of files.
 REMOVE_VOLUME_TIMEOUT_S = 600.0
-CALLERS_CODES = (
-    *("invalid_argument", "not_found", "already_exists", "failed_precondition", "out_of_range"),
-    *("permission_denied", "unimplemented", "aborted"),
-)
-
 
 RUNNING, PAUSING, PAUSED = "running", "pausing", "paused"
 
 JsonNumbers = dict[str, object]
-
-
-class NodeUnreachable(HostError):
-    """noded does not answer; asking again soon may help."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,24 +195,18 @@ class NodeVerbs(Protocol):
 
 
 class NodeClient:
-    """noded over its unix socket; thread-safe, `close()` is idempotent."""
+    """`NodeVerbs` of noded over its unix socket; thread-safe, `close()` is idempotent."""
 
     def __init__(self, socket_path: str, *, create_timeout_s: float) -> None:
-        self._socket_path = socket_path
         self._create_timeout_s = create_timeout_s
-        self._lock = threading.Lock()
-        self._channel: grpc.Channel | None = None
-        self._stub: node_pb2_grpc.NodeStub | None = None
+        self._channel = NodeChannel(socket_path, node_pb2_grpc.NodeStub)
+        self._call = self._channel.call
 
     def close(self) -> None:
         """Ends the connection."""
-        with self._lock:
-            if self._channel is not None:
-                self._channel.close()
-            self._channel = self._stub = None
+        self._channel.close()
 
     def create(self, sandbox: NewSandbox) -> RunningSandbox:
-        """Makes a sandbox and answers when it can be used."""
         request = node_pb2.CreateSandboxRequest(
             sandbox_id=sandbox.sandbox_id,
             template_id=sandbox.template_id,
@@ -253,34 +231,28 @@ class NodeClient:
         return _running(self._call("CreateSandbox", request, self._create_timeout_s))
 
     def kill(self, sandbox_id: str) -> None:
-        """Ends a sandbox; not_found when there is none."""
         self._call("KillSandbox", node_pb2.SandboxRef(sandbox_id=sandbox_id), KILL_TIMEOUT_S)
 
     def get(self, sandbox_id: str) -> RunningSandbox:
-        """One sandbox, in whatever state; not_found when there is none."""
         return _running(self._call("GetSandbox", node_pb2.SandboxRef(sandbox_id=sandbox_id)))
 
     def list(self) -> list[RunningSandbox]:
-        """The sandboxes in whatever state, oldest first."""
         answer = self._call("ListSandboxes", node_pb2.ListSandboxesRequest())
         return [_running(message) for message in answer.sandboxes]
 
     def set_deadline(self, sandbox_id: str, timeout_s: int, *, only_extend: bool) -> RunningSandbox:
-        """Moves the end to `timeout_s` from now."""
         request = node_pb2.SetDeadlineRequest(
             sandbox_id=sandbox_id, timeout_ms=timeout_s * 1000, only_extend=only_extend
         )
         return _running(self._call("SetDeadline", request))
 
     def pause(self, sandbox_id: str) -> RunningSandbox:
-        """Saves it and ends its machine; aborted: it is paused already, or was called off."""
         request = node_pb2.SandboxRef(sandbox_id=sandbox_id)
         return _running(self._call("PauseSandbox", request, SAVE_TIMEOUT_S))
 
     def resume(
         self, sandbox_id: str, timeout_s: int, *, by_request: bool = False
     ) -> tuple[RunningSandbox, bool]:
-        """(the sandbox running, whether this call restored it); see `NodeVerbs`."""
         request = node_pb2.ResumeSandboxRequest(
             sandbox_id=sandbox_id, timeout_ms=timeout_s * 1000, by_request=by_request
         )
@@ -289,25 +261,21 @@ class NodeClient:
         return _running(answer.sandbox), answer.resumed
 
     def make_snapshot(self, sandbox_id: str, snapshot_id: str, *, life_s: int = 0) -> NodeSnapshot:
-        """A snapshot of a running sandbox; it is removed after `life_s` unless 0."""
         request = node_pb2.MakeSnapshotRequest(
             sandbox_id=sandbox_id, snapshot_id=snapshot_id, life_ms=life_s * 1000
         )
         return _snapshot(self._call("MakeSnapshot", request, SAVE_TIMEOUT_S))
 
     def snapshots(self, sandbox_id: str = "") -> Sequence[NodeSnapshot]:
-        """All, or those of one sandbox, oldest first."""
         request = node_pb2.ListSnapshotsRequest(sandbox_id=sandbox_id)
         return [_snapshot(message) for message in self._call("ListSnapshots", request).snapshots]
 
     def remove_snapshot(self, snapshot_id: str) -> None:
-        """Removes one; not_found when there is none, aborted while it is being restored."""
         self._call("RemoveSnapshot", node_pb2.SnapshotRef(snapshot_id=snapshot_id))
 
     def rollback(
         self, sandbox_id: str, snapshot_id: str, *, undo_life_s: int
     ) -> tuple[RunningSandbox, NodeSnapshot]:
-        """(the sandbox as that snapshot has it, what it was before)."""
         request = node_pb2.RollbackRequest(
             sandbox_id=sandbox_id, snapshot_id=snapshot_id, undo_life_ms=undo_life_s * 1000
         )
@@ -315,7 +283,6 @@ class NodeClient:
         return _running(answer.sandbox), _snapshot(answer.undo)
 
     def file_changes(self, older_id: str, newer_id: str) -> Sequence[FileChange]:
-        """Which files differ between two snapshots, as two guests restored from them say."""
         request = node_pb2.DiffSnapshotsRequest(older_id=older_id, newer_id=newer_id)
         answer = self._call("DiffSnapshots", request, DIFF_TIMEOUT_S + 2 * self._create_timeout_s)
         return [
@@ -329,7 +296,6 @@ class NodeClient:
         ]
 
     def memory(self, sandbox_id: str) -> JsonNumbers:
-        """What a running sandbox has of the host's memory, as the API answers it."""
         answer = self._call("ReadMemory", node_pb2.SandboxRef(sandbox_id=sandbox_id))
         return {
             "guestMemoryBytes": answer.guest_memory_bytes,
@@ -345,7 +311,6 @@ class NodeClient:
         }
 
     def info(self) -> NodeInfo:
-        """What the node is, and how much of it is free."""
         answer = self._call("NodeInfo", node_pb2.NodeInfoRequest())
         return NodeInfo(
             containerd_version=answer.containerd_version,
@@ -354,7 +319,6 @@ class NodeClient:
         )
 
     def set_egress(self, sandbox_id: str, egress: Egress) -> RunningSandbox:
-        """Changes what a sandbox may reach, for good."""
         request = node_pb2.SetEgressRequest(
             sandbox_id=sandbox_id,
             allow_internet=egress.allow_internet,
@@ -371,7 +335,6 @@ class NodeClient:
         end_unix_ms: int = 0,
         newest_only: bool = False,
     ) -> dict[str, Sequence[MetricSample]]:
-        """What sandboxes used, oldest first; one that is not running is left out."""
         request = node_pb2.ReadMetricsRequest(
             sandbox_ids=sandbox_ids,
             start_unix_ms=start_unix_ms,
@@ -398,45 +361,10 @@ class NodeClient:
         )
 
     def make_volume(self, volume_id: str) -> None:
-        """Makes an empty volume; one that is there stays as it is."""
         self._call("MakeVolume", node_pb2.VolumeRef(volume_id=volume_id))
 
     def remove_volume(self, volume_id: str) -> None:
-        """Removes a volume, a missing one too; aborted while a sandbox has it."""
         self._call("RemoveVolume", node_pb2.VolumeRef(volume_id=volume_id), REMOVE_VOLUME_TIMEOUT_S)
-
-    def _call(self, verb: str, request: object, timeout_s: float = CALL_TIMEOUT_S):  # type: ignore[no-untyped-def]  # stubs are untyped
-        method: Callable = getattr(self._connected(), verb)
-        try:
-            return method(request, timeout=timeout_s)
-        except grpc.RpcError as error:
-            raise translate_fault(error, self._socket_path) from error
-
-    def _connected(self) -> node_pb2_grpc.NodeStub:
-        with self._lock:
-            if self._stub is None:
-                self._channel = grpc.insecure_channel(
-                    f"unix://{self._socket_path}",
-                    options=[
-                        ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
-                        ("grpc.initial_reconnect_backoff_ms", 100),
-                        ("grpc.max_reconnect_backoff_ms", 1000),
-                    ],
-                )
-                self._stub = node_pb2_grpc.NodeStub(self._channel)
-            return self._stub
-
-
-def translate_fault(error: grpc.RpcError, socket_path: str) -> VmcellError:
-    """Our error for one of gRPC's; noded marks its own answers in the trailing metadata."""
-    spoken = any(key == "vmcell-fault" for key, _ in error.trailing_metadata() or ())
-    code = CODE_NAMES.get(error.code().value[0], "unknown")
-    if not spoken and code == "unavailable":
-        return NodeUnreachable(
-            f"noded does not answer on {socket_path}; start `vmcell serve`, then try again"
-        )
-    kind = CallerError if code in CALLERS_CODES else HostError
-    return kind(error.details() or code, code=code)
 
 
 def _running(message: node_pb2.Sandbox) -> RunningSandbox:

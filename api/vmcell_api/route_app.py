@@ -20,7 +20,8 @@ import falcon
 
 from vmcell_api import data_route, http_errors
 from vmcell_api.data_route import ENVD_PORT, Refusal, Request, Signed, Target
-from vmcell_api.node_client import RUNNING, NodeUnreachable, NodeVerbs, RunningSandbox
+from vmcell_api.node_channel import NodeUnreachable
+from vmcell_api.node_client import RUNNING, NodeVerbs, RunningSandbox
 from vmcell_api.refusal_answers import allow_preflight, write_refusal
 from vmcell_api.signature_search import SignatureSearch
 from vmcell_api.store.records import Store

@@ -170,16 +170,16 @@ def _parse_lifecycle(body: dict[str, object]) -> tuple[bool, bool]:
             f"lifecycle.onTimeout is {str(on_timeout)[:40]!r}; it takes kill or pause"
         )
     pauses = bool_field(body, "autoPause", default=on_timeout == "pause")
-    resumes = _auto_resume(body, "autoResume") or _auto_resume(lifecycle, "autoResume")
+    resumes = _auto_resume(body) or _auto_resume(lifecycle)
     return pauses, resumes
 
 
-def _auto_resume(body: dict[str, object], name: str) -> bool:
+def _auto_resume(body: dict[str, object]) -> bool:
     """A flag, or E2B's object with the flag `enabled`."""
-    value = body.get(name)
+    value = body.get("autoResume")
     if isinstance(value, dict):
-        return bool_field(value, "enabled", default=False, prefix=f"{name}.")
-    return bool_field(body, name, default=False)
+        return bool_field(value, "enabled", default=False, prefix="autoResume.")
+    return bool_field(body, "autoResume", default=False)
 
 
 def parse_list_query(query_string: str) -> ListQuery:

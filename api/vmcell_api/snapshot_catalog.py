@@ -10,7 +10,8 @@ import secrets
 import string
 from collections.abc import Sequence
 
-from vmcell_api.node_client import NodeSnapshot, NodeUnreachable, NodeVerbs, RunningSandbox
+from vmcell_api.node_channel import is_undone
+from vmcell_api.node_client import NodeSnapshot, NodeVerbs, RunningSandbox
 from vmcell_api.store.records import Store, Team, now_ms
 from vmcell_api.store.snapshot_rows import SnapshotRows, TeamSnapshot
 from vmcell_api.template_names import DEFAULT_TAG, namespace_of, parse_name
@@ -47,7 +48,7 @@ class SnapshotCatalog:
         try:
             self._node.make_snapshot(running.sandbox_id, row.snapshot_id)
         except VmcellError as error:
-            if not isinstance(error, NodeUnreachable) and error.code != "deadline_exceeded":
+            if is_undone(error):
                 self._rows.forget([row.snapshot_id])
             raise
         self._rows.mark_made(row.snapshot_id, team_id=team.team_id, name=name)

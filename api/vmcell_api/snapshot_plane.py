@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from vmcell_api.coded_errors import CodedCallerError, CodedHostError
 from vmcell_api.config import ApiConfig
-from vmcell_api.control_plane import ControlPlane, Pair, is_undone
+from vmcell_api.control_plane import ControlPlane, Pair
 from vmcell_api.guest_http import fetch
+from vmcell_api.node_channel import is_undone
 from vmcell_api.node_client import PAUSED, NodeSnapshot, NodeVerbs, RunningSandbox
 from vmcell_api.snapshot_catalog import SnapshotCatalog, new_snapshot_id, normal_name
 from vmcell_api.snapshot_facts import FileChange

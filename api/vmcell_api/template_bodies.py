@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl
 
+from vmcell_api.build_client import NewStep
 from vmcell_api.json_body import bool_field, int_field, text_field
 from vmcell_api.query_numbers import query_number
 from vmcell_api.template_names import DEFAULT_TAG, TemplateName, parse_name, parse_tags
@@ -33,16 +34,6 @@ class TemplateRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepBody:
-    """One step as the client sent it; the node checks what it means."""
-
-    type: str
-    args: list[str]
-    files_hash: str
-    force: bool
-
-
-@dataclass(frozen=True, kw_only=True)
 class BuildStart:
     """`POST /v2/templates/{id}/builds/{id}`; one of `from_image`, `from_template` is set."""
 
@@ -50,7 +41,7 @@ class BuildStart:
     from_template: str
     username: str = ""
     password: str = field(default="", repr=False)
-    steps: list[StepBody]
+    steps: list[NewStep]
     force: bool
     start_command: str
     ready_command: str
@@ -115,7 +106,7 @@ def _optional(body: dict[str, object], name: str) -> str:
     return value
 
 
-def _step(number: int, step: object) -> StepBody:
+def _step(number: int, step: object) -> NewStep:
     where = f"steps[{number - 1}]"
     if not isinstance(step, dict):
         raise CallerError(f"{where} takes an object")
@@ -124,7 +115,7 @@ def _step(number: int, step: object) -> StepBody:
         raise CallerError(f"{where}.type is {str(kind)[:40]!r}; it takes {', '.join(STEP_TYPES)}")
     if not isinstance(args, list) or not all(isinstance(arg, str) for arg in args):
         raise CallerError(f"{where}.args takes a list of strings")
-    return StepBody(
+    return NewStep(
         type=str(kind),
         args=args,
         files_hash=_optional(step, "filesHash"),

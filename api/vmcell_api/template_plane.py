@@ -12,7 +12,7 @@ import secrets
 import uuid
 from dataclasses import dataclass
 
-from vmcell_api.build_client import BuildEntry, BuildVerbs, NewBuild, NewStep, NodeBuild
+from vmcell_api.build_client import BuildEntry, BuildVerbs, NewBuild, NodeBuild
 from vmcell_api.identifiers import SANDBOX_ID, new_sandbox_id
 from vmcell_api.store.records import Store, Team, Template, now_ms
 from vmcell_api.store.templates import (
@@ -90,15 +90,7 @@ class TemplatePlane:
             from_image=self._image(team, start),
             username=start.username,
             password=start.password,
-            steps=[
-                NewStep(
-                    type=step.type,
-                    args=step.args,
-                    files_hash=step.files_hash,
-                    force=step.force,
-                )
-                for step in start.steps
-            ],
+            steps=start.steps,
             force=start.force,
             start_command=start.start_command,
             ready_command=start.ready_command,

@@ -6,7 +6,8 @@ is ever without an owner. A create that was cut off is finished by the next one 
 
 from __future__ import annotations
 
-from vmcell_api.node_client import NodeUnreachable, NodeVerbs
+from vmcell_api.node_channel import is_undone
+from vmcell_api.node_client import NodeVerbs
 from vmcell_api.store.records import Store, Team
 from vmcell_api.store.volume_records import VolumeRecord, VolumeStore
 from vmcell_api.volumes.names import VOLUME_ID, VolumeMount, check_volume_name, new_volume_id
@@ -37,7 +38,7 @@ class VolumeControl:
         try:
             self._node.make_volume(record.volume_id)
         except VmcellError as error:
-            if not isinstance(error, NodeUnreachable) and error.code != "deadline_exceeded":
+            if is_undone(error):
                 self._store.forget_unmade(record.volume_id)  # known not to be there
             raise
         if not self._store.mark_made(record.volume_id):  # another create of it failed, or a delete

@@ -15,11 +15,11 @@ _LINE_BYTES = 800  # the kernel refuses records over about 1,000 bytes
 
 
 class KernelLog:
-    """Writes to `path`; without it (a test, an early failure) lines are dropped."""
+    """Writes to KMSG; without it (a test, an early failure) lines are dropped."""
 
-    def __init__(self, path: str = KMSG) -> None:
+    def __init__(self) -> None:
         try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_APPEND)
+            self._fd = os.open(KMSG, os.O_WRONLY | os.O_CLOEXEC | os.O_APPEND)
         except OSError:
             self._fd = -1
         self._window_start = 0.0

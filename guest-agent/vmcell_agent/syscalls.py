@@ -88,12 +88,10 @@ def clone_tree(path: str, directory: int = abi.AT_FDCWD) -> int:
     return _syscall(abi.SYS_OPEN_TREE, directory, path, flags)
 
 
-def attach_tree(
-    tree: int, path: str, directory: int = abi.AT_FDCWD, *, beneath: bool = False
-) -> None:
+def attach_tree(tree: int, path: str, *, beneath: bool = False) -> None:
     """move_mount(2): put what `clone_tree` gave on `path`, or beneath the mount that is there."""
     flags = abi.MOVE_MOUNT_F_EMPTY_PATH | (abi.MOVE_MOUNT_BENEATH if beneath else 0)
-    _syscall(abi.SYS_MOVE_MOUNT, tree, "", directory, path, flags)
+    _syscall(abi.SYS_MOVE_MOUNT, tree, "", abi.AT_FDCWD, path, flags)
 
 
 def set_tree_read_only(tree: int) -> None:

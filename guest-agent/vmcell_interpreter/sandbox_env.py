@@ -16,14 +16,14 @@ ENVS_URL = "http://127.0.0.1:49983/envs"
 WITHIN_S = 10.0
 
 
-async def sandbox_environment(token: str | None, url: str = ENVS_URL) -> dict[str, str]:
+async def sandbox_environment(token: str | None) -> dict[str, str]:
     """envd's variables; none, with a line in the log, when it does not tell.
 
     Old clients show no token, and a sandbox that has one then keeps its variables to itself.
     """
     headers = {"X-Access-Token": token} if token else {}
     try:
-        answer = await AsyncHTTPClient().fetch(url, headers=headers, request_timeout=WITHIN_S)
+        answer = await AsyncHTTPClient().fetch(ENVS_URL, headers=headers, request_timeout=WITHIN_S)
         found = json.loads(answer.body)
     except (HTTPClientError, OSError, ValueError) as error:
         log.warning("envd did not tell the sandbox's environment: %s", error)

@@ -14,7 +14,7 @@ from typing import Any
 from tornado.iostream import StreamClosedError
 from tornado.web import Application, RequestHandler
 
-from .client import KEEPALIVE_S, Client, ClientGone
+from .client import Client, ClientGone
 from .contexts import Contexts
 from .kernel import KernelFailed
 from .languages import BASH, NoKernel
@@ -27,9 +27,8 @@ log = logging.getLogger("vmcell.interpreter")
 class TextErrors(RequestHandler):
     """What all routes share: the registry, and errors as one line of text."""
 
-    def initialize(self, contexts: Contexts, keepalive_s: float) -> None:
+    def initialize(self, contexts: Contexts) -> None:
         self.contexts = contexts
-        self.keepalive_s = keepalive_s
 
     def set_default_headers(self) -> None:
         """Browsers use the JavaScript client from other origins."""
@@ -113,7 +112,7 @@ class Execute(TextErrors):
         context = self.contexts.for_run(request)
         if context.language == BASH:
             check_for_shell(request)
-        self.client = Client(self._send, keepalive_s=self.keepalive_s)
+        self.client = Client(self._send)
         self.set_header("Content-Type", "application/x-ndjson")
         self.set_header("Cache-Control", "no-store")
         self.set_header("X-Accel-Buffering", "no")
@@ -140,9 +139,9 @@ async def _until_gone(call: Awaitable[None]) -> None:
         raise ClientGone from error
 
 
-def application(contexts: Contexts, *, keepalive_s: float = KEEPALIVE_S) -> Application:
+def application(contexts: Contexts) -> Application:
     """The routes over `contexts`."""
-    settings = {"contexts": contexts, "keepalive_s": keepalive_s}
+    settings = {"contexts": contexts}
     return Application(
         [
             ("/health", Health, settings),

@@ -65,14 +65,14 @@ class Reply:
         self.error = error
 
 
-def encode_frame(stream_id: int, kind: int, data: bytes, flags: int = 0) -> bytes:
+def encode_frame(stream_id: int, kind: int, data: bytes) -> bytes:
     """One whole frame; raises CallerError(resource_exhausted) over MAX_DATA_BYTES."""
     if len(data) > MAX_DATA_BYTES:
         raise CallerError(
             f"message of {len(data)} bytes; ttrpc carries at most {MAX_DATA_BYTES}",
             code="resource_exhausted",
         )
-    return _HEADER.pack(len(data), stream_id, kind, flags) + data
+    return _HEADER.pack(len(data), stream_id, kind, 0) + data
 
 
 class FrameReader:

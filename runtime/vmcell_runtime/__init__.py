@@ -11,7 +11,7 @@ layout         every guest physical address the VMM decides, drawn once
 config         what may be asked for: frozen records, their limits, their JSON
 size           how large a machine is: what KVM is told of it before anything else
 control        messages between the shim and its VMM; no I/O
-irq            interrupt lines, and the recorder tests pass instead
+irq            interrupt lines
 bus            addresses to devices, for ports and for memory-mapped windows
 loop           the device thread's event loop: descriptors, timers, calls from other threads
 boot           everything that stands in memory and registers before the first instruction

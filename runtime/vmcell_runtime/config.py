@@ -6,7 +6,7 @@ nothing by path. Everything wrong is a CallerError that names the field and the 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TypeVar
 
 from vmcell_protos.errors import CallerError
@@ -193,13 +193,8 @@ class MachineConfig:
 _DEVICE_LISTS = (("pmem", PmemConfig), ("blk", BlkConfig), ("net", NetConfig), ("fs", FsConfig))
 
 
-def to_json(config: MachineConfig) -> dict[str, object]:
-    """A tree of plain values that `from_json` turns into an equal configuration."""
-    return asdict(config)
-
-
 def from_json(tree: object) -> MachineConfig:
-    """CallerError for anything that is not exactly a configuration."""
+    """What dataclasses.asdict made of one; CallerError for anything that is not exactly that."""
     fields = _fields("config", tree)
     for name, kind in _DEVICE_LISTS:
         rows = _list(name, fields.get(name, []))

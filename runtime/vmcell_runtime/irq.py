@@ -1,4 +1,4 @@
-"""Interrupt lines: what a device fires, and the recorder tests pass instead.
+"""Interrupt lines: what a device fires.
 
 A line is an eventfd bound to a GSI by KVM_IRQFD; firing it is one write, from any thread, and needs
 no KVM descriptor. Devices may share one: drivers ask their device if it was meant. All our
@@ -32,13 +32,3 @@ class IrqLine:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-
-class RecordedIrq:
-    """A line without KVM; `count` is how often it was fired."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def fire(self) -> None:
-        self.count += 1

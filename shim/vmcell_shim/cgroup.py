@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import signal
 import time
 from dataclasses import dataclass
 
@@ -73,15 +72,13 @@ class HostCgroup:
             _write(os.path.join(row.directory(self.path), "cgroup.procs"), str(pid))
 
 
-def create_cgroup(
-    path: str, limits: HostLimits, *, hierarchies: tuple[Hierarchy, ...] | None = None
-) -> HostCgroup:
+def create_cgroup(path: str, limits: HostLimits) -> HostCgroup:
     """Makes the cgroup with its parents; `path` as parse_cgroups_path gives it.
 
     Raises CallerError when somebody else is in it, HostError when it cannot be made; nothing of it
     is left then.
     """
-    rows = find_hierarchies() if hierarchies is None else hierarchies
+    rows = find_hierarchies()
     if not path:
         raise CallerError("the root of all cgroups cannot be a container's own")
     group = HostCgroup(path, rows)
@@ -92,7 +89,7 @@ def create_cgroup(
     except BaseException:
         # The first error is the one to tell; what is left is empty, and used by the next attempt.
         with contextlib.suppress(HostError):
-            remove_cgroup(path, timeout_s=0, hierarchies=rows)
+            remove_cgroup(path, timeout_s=0)
         raise
     return group
 
@@ -172,25 +169,16 @@ def weight_of_shares(shares: int) -> int:
     return 1 + (bounded - 2) * 9999 // 262_142
 
 
-def members(path: str, *, hierarchies: tuple[Hierarchy, ...] | None = None) -> set[int]:
+def members(path: str) -> set[int]:
     """The processes in the cgroup, of all hierarchies; none when it is not there."""
     found: set[int] = set()
-    for row in find_hierarchies() if hierarchies is None else hierarchies:
+    for row in find_hierarchies():
         with contextlib.suppress(FileNotFoundError):
             found.update(map(int, _words(os.path.join(row.directory(path), "cgroup.procs"))))
     return found
 
 
-def kill_members(path: str, *, hierarchies: tuple[Hierarchy, ...] | None = None) -> None:
-    """SIGKILL for every process in the cgroup but the caller."""
-    for pid in members(path, hierarchies=hierarchies) - {os.getpid()}:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def remove_cgroup(
-    path: str, *, timeout_s: float, hierarchies: tuple[Hierarchy, ...] | None = None
-) -> None:
+def remove_cgroup(path: str, *, timeout_s: float) -> None:
     """Removes the cgroup in every hierarchy; idempotent. Parents stay.
 
     A process that has just ended keeps it busy for a moment. Raises HostError naming who is still
@@ -198,11 +186,11 @@ def remove_cgroup(
     """
     if not path:
         raise CallerError("the root of all cgroups cannot be removed")
-    rows = find_hierarchies() if hierarchies is None else hierarchies
     deadline = time.monotonic() + timeout_s
-    failures = [failure for row in rows if (failure := _remove(row.directory(path), deadline))]
+    directories = [row.directory(path) for row in find_hierarchies()]
+    failures = [failure for directory in directories if (failure := _remove(directory, deadline))]
     if failures:
-        inside = sorted(members(path, hierarchies=rows))
+        inside = sorted(members(path))
         raise HostError(
             f"cgroup {path} is left behind: {'; '.join(failures)}; processes in it: "
             f"{' '.join(map(str, inside[:10])) or 'none'}"

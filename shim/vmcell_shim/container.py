@@ -52,6 +52,8 @@ from vmcell_shim.stdio import Stdio, StreamOwner
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmcell_protos.agent import FileCopy
     from vmcell_protos.task import CreateTaskRequest, ExecProcessRequest
     from vmcell_shim.config import ShimConfig
@@ -112,14 +114,7 @@ class Container:
         self._owner = StreamOwner(
             namespace=namespace, container_id=request.id, warn=journal.warning
         )
-        stdio = Stdio(
-            stdin=request.stdin,
-            stdout=request.stdout,
-            stderr=request.stderr,
-            terminal=request.terminal,
-            owner=self._owner,
-        )
-        self.init = Process(self.id, "", stdio)
+        self.init = Process(self.id, "", self._streams(request))
         self._processes: dict[str, Process] = {"": self.init}
 
     # ---- making -------------------------------------------------------------------------------
@@ -246,27 +241,20 @@ class Container:
     def add_exec(self, request: ExecProcessRequest) -> None:
         """Adds a process that start() runs. Raises CallerError, or what the agent says."""
         self.init.advance("add_exec")
-        stdio = Stdio(
-            stdin=request.stdin,
-            stdout=request.stdout,
-            stderr=request.stderr,
-            terminal=request.terminal,
-            owner=self._owner,
-        )
-        process = Process(self.id, request.exec_id, stdio)
+        process = Process(self.id, request.exec_id, self._streams(request))
         with self._lock:
             taken = request.exec_id in self._processes
             if not taken:
                 self._processes[request.exec_id] = process
         if taken:
-            stdio.close()
+            process.stdio.close()
             raise CallerError(f"exec {request.exec_id} exists already", code="already_exists")
         try:
             process.unsent = AddProcessRequest(
                 container_id=self.id,
                 exec_id=request.exec_id,
                 process_json=request.spec.value if request.spec else b"",
-                streams=stdio.declare(self.guest.next_stream_id),
+                streams=process.stdio.declare(self.guest.next_stream_id),
             )
             # A guest makes a container's namespaces when its init starts; until then the exec is
             # known here alone.
@@ -277,6 +265,15 @@ class Container:
             self._forget(process)
             raise
         self._events.publish(TaskExecAdded(container_id=self.id, exec_id=request.exec_id))
+
+    def _streams(self, request: CreateTaskRequest | ExecProcessRequest) -> Stdio:
+        return Stdio(
+            stdin=request.stdin,
+            stdout=request.stdout,
+            stderr=request.stderr,
+            terminal=request.terminal,
+            owner=self._owner,
+        )
 
     def _introduce(self, process: Process) -> None:
         """The guest learns of an exec, once. Raises VmcellError."""
@@ -370,32 +367,26 @@ class Container:
     def pause(self) -> None:
         """All processes of the container stand still: alone in its VM by the vCPUs, in a pod by the
         guest's freezer. Raises VmcellError."""
-        self.init.advance("pause")
-        try:
-            if self.sandbox.is_pod:
-                self._ask_guest("FreezeContainer")
-            else:
-                self.guest.pause()
-        except BaseException:
-            self.init.advance_unless_ended("pause_failed")
-            raise
-        self.init.advance("paused")
+        self._switch("pause", self.guest.pause, "FreezeContainer", then="paused")
         self._events.publish(TaskPaused(container_id=self.id))
 
     def resume(self) -> None:
         """They go on. Raises VmcellError."""
-        self.init.advance("resume")
-        try:
-            if self.sandbox.is_pod:
-                self._ask_guest("ThawContainer")
-            else:
-                self.guest.resume()
-        except BaseException:
-            self.init.advance_unless_ended("resume_failed")
-            raise
-        self.init.advance("resumed")
+        self._switch("resume", self.guest.resume, "ThawContainer", then="resumed")
         self._events.publish(TaskResumed(container_id=self.id))
         self._send_held()
+
+    def _switch(self, wish: str, vcpus: Callable[[], None], in_pod: str, *, then: str) -> None:
+        self.init.advance(wish)
+        try:
+            if self.sandbox.is_pod:
+                self.guest.call(in_pod, self._footprint.ref(), Empty, _FREEZE_ANSWER_S)
+            else:
+                vcpus()
+        except BaseException:
+            self.init.advance_unless_ended(f"{wish}_failed")
+            raise
+        self.init.advance(then)
 
     def _send_held(self) -> None:
         held, self._held_signals = self._held_signals, []
@@ -416,9 +407,6 @@ class Container:
             self._events.publish(TaskPaused(container_id=self.id))
         if goes_on:
             self._send_held()
-
-    def _ask_guest(self, method: str) -> None:
-        self.guest.call(method, self._footprint.ref(), Empty, _FREEZE_ANSWER_S)
 
     def update(self, resources: bytes) -> None:
         """New limits (OCI linux.resources as JSON), inside what the VM was booted with."""

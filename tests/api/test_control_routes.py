@@ -13,7 +13,7 @@ from control_client import Client, assert_error
 from falcon import testing
 
 from vmcell_api.egress import CLOSED
-from vmcell_api.node_client import NodeUnreachable
+from vmcell_api.node_channel import NodeUnreachable
 from vmcell_protos.errors import CallerError, HostError
 
 

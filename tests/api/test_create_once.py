@@ -11,7 +11,8 @@ from control_client import Client, assert_error
 from falcon import testing
 
 from vmcell_api import create_once
-from vmcell_api.node_client import NewSandbox, NodeUnreachable
+from vmcell_api.node_channel import NodeUnreachable
+from vmcell_api.node_client import NewSandbox
 from vmcell_api.store import create_keys
 from vmcell_protos.errors import HostError
 

@@ -183,7 +183,7 @@ def test_a_browsers_preflight_names_no_sandbox(plane: DataPlane) -> None:
 
 
 def test_the_router_is_down(plane: DataPlane) -> None:
-    from vmcell_api.node_client import NodeUnreachable
+    from vmcell_api.node_channel import NodeUnreachable
 
     plane.service.node.fail_next = NodeUnreachable("no noded")
     status, body, _ = plane.ask(**plane.ids())

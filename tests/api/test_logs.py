@@ -56,7 +56,7 @@ def test_text_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "noded: INFO two\\nlines\\\\ [request_id=r1]\n"
 
 
-@pytest.mark.parametrize("log_format", logs.FORMATS)
+@pytest.mark.parametrize("log_format", ["text", "json"])
 def test_an_exception_shows_its_frames_and_not_its_words(
     capsys: pytest.CaptureFixture[str], log_format: str
 ) -> None:
@@ -75,7 +75,7 @@ def test_an_exception_shows_its_frames_and_not_its_words(
     assert "hunter2" not in line
 
 
-@pytest.mark.parametrize("log_format", logs.FORMATS)
+@pytest.mark.parametrize("log_format", ["text", "json"])
 @pytest.mark.parametrize("secret", [KEY, "ab" * 32, "v1_" + "aZ0+/" * 8])
 def test_what_looks_like_a_secret_is_struck_out(
     capsys: pytest.CaptureFixture[str], log_format: str, secret: str

@@ -34,7 +34,8 @@ from vmcell_api.node.__main__ import build_node
 from vmcell_api.node.build import SandboxRequest
 from vmcell_api.node.node import Node
 from vmcell_api.node.sandbox import END_LABEL, STATE_LABEL
-from vmcell_api.node_client import NewSandbox, NodeClient, NodeUnreachable
+from vmcell_api.node_channel import NodeUnreachable
+from vmcell_api.node_client import NewSandbox, NodeClient
 from vmcell_api.volumes.names import VolumeMount, new_volume_id
 from vmcell_protos.errors import CallerError, HostError, VmcellError
 

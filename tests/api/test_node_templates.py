@@ -198,7 +198,7 @@ def pooled(
             yield opened
             _settled(opened)
             opened.forget_template(GOOD)
-            opened._warm._pool.submit(int).result(60)  # what it was parking is parked
+            opened._warm._maker.submit(int).result(60)  # what it was parking is parked
             while opened.pool.give_up_one():
                 pass
             remove_all(opened, containerd, templates)

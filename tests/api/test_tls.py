@@ -18,7 +18,7 @@ from fake_guest import GuestHandler, fake_guest
 from websockets.sync.client import connect
 from websockets.sync.server import ServerConnection, serve
 
-from vmcell_api.node_client import NodeUnreachable
+from vmcell_api.node_channel import NodeUnreachable
 from vmcell_tools.local_ca import TlsFiles, ensure_certificate
 
 NAME = "sbx.localhost"

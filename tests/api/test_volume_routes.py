@@ -11,7 +11,7 @@ from falcon import testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vmcell_api.node_client import NodeUnreachable
+from vmcell_api.node_channel import NodeUnreachable
 from vmcell_protos.errors import HostError
 
 

@@ -12,12 +12,12 @@ from contextlib import ExitStack
 
 from guest_driver import GuestDriver
 from json_input import expand
+from recorded_irq import RecordedIrq
 from turning_loop import TurningLoop
 
 from vmcell_protos.errors import CallerError
 from vmcell_runtime.devices.console import ConsoleLog
 from vmcell_runtime.devices.serial import Serial
-from vmcell_runtime.irq import RecordedIrq
 from vmcell_runtime.kvm import abi
 from vmcell_runtime.kvm.vcpu_state import LENGTHS
 from vmcell_runtime.memory import GuestMemory

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from guest_driver import GuestDriver
+from recorded_irq import RecordedIrq
 from supply import Script, Supply
 from turning_loop import TurningLoop
 
@@ -20,7 +21,6 @@ from vmcell_runtime.devices.cmos import Cmos
 from vmcell_runtime.devices.console import ConsoleLog, LastWords
 from vmcell_runtime.devices.i8042 import I8042
 from vmcell_runtime.devices.serial import Serial
-from vmcell_runtime.irq import RecordedIrq
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.virtio.balloon import Balloon
 from vmcell_runtime.virtio.blk import Blk

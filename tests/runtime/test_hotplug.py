@@ -12,11 +12,11 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from recorded_irq import RecordedIrq
 from turning_loop import TurningLoop
 
 from vmcell_protos.errors import CallerError, HostError
 from vmcell_runtime.hotplug import HotPlug, SparePlace
-from vmcell_runtime.irq import RecordedIrq
 from vmcell_runtime.kvm.vm import Vm
 from vmcell_runtime.memory import HUGE_PAGE_BYTES, GuestMemory, Slot
 from vmcell_runtime.virtio.window import SpareWindow

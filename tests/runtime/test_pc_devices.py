@@ -9,6 +9,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from recorded_irq import RecordedIrq
 
 from vmcell_protos.errors import CallerError
 from vmcell_runtime.devices import serial as uart
@@ -16,7 +17,7 @@ from vmcell_runtime.devices.cmos import Cmos
 from vmcell_runtime.devices.console import LOG_LIMIT_BYTES, ConsoleLog, LastWords, printable
 from vmcell_runtime.devices.i8042 import I8042
 from vmcell_runtime.devices.serial import Serial
-from vmcell_runtime.irq import IrqLine, RecordedIrq
+from vmcell_runtime.irq import IrqLine
 
 
 class Sink:

@@ -240,7 +240,7 @@ def test_life_of_a_cgroup(place: str, sleeper: subprocess.Popen[bytes]) -> None:
     assert read("pids.max", place) == "100", "what is not named stays"
     with pytest.raises(HostError, match=f"processes in it: {sleeper.pid}"):
         cgroup.remove_cgroup(place, timeout_s=0)
-    cgroup.kill_members(place)
+    sleeper.kill()
     cgroup.remove_cgroup(place, timeout_s=5)
     assert not any(Path(row.directory(place)).exists() for row in rows)
     cgroup.remove_cgroup(place, timeout_s=0)

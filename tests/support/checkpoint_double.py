@@ -51,7 +51,7 @@ class CheckpointDouble:
         """One save as the shim does it."""
         self.saves.append({**options, "container_id": container_id})
         pause = tasks_pb2.PauseTaskRequest(container_id=container_id)
-        daemon._call(daemon._tasks.Pause, pause, f"pausing {container_id}")
+        daemon.call(daemon._tasks.Pause, pause, f"pausing {container_id}")
         self.while_saving()
         name = str(options["snapshot_id"])
         fresh = self.directory / f".{name}"
@@ -83,7 +83,7 @@ class CheckpointDouble:
     def check(self, daemon: Containerd, container_id: str) -> None:
         """Refuses as the shim's Create does."""
         request = containers_pb2.GetContainerRequest(id=container_id)
-        record = daemon._call(daemon._containers.Get, request, "looking it up").container
+        record = daemon.call(daemon._containers.Get, request, "looking it up").container
         name = json.loads(record.spec.value)["annotations"].get(ANNOTATION)
         if name is None:
             return

@@ -22,7 +22,8 @@ from vmcell_api.egress import Egress
 from vmcell_api.identifiers import new_sandbox_id
 from vmcell_api.node.__main__ import build_node
 from vmcell_api.node.node import Node
-from vmcell_api.node_client import NewSandbox, NodeClient, NodeUnreachable
+from vmcell_api.node_channel import NodeUnreachable
+from vmcell_api.node_client import NewSandbox, NodeClient
 
 PATIENCE_S = 60.0
 PROGRAM = Path(__file__).with_name("doomed_process.py")

@@ -25,7 +25,6 @@ DEADLINE_SECONDS = 30.0
 ENVD_PORT = 49983
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
 USER_UID = 1000
-STAFF_GID = 50
 
 _PASSWD = """\
 root:x:0:0:root:/root:/bin/bash

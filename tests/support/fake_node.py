@@ -32,9 +32,9 @@ class FakeNode:
     Volumes are real directories, under `volumes_dir`.
     """
 
-    def __init__(self, address: str = "127.0.0.1", *, volumes_dir: str = "/nonexistent") -> None:
+    def __init__(self, *, volumes_dir: str = "/nonexistent") -> None:
         self.volumes = VolumeUse(VolumeFolders(volumes_dir))
-        self.address = address
+        self.address = "127.0.0.1"
         self.running: dict[str, RunningSandbox] = {}
         self.orders: list[NewSandbox] = []
         self.fail_next: VmcellError | None = None

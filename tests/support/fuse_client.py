@@ -26,6 +26,7 @@ LOOKUP, FORGET, GETATTR, OPEN, READ, WRITE, INIT, READDIR, CREATE = 1, 2, 3, 14,
 _IN = struct.Struct("<IIQQIIIHH")
 _OUT = struct.Struct("<IiQ")
 REPLY_ROOM_BYTES = 8192
+DEADLINE_S = 10.0
 
 
 class FuseClient:
@@ -34,9 +35,8 @@ class FuseClient:
     An error of the server is raised as OSError.
     """
 
-    def __init__(self, driver: GuestDriver, deadline_s: float = 10.0) -> None:
+    def __init__(self, driver: GuestDriver) -> None:
         self.driver = driver
-        self.deadline_s = deadline_s
         self.unique = 2
 
     def send(self, opcode: int, node: int, body: bytes = b"") -> Buffer:
@@ -57,7 +57,7 @@ class FuseClient:
     def reply(self, buffer: Buffer) -> bytes:
         """The body of the reply to `buffer`, the only request in flight."""
         queue = self.driver.queues[REQUESTS]
-        end = time.monotonic() + self.deadline_s
+        end = time.monotonic() + DEADLINE_S
         while not (done := queue.collect()):
             assert time.monotonic() < end, "the file system does not answer"
             self.driver.loop.settle()

@@ -10,9 +10,9 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from recorded_irq import RecordedIrq
 from turning_loop import TurningLoop
 
-from vmcell_runtime.irq import RecordedIrq
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.virtio.device import VirtioDevice
 from vmcell_runtime.virtio.mmio import MmioTransport

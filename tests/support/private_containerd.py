@@ -18,7 +18,7 @@ from pathlib import Path
 
 from containerd_configs import configuration
 from containerd_release import DEBIAN, Release, find_release
-from shim_harness import wait_until
+from shim_harness import wait_until, write_settings
 from zygote_harness import Zygote
 
 from vmcell_tools import dev_containerd
@@ -82,14 +82,7 @@ class PrivateContainerd:
                     (directory / "cni" / Path(path).name).write_bytes(content)
         text = configuration(directory, version=self.release.config, cri=cri, image=IMAGE)
         (directory / "containerd.toml").write_text(text)
-        for name in ("kernel", "base.erofs"):
-            (directory / name).touch()
-        (directory / "vmcell.toml").write_text(
-            f'kernel = "{directory}/kernel"\nbase_image = "{directory}/base.erofs"\n'
-            f'state_dir = "{directory}/run"\ncache_dir = "{directory}/cache"\n'
-            f'snapshot_dir = "{directory}/snapshots"\n'
-            "writable_mib = 64\nboot_timeout_s = 20\n"
-        )
+        write_settings(directory / "vmcell.toml")
 
     def environment(self) -> dict[str, str]:
         """What the daemon has beside what this process has."""

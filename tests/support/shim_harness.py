@@ -245,21 +245,34 @@ class Shim:
         self.journal.close()
 
 
-@contextmanager
-def running_shim(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shim]:
-    """A shim below `directory`, with the fake guest in the VMM's place."""
+def write_settings(path: Path, *, boot_timeout_s: int = 20) -> Path:
+    """A shim's configuration at `path`; all it names is beside, the guest's images are empty."""
+    directory = path.parent
     for name in ("kernel", "base.erofs"):
         (directory / name).touch()
-    (directory / "config.toml").write_text(
+    path.write_text(
         f'kernel = "{directory}/kernel"\nbase_image = "{directory}/base.erofs"\n'
         f'state_dir = "{directory}/run"\ncache_dir = "{directory}/cache"\n'
         f'snapshot_dir = "{directory}/snapshots"\n'
-        "writable_mib = 64\nboot_timeout_s = 20\n"
+        f"writable_mib = 64\nboot_timeout_s = {boot_timeout_s}\n"
     )
-    monkeypatch.setenv("VMCELL_CONFIG", str(directory / "config.toml"))
+    return path
+
+
+@contextmanager
+def running_shim(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shim]:
+    """A shim below `directory`, with the fake guest in the VMM's place."""
+    monkeypatch.setenv("VMCELL_CONFIG", str(write_settings(directory / "config.toml")))
     monkeypatch.setenv("FAKE_RECORD", str(directory / "record.json"))
     monkeypatch.setattr(guest.handle, "spawn", fake_vmm.spawn)
     monkeypatch.setattr(sandbox, "Share", FakeShare)
+    with shim_in(directory) as shim:
+        yield shim
+
+
+@contextmanager
+def shim_in(directory: Path) -> Iterator[Shim]:
+    """A shim with files of its own in `directory`, in the surroundings that running_shim made."""
     containerd = FakeContainerd(str(directory / "events.sock"))
     try:
         shim = Shim(directory, containerd)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TypeVar
 
-from shim_harness import FakeContainerd, wait_until
+from shim_harness import FakeContainerd, wait_until, write_settings
 
 from vmcell_protos import task
 from vmcell_protos.errors import VmcellError
@@ -32,14 +32,7 @@ class ShimProcess:
     def __init__(self, directory: Path, agent: str, behaviour: dict[str, object]) -> None:
         directory.mkdir(exist_ok=True)
         self.directory = directory
-        for name in ("kernel", "base.erofs"):
-            (directory / name).touch()
-        (directory / "config.toml").write_text(
-            f'kernel = "{directory}/kernel"\nbase_image = "{directory}/base.erofs"\n'
-            f'state_dir = "{directory}/run"\ncache_dir = "{directory}/cache"\n'
-            f'snapshot_dir = "{directory}/snapshots"\n'
-            f"writable_mib = 64\nboot_timeout_s = {BOOT_S}\n"
-        )
+        write_settings(directory / "config.toml", boot_timeout_s=BOOT_S)
         self.containerd = FakeContainerd(str(directory / "events.sock"))
         roots = [ROOT / name for name in ("protos", "runtime", "shim", "tests/support")]
         self.process = subprocess.Popen(

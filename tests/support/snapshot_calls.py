@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fake_vmm import FakeVmm
-from shim_harness import DEADLINE_S, FakeContainerd, Shim
+from shim_harness import Shim, shim_in
 
 from vmcell_protos import task
 from vmcell_protos.wellknown import Any as AnyMessage
@@ -45,7 +45,6 @@ def checkpoint(
     *,
     path: str | Path = "",
     container_id: str = "c1",
-    timeout_s: float = DEADLINE_S,
 ) -> None:
     """Into the directory `path`, or as the options say. Raises VmcellError."""
     request = task.CheckpointTaskRequest(
@@ -53,7 +52,7 @@ def checkpoint(
         path=str(path),
         options=AnyMessage(type_url=kind, value=value) if kind else None,
     )
-    shim.call("Checkpoint", request, Empty, timeout_s)
+    shim.call("Checkpoint", request, Empty)
 
 
 def restore(
@@ -94,19 +93,12 @@ def resume(shim: Shim, container_id: str = "c1") -> None:
 
 
 @contextmanager
-def other_shim(first: Shim, name: str = "second") -> Iterator[Shim]:
+def other_shim(first: Shim) -> Iterator[Shim]:
     """One more shim of the same host and configuration."""
-    directory = first.directory / name
+    directory = first.directory / "second"
     directory.mkdir(exist_ok=True)
-    containerd = FakeContainerd(str(directory / "events.sock"))
-    try:
-        shim = Shim(directory, containerd)
-        try:
-            yield shim
-        finally:
-            shim.close()
-    finally:
-        containerd.close()
+    with shim_in(directory) as shim:
+        yield shim
 
 
 def end(shim: Shim, container_id: str = "c1") -> None:

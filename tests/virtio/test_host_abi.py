@@ -320,7 +320,8 @@ OWN: dict[ModuleType, dict[str, str]] = {
     memory: {
         name: OURS
         for name in ("HUGE_PAGE_BYTES", "LOW_RAM_LIMIT_BYTES", "HIGH_RAM_GPA", "_WRITE_BYTES")
-    },
+    }
+    | {"_READ_WRITE": "two of Python's own mmap.PROT_ in one"},
     page_map: {"PAGE_BYTES": "x86-64", "_ENTRY_BYTES": "Documentation/admin-guide/mm/pagemap.rst"},
     params: {
         "E820_RAM": "asm/e820/types.h, not for user space",

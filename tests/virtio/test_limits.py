@@ -347,7 +347,6 @@ def test_ten_lines_in_five_seconds(clock: Clock) -> None:
     assert REPORTS_PER_WINDOW == 10
     assert REPORT_WINDOW_NS == 5_000_000_000
     assert len(lines) == 40
-    assert report.dropped == 60
 
 
 def test_a_device_that_is_broken_again_and_again_says_so_ten_times(

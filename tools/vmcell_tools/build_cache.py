@@ -7,17 +7,16 @@ renamed. One build per kind at a time; what a killed build left is removed by th
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from vmcell_protos.errors import CallerError, HostError
+from vmcell_shim.file_lock import lock, try_lock
 from vmcell_tools.progress import Progress
 
 LOCK_DEADLINE_S = 3600.0
@@ -133,23 +132,16 @@ class BuildCache:
 def _locked(home: Path, progress: Progress) -> Iterator[None]:
     """Hold the lock of one kind; another build of it is waited for, and that is said."""
     descriptor = os.open(home / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    deadline = time.monotonic() + LOCK_DEADLINE_S
-    waiting = False
     try:
-        while True:
+        if not try_lock(descriptor):
+            progress.step(f"waiting for another command that builds in {home}")
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise HostError(
-                        f"another command has been building in {home} for"
-                        f" {LOCK_DEADLINE_S / 60:.0f} minutes; end it"
-                    ) from error
-                if not waiting:
-                    progress.step(f"waiting for another command that builds in {home}")
-                    waiting = True
-                time.sleep(0.2)
+                lock(descriptor, timeout_s=LOCK_DEADLINE_S)
+            except HostError as error:
+                raise HostError(
+                    f"another command has been building in {home} for"
+                    f" {LOCK_DEADLINE_S / 60:.0f} minutes; end it"
+                ) from error
         yield
     finally:
         os.close(descriptor)

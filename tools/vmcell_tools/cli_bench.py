@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import TYPE_CHECKING
 
 import click
@@ -61,6 +62,16 @@ url_option = click.option("--url", help="Where the API answers; default: VMCELL_
 key_option = click.option("--key", help="Default: VMCELL_API_KEY, then E2B_API_KEY.")
 
 
+def _on_target(command: Callable) -> Callable:
+    """Options that say where sandboxes are made, for a command that takes a `target`."""
+
+    @wraps(command)
+    def with_target(image: str, address: str, namespace: str, **others: object) -> None:
+        command(target=_target(image, address, namespace), **others)
+
+    return image_option(address_option(namespace_option(with_target)))
+
+
 @bench.command()
 @image_option
 @_count(20)
@@ -106,49 +117,37 @@ def restore(count: int, memory_mib: int, as_json: bool) -> None:
 
 
 @bench.command("exec")
-@image_option
-@address_option
-@namespace_option
+@_on_target
 @_count(40)
 @json_option
-def exec_(image: str, address: str, namespace: str, count: int, as_json: bool) -> None:
+def exec_(target: Target, count: int, as_json: bool) -> None:
     """Time that `true` takes in a running container, against runc."""
     from vmcell_tools.bench.execs import bench_exec
 
-    target = _target(image, address, namespace)
     _show(lambda progress: bench_exec(target, count, progress), as_json)
 
 
 @bench.command()
-@image_option
-@address_option
-@namespace_option
+@_on_target
 @_count(10)
 @_memory_mib(512)
 @json_option
-def snapshot(
-    image: str, address: str, namespace: str, count: int, memory_mib: int, as_json: bool
-) -> None:
+def snapshot(target: Target, count: int, memory_mib: int, as_json: bool) -> None:
     """Time a guest stands still for a snapshot, its whole time, its size: 0, 7, 100 MiB written."""
     from vmcell_tools.bench.snapshot import bench_snapshot
 
-    target = _target(image, address, namespace)
     _show(lambda progress: bench_snapshot(target, count, memory_mib, progress), as_json)
 
 
 @bench.command()
-@image_option
-@address_option
-@namespace_option
+@_on_target
 @_count(10)
 @click.option("--many", default=100, show_default=True, type=click.IntRange(1, 1000))
 @_at_once(8)
 @_memory_mib(128)
 @json_option
 def clone(
-    image: str,
-    address: str,
-    namespace: str,
+    target: Target,
     count: int,
     many: int,
     at_once: int,
@@ -158,22 +157,17 @@ def clone(
     """Time of one clone of a snapshot (n of them) against many at once."""
     from vmcell_tools.bench.clone import bench_clone
 
-    target = _target(image, address, namespace)
     _show(lambda progress: bench_clone(target, count, many, at_once, memory_mib, progress), as_json)
 
 
 @bench.command()
-@image_option
-@address_option
-@namespace_option
+@_on_target
 @_count(20)
 @_memory_mib(128)
 @_at_once(1)
 @json_option
 def memory(
-    image: str,
-    address: str,
-    namespace: str,
+    target: Target,
     count: int,
     memory_mib: int,
     at_once: int,
@@ -182,23 +176,18 @@ def memory(
     """Memory of n idle sandboxes: each one's own, and what the host has less for each."""
     from vmcell_tools.bench.idle import Wanted, bench_memory
 
-    target = _target(image, address, namespace)
     wanted = Wanted(count=count, memory_mib=memory_mib, at_once=at_once)
     _show(lambda progress: bench_memory(target, wanted, progress), as_json)
 
 
 @bench.command()
-@image_option
-@address_option
-@namespace_option
+@_on_target
 @_count(100)
 @_memory_mib(128)
 @_at_once(4)
 @json_option
 def density(
-    image: str,
-    address: str,
-    namespace: str,
+    target: Target,
     count: int,
     memory_mib: int,
     at_once: int,
@@ -207,7 +196,6 @@ def density(
     """n idle sandboxes at once, every one of which has to answer."""
     from vmcell_tools.bench.idle import Wanted, bench_density
 
-    target = _target(image, address, namespace)
     wanted = Wanted(count=count, memory_mib=memory_mib, at_once=at_once)
     _show(lambda progress: bench_density(target, wanted, progress), as_json)
 
@@ -216,9 +204,7 @@ def density(
 @template_option
 @url_option
 @key_option
-@image_option
-@address_option
-@namespace_option
+@_on_target
 @_count(20)
 @click.option(
     "--save-s",
@@ -232,9 +218,7 @@ def create(
     template: str,
     url: str | None,
     key: str | None,
-    image: str,
-    address: str,
-    namespace: str,
+    target: Target,
     count: int,
     save_s: float,
     as_json: bool,
@@ -243,7 +227,7 @@ def create(
     from vmcell_tools.bench.service import bench_create
     from vmcell_tools.bench.service_client import service_client
 
-    client, target = service_client(url, key), _target(image, address, namespace)
+    client = service_client(url, key)
     _show(
         lambda progress: bench_create(
             client, template, target, count=count, save_s=save_s, progress=progress

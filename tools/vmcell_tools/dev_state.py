@@ -7,7 +7,6 @@ Only one command at a time changes a VM: `locked` holds its lock.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vmcell_protos.errors import CallerError, HostError
+from vmcell_shim.file_lock import lock
 from vmcell_tools.build_cache import BuildCache
 
 # sun_path holds 108 bytes; OpenSSH appends a random suffix of 17 to its control path.
@@ -182,19 +182,14 @@ def locked(name: str, *, wait_s: float) -> Iterator[Path]:
             f"cannot use the dev VM's directory {directory}: {error.strerror}; run it as its owner,"
             " or set XDG_RUNTIME_DIR to a directory of yours"
         ) from error
-    deadline = time.monotonic() + wait_s
     try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise HostError(
-                        f"another command has been working on dev VM {name!r} for {wait_s:.0f} s;"
-                        " wait for it or end it"
-                    ) from error
-                time.sleep(0.05)
+        try:
+            lock(descriptor, timeout_s=wait_s)
+        except HostError as error:
+            raise HostError(
+                f"another command has been working on dev VM {name!r} for {wait_s:.0f} s;"
+                " wait for it or end it"
+            ) from error
         yield directory
     finally:
         os.close(descriptor)

@@ -7,7 +7,6 @@ so it is checked before each use and made anew when it is beyond repair.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmcell_protos.errors import CallerError, HostError
+from vmcell_shim.file_lock import try_lock
 from vmcell_tools.build_step import run_step
 from vmcell_tools.dev_state import cache_directory
 from vmcell_tools.progress import Progress
@@ -74,9 +74,7 @@ def opened_store(key: str | None, progress: Progress) -> Iterator[Store | None]:
 
 def _locked(path: Path) -> int | None:
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not try_lock(lock):
         os.close(lock)
         return None
     return lock

@@ -105,7 +105,7 @@ def running_vm(name: str) -> DevVm:
     if vm is None or not vm.ready:
         raise HostError(f"dev VM {name!r} is not up; run: vmcell dev up{option}")
     if not vm.qemu.alive():
-        tail = console_tail(vm.console_log, CONSOLE_LINES_ON_FAILURE)
+        tail = console_tail(vm.console_log)
         raise HostError(
             f"dev VM {name!r} has ended; run: vmcell dev up{option}; its console ended with:"
             f"\n{tail}"
@@ -113,13 +113,14 @@ def running_vm(name: str) -> DevVm:
     return vm
 
 
-def console_tail(path: Path, line_count: int) -> str:
+def console_tail(path: Path) -> str:
     """The last lines of a console log; a sentence when there is none."""
     try:
         text = path.read_bytes().decode(errors="replace")
     except FileNotFoundError:
         return f"(no console log at {path})"
-    return "\n".join(text.replace("\r", "").splitlines()[-line_count:]) or "(nothing was printed)"
+    lines = text.replace("\r", "").splitlines()[-CONSOLE_LINES_ON_FAILURE:]
+    return "\n".join(lines) or "(nothing was printed)"
 
 
 def _check(request: Request) -> None:
@@ -361,7 +362,7 @@ def _wait_until_ready(vm: DevVm, deadline: float, first_line_by: float, progress
         elif not steps and time.monotonic() > first_line_by:
             raise SilentConsole(f"dev VM {vm.name!r} says nothing on its console")
         if problem is not None:
-            tail = console_tail(vm.console_log, CONSOLE_LINES_ON_FAILURE)
+            tail = console_tail(vm.console_log)
             qemu_log = (vm.out_directory / "qemu.log").read_text().strip()
             raise HostError(
                 f"dev VM {vm.name!r}: {problem} in step: {progress.current}; logs are in"

@@ -197,9 +197,9 @@ class ModuleWriter:
         return "\n".join(head) + "\n\n\n" + "\n\n".join(body)
 
 
-def render_modules(folder: Path, stems: tuple[str, ...] = STEMS) -> dict[str, str]:
+def render_modules(folder: Path) -> dict[str, str]:
     """stem → source of its module."""
-    files = compile_protos(folder, stems).file
+    files = compile_protos(folder, STEMS).file
     packages = {file.package: Path(file.name).stem for file in files}
     return {
         Path(file.name).stem: _formatted(ModuleWriter(file, packages).render()) for file in files

@@ -91,7 +91,7 @@ class Containerd:
         """Ends the connection and every call on it."""
         self._channel.close()
 
-    def _call(
+    def call(
         self,
         method: Callable,
         request: object,
@@ -100,6 +100,7 @@ class Containerd:
         lease: str = "",
         timeout_s: float = CALL_TIMEOUT_S,
     ) -> typing.Any:
+        """One call of a service of the daemon, with namespace and deadline; errors are ours."""
         metadata = [("containerd-namespace", self.namespace)]
         if lease:
             metadata.append(("containerd-lease", lease))
@@ -112,15 +113,9 @@ class Containerd:
         """Another service of the daemon, on this connection."""
         return kind(self._channel)
 
-    def call(
-        self, method: Callable, request: object, tried: str, *, lease: str = "", timeout_s: float
-    ) -> typing.Any:
-        """One call of such a service with namespace and deadline; errors are ours."""
-        return self._call(method, request, tried, lease=lease, timeout_s=timeout_s)
-
     def version(self) -> str:
         """The daemon's version; raises HostError when it does not answer."""
-        answer = self._call(self._version.Version, Empty(), "asking containerd's version")
+        answer = self.call(self._version.Version, Empty(), "asking containerd's version")
         return answer.version
 
     def ensure_namespace(self) -> None:
@@ -128,7 +123,7 @@ class Containerd:
         namespace = namespaces_pb2.Namespace(name=self.namespace)
         request = namespaces_pb2.CreateNamespaceRequest(namespace=namespace)
         try:
-            self._call(self._namespaces.Create, request, f"making namespace {self.namespace}")
+            self.call(self._namespaces.Create, request, f"making namespace {self.namespace}")
         except CallerError as error:
             if error.code != "already_exists":
                 raise
@@ -136,7 +131,7 @@ class Containerd:
     def image_target(self, name: str) -> types_pb2.Descriptor:
         """What image `name` points at; CallerError not_found says how to import one."""
         try:
-            answer = self._call(
+            answer = self.call(
                 self._images.Get, images_pb2.GetImageRequest(name=name), f"looking up image {name}"
             )
         except CallerError as error:
@@ -149,15 +144,10 @@ class Containerd:
             ) from error
         return answer.image.target
 
-    def image_names(self) -> list[str]:
-        """The names of all images of the namespace."""
-        answer = self._call(self._images.List, images_pb2.ListImagesRequest(), "listing the images")
-        return [image.name for image in answer.images]
-
     def read_blob(self, digest: str) -> bytes:
         """A small blob of the content store, at most 8 MiB."""
         request = content_pb2.ReadContentRequest(digest=digest)
-        stream = self._call(self._content.Read, request, f"reading blob {digest}")
+        stream = self.call(self._content.Read, request, f"reading blob {digest}")
         data = bytearray()
         try:
             for part in stream:
@@ -171,7 +161,7 @@ class Containerd:
     def create_lease(self, lease: str, labels: dict[str, str]) -> None:
         """Takes a lease of that id."""
         request = leases_pb2.CreateRequest(id=lease, labels=labels)
-        self._call(self._leases.Create, request, f"taking lease {lease}")
+        self.call(self._leases.Create, request, f"taking lease {lease}")
 
     def delete_lease(self, lease: str) -> None:
         """Gives the lease back; unknown leases are fine."""
@@ -181,11 +171,11 @@ class Containerd:
         """Keeps the committed snapshot of that name as long as the lease is there."""
         resource = leases_pb2.Resource(id=chain_id, type=f"snapshots/{self.snapshotter}")
         request = leases_pb2.AddResourceRequest(id=lease, resource=resource)
-        self._call(self._leases.AddResource, request, f"keeping the layers {chain_id}")
+        self.call(self._leases.AddResource, request, f"keeping the layers {chain_id}")
 
     def lease_ids(self) -> list[str]:
         """The ids of all leases of the namespace."""
-        answer = self._call(self._leases.List, leases_pb2.ListRequest(), "listing the leases")
+        answer = self.call(self._leases.List, leases_pb2.ListRequest(), "listing the leases")
         return [lease.id for lease in answer.leases]
 
     def prepare_snapshot(
@@ -196,7 +186,7 @@ class Containerd:
             snapshotter=self.snapshotter, key=key, parent=parent, labels=labels
         )
         tried = f"preparing snapshot {key} above {parent}"
-        return list(self._call(self._snapshots.Prepare, request, tried, lease=lease).mounts)
+        return list(self.call(self._snapshots.Prepare, request, tried, lease=lease).mounts)
 
     def remove_snapshot(self, key: str) -> None:
         """Removes a snapshot; an unknown one is fine."""
@@ -206,12 +196,12 @@ class Containerd:
     def snapshot_parent(self, key: str) -> str:
         """The committed snapshot that `key` stands on."""
         request = snapshots_pb2.StatSnapshotRequest(snapshotter=self.snapshotter, key=key)
-        return self._call(self._snapshots.Stat, request, f"looking up snapshot {key}").info.parent
+        return self.call(self._snapshots.Stat, request, f"looking up snapshot {key}").info.parent
 
     def snapshots(self) -> list[snapshots_pb2.Info]:
         """Every snapshot of the namespace."""
         request = snapshots_pb2.ListSnapshotsRequest(snapshotter=self.snapshotter)
-        stream = self._call(self._snapshots.List, request, "listing the snapshots")
+        stream = self.call(self._snapshots.List, request, "listing the snapshots")
         try:
             return [info for part in stream for info in part.info]
         except grpc.RpcError as error:
@@ -238,7 +228,7 @@ class Containerd:
             snapshot_key=container_id,
         )
         request = containers_pb2.CreateContainerRequest(container=container)
-        self._call(
+        self.call(
             self._containers.Create, request, f"creating container {container_id}", lease=lease
         )
 
@@ -248,7 +238,7 @@ class Containerd:
             container=containers_pb2.Container(id=container_id, labels=labels),
             update_mask=FieldMask(paths=[f"labels.{name}" for name in labels]),
         )
-        self._call(self._containers.Update, request, f"labelling container {container_id}")
+        self.call(self._containers.Update, request, f"labelling container {container_id}")
 
     def rewrite_container(self, container_id: str, *, labels: dict[str, str], spec: bytes) -> None:
         """Replaces the spec of a container without a task, and sets labels; others stay."""
@@ -258,12 +248,12 @@ class Containerd:
             ),
             update_mask=FieldMask(paths=["spec", *(f"labels.{name}" for name in labels)]),
         )
-        self._call(self._containers.Update, request, f"rewriting container {container_id}")
+        self.call(self._containers.Update, request, f"rewriting container {container_id}")
 
     def containers(self) -> list[containers_pb2.Container]:
         """Every container record of the namespace."""
         request = containers_pb2.ListContainersRequest()
-        return list(self._call(self._containers.List, request, "listing containers").containers)
+        return list(self.call(self._containers.List, request, "listing containers").containers)
 
     def delete_container(self, container_id: str) -> None:
         """Deletes the record; an unknown one is fine."""
@@ -276,13 +266,13 @@ class Containerd:
         """Makes the task, without standard streams: the machine boots here. Answers its pid."""
         request = tasks_pb2.CreateTaskRequest(container_id=container_id, rootfs=mounts)
         tried = f"creating the task of {container_id}"
-        return self._call(self._tasks.Create, request, tried, timeout_s=timeout_s).pid
+        return self.call(self._tasks.Create, request, tried, timeout_s=timeout_s).pid
 
     def start_task(self, container_id: str, *, timeout_s: float) -> None:
         """Starts the task; the shim answers when the container's init is up."""
         request = tasks_pb2.StartRequest(container_id=container_id)
         tried = f"starting the task of {container_id}"
-        self._call(self._tasks.Start, request, tried, timeout_s=timeout_s)
+        self.call(self._tasks.Start, request, tried, timeout_s=timeout_s)
 
     def wait_task(self, container_id: str) -> grpc.Future:
         """Opens a wait for the task's end; cancel the future when it is of no more use."""
@@ -312,7 +302,7 @@ class Containerd:
         )
         tried = f"saving {container_id}"
         try:
-            answer = self._call(self._tasks.Checkpoint, request, tried, timeout_s=timeout_s)
+            answer = self.call(self._tasks.Checkpoint, request, tried, timeout_s=timeout_s)
             digests = [row.digest for row in answer.descriptors]
         except VmcellError as error:
             present = _BLOB_EXISTS.search(str(error))
@@ -323,21 +313,20 @@ class Containerd:
             blob = content_pb2.DeleteContentRequest(digest=digest)
             self._delete(self._content.Delete, blob, f"blob {digest}")
 
-    def resume_task(self, container_id: str, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
+    def resume_task(self, container_id: str) -> None:
         """Lets a paused task run on."""
         request = tasks_pb2.ResumeTaskRequest(container_id=container_id)
-        tried = f"resuming the task of {container_id}"
-        self._call(self._tasks.Resume, request, tried, timeout_s=timeout_s)
+        self.call(self._tasks.Resume, request, f"resuming the task of {container_id}")
 
     def task_pids(self) -> dict[str, int]:
         """Every task of the namespace with the pid that containerd knows."""
-        answer = self._call(self._tasks.List, tasks_pb2.ListTasksRequest(), "listing the tasks")
+        answer = self.call(self._tasks.List, tasks_pb2.ListTasksRequest(), "listing the tasks")
         return {task.id: task.pid for task in answer.tasks}
 
     def task_states(self) -> dict[str, int]:
         """Every task of the namespace with its types_pb2.Status."""
         request = tasks_pb2.ListTasksRequest()
-        answer = self._call(self._tasks.List, request, "listing the tasks")
+        answer = self.call(self._tasks.List, request, "listing the tasks")
         # In a list the container's id stands in `id`; `container_id` is empty (containerd 1.6).
         return {task.id: task.status for task in answer.tasks}
 
@@ -345,7 +334,7 @@ class Containerd:
         self, method: Callable, request: object, what: str, timeout_s: float = CALL_TIMEOUT_S
     ) -> None:
         try:
-            self._call(method, request, f"removing {what}", timeout_s=timeout_s)
+            self.call(method, request, f"removing {what}", timeout_s=timeout_s)
         except CallerError as error:
             if error.code != "not_found":
                 raise

@@ -88,7 +88,7 @@ class Node:
         self._rollbacks = self._new_rollbacks()
         self._warm = self._new_warm_start(template_snapshots)
         self._metrics = MetricSampler(self._running, state_dir, interval_s=metrics_interval_s)
-        self._pool = ThreadPoolExecutor(max_workers=8, thread_name_prefix="end")
+        self._ends = ThreadPoolExecutor(max_workers=8, thread_name_prefix="end")
         # Pauses at the deadline take long; what has died is not to wait for them.
         self._timed = ThreadPoolExecutor(max_workers=8, thread_name_prefix="deadline")
         self._stop = threading.Event()
@@ -106,8 +106,8 @@ class Node:
 
     def _new_pauses(self) -> Pauses:
         return Pauses(
-            self.containerd,
-            self.slots,
+            containerd=self.containerd,
+            slots=self.slots,
             registry=self._registry,
             removals=self._removals,
             builder=self._builder,
@@ -119,8 +119,8 @@ class Node:
 
     def _new_rollbacks(self) -> Rollbacks:
         return Rollbacks(
-            self.containerd,
-            self._state_dir,
+            containerd=self.containerd,
+            state_dir=self._state_dir,
             registry=self._registry,
             removals=self._removals,
             builder=self._builder,
@@ -163,7 +163,7 @@ class Node:
         self._removals.stop()
         self._expiries.stop()
         self._timed.shutdown(wait=True)
-        self._pool.shutdown(wait=True)
+        self._ends.shutdown(wait=True)
         self.containerd.close()
         if self._listener.is_alive():
             self._listener.join(timeout=10)
@@ -378,7 +378,7 @@ class Node:
 
     def _later(self, call: Callable[..., None], *arguments: object) -> None:
         with contextlib.suppress(RuntimeError):  # the pool is closed: the next noded settles it
-            self._pool.submit(call, *arguments)
+            self._ends.submit(call, *arguments)
 
     def _end_later(self, sandbox_id: str) -> None:
         with contextlib.suppress(RuntimeError):  # as above

@@ -17,7 +17,6 @@ INDEX_TYPES = (
     "application/vnd.oci.image.index.v1+json",
     "application/vnd.docker.distribution.manifest.list.v2+json",
 )
-MAX_JSON_BYTES = 8 << 20
 # Shell commands that are run in every sandbox of the image.
 START_LABEL, READY_LABEL = "io.vmcell.start", "io.vmcell.ready"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -56,21 +55,21 @@ def chain_id(diff_ids: list[str]) -> str:
     return chain
 
 
-def manifest_digest(index: bytes, image: str, *, architecture: str = "amd64") -> str:
-    """The digest of the manifest for linux on `architecture` in an image index.
+def manifest_digest(index: bytes, image: str) -> str:
+    """The digest of the manifest for linux/amd64 in an image index.
 
     Raises CallerError when there is none or the JSON is not an index.
     """
     for entry in _list(_table(index, image), "manifests", image):
         if not isinstance(entry, dict):
             continue
-        platform = entry.get("platform") or {"os": "linux", "architecture": architecture}
+        platform = entry.get("platform") or {"os": "linux", "architecture": "amd64"}
         if not isinstance(platform, dict):
             continue
-        if (platform.get("os"), platform.get("architecture")) == ("linux", architecture):
+        if (platform.get("os"), platform.get("architecture")) == ("linux", "amd64"):
             return _digest(entry.get("digest"), image)
     raise CallerError(
-        f"image {image} has no linux/{architecture} variant; import one that has",
+        f"image {image} has no linux/amd64 variant; import one that has",
         code="failed_precondition",
     )
 

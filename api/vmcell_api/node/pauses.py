@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from vmcell_api.node.build import MachineLife, SandboxBuilder
 from vmcell_api.node.containerd import Containerd
@@ -28,38 +29,26 @@ log = logging.getLogger("vmcell.noded")
 MoveDeadline = Callable[[Entry, Sandbox, int], Sandbox]
 
 
+@dataclass(frozen=True, kw_only=True)
 class Pauses:
     """The two verbs; thread-safe. `move_deadline` only extends, in a place that is locked."""
 
-    def __init__(
-        self,
-        containerd: Containerd,
-        slots: SlotPool,
-        *,
-        registry: Registry,
-        removals: Removals,
-        builder: SandboxBuilder,
-        pool: Pool,
-        snapshots: SnapshotRecords,
-        suspension: Suspension,
-        move_deadline: MoveDeadline,
-    ) -> None:
-        self._containerd = containerd
-        self._slots = slots
-        self._registry = registry
-        self._removals = removals
-        self._builder = builder
-        self._pool = pool
-        self._snapshots = snapshots
-        self._suspension = suspension
-        self._move_deadline = move_deadline
+    containerd: Containerd
+    slots: SlotPool
+    registry: Registry
+    removals: Removals
+    builder: SandboxBuilder
+    pool: Pool
+    snapshots: SnapshotRecords
+    suspension: Suspension
+    move_deadline: MoveDeadline
 
     def pause(self, sandbox_id: str) -> Sandbox:
         """Saves a sandbox and ends its machine.
 
         CallerError aborted when it is paused already, or when a resume called the pause off.
         """
-        with self._registry.locked(sandbox_id) as (entry, sandbox):
+        with self.registry.locked(sandbox_id) as (entry, sandbox):
             if sandbox.state == PAUSED:
                 raise CallerError(f"sandbox {sandbox_id} is paused already", code="aborted")
             return self.pause_locked(entry, sandbox)
@@ -69,20 +58,20 @@ class Pauses:
         sandbox_id = sandbox.sandbox_id
         entry.sandbox = sandbox.in_state(PAUSING)
         try:
-            record = self._suspension.begin(sandbox, new_snapshot_id(PAUSE), kind=PAUSE)
+            record = self.suspension.begin(sandbox, new_snapshot_id(PAUSE), kind=PAUSE)
             if entry.wanted and self._called_off(sandbox, record):
                 raise CallerError(
                     f"sandbox {sandbox_id} runs on: a request called the pause off", code="aborted"
                 )
             try:
-                paused = self._suspension.commit_pause(sandbox, record)
+                paused = self.suspension.commit_pause(sandbox, record)
             except BaseException:
-                self._suspension.abandon(sandbox, record)
+                self.suspension.abandon(sandbox, record)
                 raise
         except BaseException:
             entry.sandbox = sandbox
             raise
-        self._registry.cancel_due(sandbox_id)
+        self.registry.cancel_due(sandbox_id)
         entry.past_pids.add(entry.life.pid)
         entry.sandbox, entry.stuck = paused, sandbox.slot_number
         self.end_stuck_machine(entry, paused)
@@ -91,7 +80,7 @@ class Pauses:
 
     def _called_off(self, sandbox: Sandbox, record: SnapshotRecord) -> bool:
         try:
-            self._suspension.call_off(sandbox, record)
+            self.suspension.call_off(sandbox, record)
         except VmcellError as error:  # it is whole on disk: whoever wants it restores it
             log.error("sandbox %s does not run on: %s", sandbox.sandbox_id, error)
             return False
@@ -104,25 +93,25 @@ class Pauses:
         def again() -> None:
             with (
                 contextlib.suppress(CallerError),
-                self._registry.locked(sandbox.sandbox_id, state=PAUSED) as (locked, found),
+                self.registry.locked(sandbox.sandbox_id, state=PAUSED) as (locked, found),
             ):
                 self._end_machine(locked, found)
 
         try:
             self._end_machine(entry, sandbox)
         except VmcellError as error:
-            self._removals.try_later(sandbox.container, again, error)
+            self.removals.try_later(sandbox.container, again, error)
 
     def _end_machine(self, entry: Entry, sandbox: Sandbox) -> None:
         if entry.stuck is None:
             return
         try:
             if entry.mislabelled:
-                self._suspension.label_paused(sandbox)
+                self.suspension.label_paused(sandbox)
                 entry.mislabelled = False
             end_machine(
-                self._containerd,
-                self._slots,
+                self.containerd,
+                self.slots,
                 container_id=sandbox.container,
                 slot_number=entry.stuck,
             )
@@ -136,29 +125,29 @@ class Pauses:
         `timeout_ms` 0: as it was given at first. `by_request`: of its ports, which only wake a
         sandbox that says so; CallerError failed_precondition for another.
         """
-        with self._registry.wanted(sandbox_id, by_request=by_request) as (entry, sandbox):
+        with self.registry.wanted(sandbox_id, by_request=by_request) as (entry, sandbox):
             timeout_ms = timeout_ms or sandbox.timeout_ms
             if sandbox.state == PAUSED:
                 return self._wake(entry, sandbox, timeout_ms), True
             if by_request:
                 return sandbox, False
-            return self._move_deadline(entry, sandbox, timeout_ms), False
+            return self.move_deadline(entry, sandbox, timeout_ms), False
 
     def _wake(self, entry: Entry, sandbox: Sandbox, timeout_ms: int) -> Sandbox:
         """Restores a paused sandbox; when that fails it stays paused."""
         self._end_machine(entry, sandbox)
-        with self._snapshots.in_use(sandbox.snapshot_id) as record:
-            slot = self._pool.claim(sandbox.egress)
+        with self.snapshots.in_use(sandbox.snapshot_id) as record:
+            slot = self.pool.claim(sandbox.egress)
             entry.life = MachineLife()
             try:
-                woken = self._builder.wake(sandbox, record, slot, entry.life, timeout_ms=timeout_ms)
+                woken = self.builder.wake(sandbox, record, slot, entry.life, timeout_ms=timeout_ms)
             except BaseException:
                 entry.past_pids.add(entry.life.pid)
                 entry.stuck, entry.mislabelled = slot.number, True
                 self.end_stuck_machine(entry, sandbox)
                 raise
         entry.sandbox = woken
-        self._registry.set_due(entry, sandbox_id=woken.sandbox_id, left_ms=timeout_ms)
-        self._snapshots.discard(record.snapshot_id)
+        self.registry.set_due(entry, sandbox_id=woken.sandbox_id, left_ms=timeout_ms)
+        self.snapshots.discard(record.snapshot_id)
         log.info("sandbox %s runs again in %s", woken.sandbox_id, slot.tap)
         return woken

@@ -7,7 +7,7 @@ is rolling back to that, which makes another one.
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from vmcell_api.node import sandbox_files
 from vmcell_api.node.build import MachineLife, SandboxBuilder
@@ -23,29 +23,18 @@ from vmcell_protos.errors import CallerError
 log = logging.getLogger("vmcell.noded")
 
 
+@dataclass(frozen=True, kw_only=True)
 class Rollbacks:
     """The verb; thread-safe."""
 
-    def __init__(
-        self,
-        containerd: Containerd,
-        state_dir: str,
-        *,
-        registry: Registry,
-        removals: Removals,
-        builder: SandboxBuilder,
-        pool: Pool,
-        snapshots: SnapshotRecords,
-        suspension: Suspension,
-    ) -> None:
-        self._containerd = containerd
-        self._state_dir = state_dir
-        self._registry = registry
-        self._removals = removals
-        self._builder = builder
-        self._pool = pool
-        self._snapshots = snapshots
-        self._suspension = suspension
+    containerd: Containerd
+    state_dir: str
+    registry: Registry
+    removals: Removals
+    builder: SandboxBuilder
+    pool: Pool
+    snapshots: SnapshotRecords
+    suspension: Suspension
 
     def rollback(
         self, sandbox_id: str, snapshot_id: str, *, undo_life_ms: int
@@ -56,8 +45,8 @@ class Rollbacks:
         of this sandbox.
         """
         with (
-            self._registry.locked(sandbox_id, state=RUNNING) as (entry, sandbox),
-            self._snapshots.in_use(snapshot_id) as record,
+            self.registry.locked(sandbox_id, state=RUNNING) as (entry, sandbox),
+            self.snapshots.in_use(snapshot_id) as record,
         ):
             if record.sandbox_id != sandbox_id:
                 raise CallerError(
@@ -67,32 +56,32 @@ class Rollbacks:
             try:
                 undo = self._save_undo_point(sandbox, undo_life_ms)
             except BaseException:
-                self._removals.remove(beside.container, beside.slot_number)
+                self.removals.remove(beside.container, beside.slot_number)
                 raise
             try:
-                self._containerd.set_labels(beside.container, beside.labels(RUNNING))
+                self.containerd.set_labels(beside.container, beside.labels(RUNNING))
             except BaseException:
-                self._removals.remove(beside.container, beside.slot_number)
-                self._suspension.call_off(sandbox, undo)
+                self.removals.remove(beside.container, beside.slot_number)
+                self.suspension.call_off(sandbox, undo)
                 raise
-            self._registry.note_container(beside)
+            self.registry.note_container(beside)
             entry.past_pids.add(entry.life.pid)
             entry.sandbox, entry.life = beside, life
-            self._removals.remove(sandbox.container, sandbox.slot_number)
+            self.removals.remove(sandbox.container, sandbox.slot_number)
             log.info("sandbox %s is rolled back to %s", sandbox_id, snapshot_id)
             return beside, undo
 
     def _save_undo_point(self, sandbox: Sandbox, life_ms: int) -> SnapshotRecord:
         """The sandbox's vCPUs stand afterwards."""
         expires = unix_ms_now() + life_ms
-        return self._suspension.begin(
+        return self.suspension.begin(
             sandbox, new_snapshot_id(UNDO), kind=UNDO, expires_at_unix_ms=expires
         )
 
     def _restore(self, sandbox: Sandbox, record: SnapshotRecord) -> tuple[Sandbox, MachineLife]:
         """A second machine of the sandbox, in another slot; it is not the sandbox yet."""
-        token = sandbox_files.access_token(self._state_dir, sandbox.container)
-        slot, life = self._pool.claim(sandbox.egress), MachineLife()
+        token = sandbox_files.access_token(self.state_dir, sandbox.container)
+        slot, life = self.pool.claim(sandbox.egress), MachineLife()
         generation = sandbox.generation + 1
         beside = replace(
             sandbox,
@@ -102,7 +91,7 @@ class Rollbacks:
             address=slot.guest_address,
         )
         try:
-            return self._builder.restore_beside(beside, record, slot, life, token), life
+            return self.builder.restore_beside(beside, record, slot, life, token), life
         except BaseException:
-            self._removals.remove(beside.container, slot.number)
+            self.removals.remove(beside.container, slot.number)
             raise

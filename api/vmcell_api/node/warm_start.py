@@ -71,13 +71,13 @@ class WarmStart:
         self._create = create
         self._hand_out = hand_out
         self._kill = kill
-        self._parked = pool
+        self._pool = pool
         self._limit = limit
         self._lock = threading.Lock()
         self._known: dict[str, SnapshotRecord] = {}
         self._making: set[str] = set()
         # One at a time: a create that somebody waits for comes first.
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="templates")
+        self._maker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="templates")
 
     @property
     def is_on(self) -> bool:
@@ -95,7 +95,7 @@ class WarmStart:
 
     def close(self) -> None:
         """Waits for the one that is being made."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._maker.shutdown(wait=True, cancel_futures=True)
 
     def restore(self, request: SandboxRequest, image: ImageConfig) -> Sandbox | None:
         """The sandbox, restored; None when it has to boot.
@@ -113,7 +113,7 @@ class WarmStart:
         return self._from_pool(request, record) or self._restored(key, request, record)
 
     def _from_pool(self, request: SandboxRequest, record: SnapshotRecord) -> Sandbox | None:
-        parked = self._parked.take(record.snapshot_id)
+        parked = self._pool.take(record.snapshot_id)
         if parked is None:
             return None
         self._fill_later(record)
@@ -127,11 +127,11 @@ class WarmStart:
 
     def _fill_later(self, record: SnapshotRecord) -> None:
         with suppress(RuntimeError):  # closed: the next noded fills it
-            self._pool.submit(self._fill, record)
+            self._maker.submit(self._fill, record)
 
     def _fill(self, record: SnapshotRecord) -> None:
         try:
-            self._parked.fill(record)
+            self._pool.fill(record)
         except VmcellError as error:  # a create restores for itself then
             log.warning("template %s has nothing parked: %s", record.template_id, error)
         except Exception:
@@ -139,7 +139,7 @@ class WarmStart:
         with self._lock:
             is_known = record in self._known.values()
         if not is_known:  # forgotten while one was being parked
-            self._parked.drop(record.snapshot_id)
+            self._pool.drop(record.snapshot_id)
             self._snapshots.discard(record.snapshot_id)
 
     def _restored(
@@ -159,7 +159,7 @@ class WarmStart:
 
     def drop_dead(self, container_id: str) -> None:
         """Removes what was parked in that container, if anything was: its machine has ended."""
-        self._parked.drop_dead(container_id)
+        self._pool.drop_dead(container_id)
 
     def prepare(self, request: SandboxRequest, image: ImageConfig) -> None:
         """Makes the snapshot of a template now, unless there is one; a failure is logged."""
@@ -183,7 +183,7 @@ class WarmStart:
         with self._lock:
             if self._known.get(key) is record:
                 del self._known[key]
-        self._parked.drop(record.snapshot_id)
+        self._pool.drop(record.snapshot_id)
         self._snapshots.discard(record.snapshot_id)
 
     def _make_later(self, key: str, request: SandboxRequest, image: ImageConfig) -> None:
@@ -192,7 +192,7 @@ class WarmStart:
                 return
             self._making.add(key)
         with suppress(RuntimeError):  # closed: the next noded makes it
-            self._pool.submit(self._make, key, request, image)
+            self._maker.submit(self._make, key, request, image)
 
     def _make(self, key: str, request: SandboxRequest, image: ImageConfig) -> None:
         try:
@@ -223,7 +223,7 @@ class WarmStart:
             pause_on_timeout=False,
             auto_resume=False,
         )
-        with self._parked.lending(own.sandbox_id):
+        with self._pool.lending(own.sandbox_id):
             sandbox = self._create(
                 own, lambda slot, life: self._builder.build(own, image, slot, life)
             )

@@ -22,9 +22,9 @@ PAUSE_S = 2.0
 STOP_WITHIN_S = 5.0
 
 
-def find_program(path: str | None = None) -> str:
-    """The shim's executable in `path`, PATH when None. HostError when there is none."""
-    found = shutil.which(PROGRAM, path=path)
+def find_program() -> str:
+    """The shim's executable. HostError when PATH has none."""
+    found = shutil.which(PROGRAM)
     if found is None:
         raise HostError(f"{PROGRAM} is not in PATH; run `vmcell setup` to install it")
     return found

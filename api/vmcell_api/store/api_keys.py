@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
+from sqlalchemy.orm import Session
 
 from vmcell_api.store.records import Team, Transaction, now_ms, team_of
 from vmcell_api.store.tables import ApiKeyRow, TeamRow
@@ -90,12 +91,8 @@ class ApiKeys:
 
     def get(self, key_id: str) -> ApiKey:
         """The key of that id; CallerError not_found."""
-        query = sa.select(ApiKeyRow, TeamRow).join(TeamRow).where(ApiKeyRow.id == key_id)
         with Transaction(self._engine) as session:
-            found = session.execute(query).first()
-            if found is None:
-                raise _not_found(key_id)
-            return _key(*found)
+            return _key(*_found(session, key_id))
 
     def list(self, team_id: str | None = None) -> list[ApiKey]:
         """The keys of a team or of all, oldest first."""
@@ -120,16 +117,12 @@ class ApiKeys:
 
         Both in one transaction. CallerError: not_found; failed_precondition for one that has ended.
         """
-        query = sa.select(ApiKeyRow, TeamRow).join(TeamRow).where(ApiKeyRow.id == key_id)
         with Transaction(self._engine) as session:
             # Locks the row (SQLite: the store), so that of two rotations one finds the key ended.
             session.execute(
                 sa.update(ApiKeyRow).where(ApiKeyRow.id == key_id).values(name=ApiKeyRow.name)
             )
-            found = session.execute(query).first()
-            if found is None:
-                raise _not_found(key_id)
-            old, team = found
+            old, team = _found(session, key_id)
             moment = now_ms()
             state = _key(old, team).state(moment)
             if state != "active":
@@ -151,18 +144,21 @@ class ApiKeys:
 
     def revoke(self, key_id: str) -> ApiKey:
         """Ends a key for good, at once; doing so again changes nothing. CallerError not_found."""
-        query = sa.select(ApiKeyRow, TeamRow).join(TeamRow).where(ApiKeyRow.id == key_id)
         with Transaction(self._engine) as session:
-            found = session.execute(query).first()
-            if found is None:
-                raise _not_found(key_id)
-            row, team = found
+            row, team = _found(session, key_id)
             row.revoked_at_unix_ms = row.revoked_at_unix_ms or now_ms()
             return _key(row, team)
 
 
-def _not_found(key_id: str) -> CallerError:
-    return CallerError(f"key {key_id[:40]!r} was not found; see: vmcell key list", code="not_found")
+def _found(session: Session, key_id: str) -> tuple[ApiKeyRow, TeamRow]:
+    query = sa.select(ApiKeyRow, TeamRow).join(TeamRow).where(ApiKeyRow.id == key_id)
+    found = session.execute(query).first()
+    if found is None:
+        raise CallerError(
+            f"key {key_id[:40]!r} was not found; see: vmcell key list", code="not_found"
+        )
+    row, team = found
+    return row, team
 
 
 def _key(row: ApiKeyRow, team: TeamRow) -> ApiKey:

@@ -38,9 +38,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
 
-def open_beneath(directory: int, path: bytes, flags: int, mode: int = 0) -> int:
+def open_beneath(directory: int, path: bytes, flags: int) -> int:
     """A descriptor of `path` in `directory`, reached without any link; the caller closes it."""
-    how = _OPEN_HOW.pack(flags | os.O_CLOEXEC, mode, _RESOLVE)
+    how = _OPEN_HOW.pack(flags | os.O_CLOEXEC, 0, _RESOLVE)
     for _ in range(_TRIES - 1):
         try:
             return _call(_SYS_OPENAT2, directory, path, how, len(how))

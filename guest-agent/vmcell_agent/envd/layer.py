@@ -191,11 +191,6 @@ class UpperDirectory:
             os.close(descriptor)
 
 
-def is_empty_layer(head: bytes) -> bool:
-    """Whether a tar that begins with `head` has no member."""
-    return not any(head[:_BLOCK_BYTES])
-
-
 def _replaces(entry: Entry, known: Entry | None) -> bool:
     """Whether a directory is another one than was there: all below it is new then."""
     return known is None or known.inode != entry.inode or (entry.opaque and not known.opaque)

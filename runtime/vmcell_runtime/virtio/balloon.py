@@ -18,7 +18,7 @@ from vmcell_runtime.config import MIN_MEMORY_MIB
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.page_map import PAGE_BYTES
 from vmcell_runtime.virtio import abi, spans
-from vmcell_runtime.virtio.device import Activation, PlainDevice
+from vmcell_runtime.virtio.device import PlainDevice
 from vmcell_runtime.virtio.queue import Chain
 
 # Feature bits, § 5.5.3
@@ -50,7 +50,7 @@ class Balloon(PlainDevice):
         self._memory = memory
         self._wanted_pages = 0
         self._actual_pages = 0
-        self._activation: Activation | None = None
+        self._activation = None
 
     @property
     def config(self) -> bytes:
@@ -92,9 +92,6 @@ class Balloon(PlainDevice):
         self._actual_pages = int.from_bytes(data, "little")
         return True
 
-    def activate(self, activation: Activation) -> None:
-        self._activation = activation
-
     def process(self, queue_index: int) -> bool:
         activation = self._activation
         if activation is None or queue_index >= len(activation.queues):
@@ -122,9 +119,6 @@ class Balloon(PlainDevice):
     def reset(self) -> None:
         self._activation = None
         self._actual_pages = 0
-
-    def close(self) -> None:
-        self._activation = None
 
     def _inflate(self, chain: Chain) -> None:
         for first, count in _runs(self._page_numbers(chain)):

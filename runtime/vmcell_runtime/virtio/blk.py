@@ -20,7 +20,7 @@ from collections.abc import Callable
 from vmcell_protos.errors import CallerError, GuestError
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.virtio import abi, spans
-from vmcell_runtime.virtio.device import Activation, PlainDevice
+from vmcell_runtime.virtio.device import PlainDevice
 from vmcell_runtime.virtio.queue import Chain
 from vmcell_runtime.virtio.spans import Spans
 
@@ -110,10 +110,7 @@ class Blk(PlainDevice):
         }
         if can_punch:
             self._handlers |= {T_DISCARD: self._discard, T_WRITE_ZEROES: self._write_zeroes}
-        self._activation: Activation | None = None
-
-    def activate(self, activation: Activation) -> None:
-        self._activation = activation
+        self._activation = None
 
     def process(self, queue_index: int) -> bool:
         activation = self._activation
@@ -127,9 +124,6 @@ class Blk(PlainDevice):
             activation.link.signal(queue)
 
         return queue.drain(answer)
-
-    def reset(self) -> None:
-        self._activation = None
 
     def close(self) -> None:
         self._activation = None

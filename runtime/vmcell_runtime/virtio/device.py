@@ -110,10 +110,21 @@ class VirtioDevice(Protocol):
 
 class PlainDevice:
     """What a device is that says nothing else: worked on by the event loop alone, with a
-    configuration nobody writes, all of its queues always, and no memory of its own."""
+    configuration nobody writes, all of its queues always, no memory of its own, and nothing on the
+    host to let go of."""
 
     in_kernel = False
     queue_sizes: tuple[int, ...] = ()
+    _activation: Activation | None  # set to None by whoever makes one
+
+    def activate(self, activation: Activation) -> None:
+        self._activation = activation
+
+    def reset(self) -> None:
+        self._activation = None
+
+    def close(self) -> None:
+        self._activation = None
 
     def write_config(self, offset: int, data: bytes) -> bool:
         return False

@@ -62,7 +62,7 @@ class Fs(PlainDevice):
         self._call_fd = call_fd
         self._report = Reporter(report)
         self.config = _CONFIG.pack(tag.encode(), REQUEST_QUEUES)
-        self._activation: Activation | None = None
+        self._activation = None
         self._refusing: Activation | None = None  # whose notifications the loop watches
         self._mourned = False
         self._settle_soon = Soon(loop, self._settle)

@@ -98,7 +98,7 @@ class Net(PlainDevice):
             raise HostError("/dev/vhost-net of this host lacks ring features; run without it")
         self.config = struct.pack("<6sHHH", mac, 0, 0, mtu)
         self.dropped_frames = 0
-        self._activation: Activation | None = None
+        self._activation = None
         self._watching = False
         self._unwatch_soon = Soon(loop, self._unwatch_unless_active)
         self._spare: deque[Chain] = deque()

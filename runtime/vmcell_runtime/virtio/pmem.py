@@ -11,7 +11,7 @@ import struct
 from vmcell_protos.errors import GuestError
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.virtio import abi, spans
-from vmcell_runtime.virtio.device import Activation, PlainDevice
+from vmcell_runtime.virtio.device import PlainDevice
 from vmcell_runtime.virtio.queue import Chain
 
 REQUEST_FLUSH = 0
@@ -31,10 +31,7 @@ class Pmem(PlainDevice):
     def __init__(self, memory: GuestMemory, gpa: int, length_bytes: int) -> None:
         self._memory = memory
         self.config = struct.pack("<QQ", gpa, length_bytes)
-        self._activation: Activation | None = None
-
-    def activate(self, activation: Activation) -> None:
-        self._activation = activation
+        self._activation = None
 
     def process(self, queue_index: int) -> bool:
         activation = self._activation
@@ -48,12 +45,6 @@ class Pmem(PlainDevice):
         more = queue.drain(answer)
         activation.link.signal(queue)
         return more
-
-    def reset(self) -> None:
-        self._activation = None
-
-    def close(self) -> None:
-        self._activation = None
 
     def _answer(self, chain: Chain) -> int:
         if chain.readable_bytes < _WORD.size or chain.writable_bytes < _WORD.size:

@@ -6,7 +6,7 @@ import os
 
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.virtio import abi, spans
-from vmcell_runtime.virtio.device import Activation, PlainDevice
+from vmcell_runtime.virtio.device import PlainDevice
 from vmcell_runtime.virtio.queue import Chain
 
 MAX_REQUEST_BYTES = 64 << 10
@@ -23,10 +23,7 @@ class Rng(PlainDevice):
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
-        self._activation: Activation | None = None
-
-    def activate(self, activation: Activation) -> None:
-        self._activation = activation
+        self._activation = None
 
     def process(self, queue_index: int) -> bool:
         activation = self._activation
@@ -43,9 +40,3 @@ class Rng(PlainDevice):
         more = queue.drain(answer)
         activation.link.signal(queue)
         return more
-
-    def reset(self) -> None:
-        self._activation = None
-
-    def close(self) -> None:
-        self._activation = None

@@ -39,7 +39,6 @@ SET_VRING_ENABLE = 18
 F_PROTOCOL_FEATURES = 1 << 30
 PROTOCOL_F_REPLY_ACK = 1 << 3
 MAX_REGIONS = 8  # what every back-end takes without CONFIGURE_MEM_SLOTS
-MAX_QUEUE_INDEX = 0xFF  # bits 0 to 7 of a kick or call payload
 
 ANSWER_BYTES = 8
 _U64 = struct.Struct("<Q")

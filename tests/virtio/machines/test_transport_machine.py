@@ -6,11 +6,11 @@ import itertools
 from dataclasses import dataclass, replace
 
 from guest_driver import EVENT_IDX, VERSION_1
+from recorded_irq import RecordedIrq
 from step_machine import Choices, StepMachine, machine_test, step
 from turning_loop import TurningLoop
 
 from vmcell_protos.errors import GuestError
-from vmcell_runtime.irq import RecordedIrq
 from vmcell_runtime.memory import GuestMemory
 from vmcell_runtime.virtio.device import Activation, PlainDevice
 from vmcell_runtime.virtio.mmio import MmioTransport

@@ -54,7 +54,7 @@ def private_zygote(folder: Path, spares: int) -> Iterator[str]:
             _end(process)
             raise HostError(f"a zygote did not serve: {log_path.read_text()[-400:]}") from error
     try:
-        with _served_by(path):
+        with _imports_of(path), served_by(path):
             yield path
     finally:
         _end(process)
@@ -63,12 +63,15 @@ def private_zygote(folder: Path, spares: int) -> Iterator[str]:
 @contextmanager
 def served_by(path: str) -> Iterator[None]:
     """This process's VMMs come from that one meanwhile."""
-    before = os.environ[SOCKET_VARIABLE]
+    before = os.environ.get(SOCKET_VARIABLE)
     os.environ[SOCKET_VARIABLE] = path
     try:
         yield
     finally:
-        os.environ[SOCKET_VARIABLE] = before
+        if before is None:
+            del os.environ[SOCKET_VARIABLE]
+        else:
+            os.environ[SOCKET_VARIABLE] = before
 
 
 def wait_for_spare(path: str) -> None:
@@ -109,18 +112,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def _served_by(path: str) -> Iterator[None]:
-    before, variable = list(sys.path), os.environ.get(SOCKET_VARIABLE)
+def _imports_of(path: str) -> Iterator[None]:
+    """This process's sys.path is that of the zygote meanwhile."""
+    before = list(sys.path)
     sys.path[:] = _import_path(path)
-    os.environ[SOCKET_VARIABLE] = path
     try:
         yield
     finally:
         sys.path[:] = before
-        if variable is None:
-            del os.environ[SOCKET_VARIABLE]
-        else:
-            os.environ[SOCKET_VARIABLE] = variable
 
 
 def _import_path(path: str) -> list[str]:

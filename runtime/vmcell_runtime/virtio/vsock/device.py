@@ -39,7 +39,7 @@ class Vsock(PlainDevice):
         self._guest_cid = guest_cid
         self.config = struct.pack("<Q", guest_cid)
         self._listeners: Listeners = {}
-        self._activation: Activation | None = None
+        self._activation = None
         self._mux: Mux | None = None
         self._graveyard: list[Stream] = []
         self._bury_soon = Soon(loop, self._bury)

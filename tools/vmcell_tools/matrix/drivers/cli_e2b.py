@@ -8,7 +8,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from report import PATIENCE_S, NoSandbox, expect, run_calls
+from report import PATIENCE_S, OneSandbox, expect, run_calls
 
 TEMPLATE = os.environ.get("VMCELL_MATRIX_TEMPLATE", "base")
 PROGRAM = Path(os.environ["VMCELL_MATRIX_ENVIRONMENT"]) / "node_modules" / ".bin" / "e2b"
@@ -31,17 +31,8 @@ def e2b(*words):
     return done.stdout
 
 
-class Calls:
+class Calls(OneSandbox):
     """The commands, on one sandbox."""
-
-    def __init__(self):
-        self._made = None
-
-    @property
-    def sandbox(self):
-        if self._made is None:
-            raise NoSandbox
-        return self._made
 
     def create(self):
         found = re.search(r"\b(i[a-z0-9]{19,20})\b", e2b("sandbox", "create", "--detach", TEMPLATE))

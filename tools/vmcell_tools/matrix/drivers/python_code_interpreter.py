@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from e2b_code_interpreter import Sandbox
-from report import PATIENCE_S, NoSandbox, attribute, expect, run_calls
+from report import PATIENCE_S, OneSandbox, attribute, expect, run_calls
 
 TEMPLATE = os.environ.get("VMCELL_MATRIX_INTERPRETER_TEMPLATE", "code-interpreter-v1")
 CHART = """
@@ -15,17 +15,8 @@ plt.show()
 """
 
 
-class Calls:
+class Calls(OneSandbox):
     """The calls, on one sandbox of the interpreter's template."""
-
-    def __init__(self):
-        self._made = None
-
-    @property
-    def sandbox(self):
-        if self._made is None:
-            raise NoSandbox
-        return self._made
 
     def _code(self, code, **options):
         return self.sandbox.run_code(code, timeout=PATIENCE_S, **options)

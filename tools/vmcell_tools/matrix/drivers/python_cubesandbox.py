@@ -7,7 +7,7 @@ import time
 
 import cubesandbox
 from cubesandbox import Config, Sandbox
-from report import PATIENCE_S, NoSandbox, expect, run_calls
+from report import PATIENCE_S, OneSandbox, expect, run_calls
 
 TEMPLATE = os.environ.get("VMCELL_MATRIX_TEMPLATE", "base")
 INTERPRETER = os.environ.get("VMCELL_MATRIX_INTERPRETER_TEMPLATE", "code-interpreter-v1")
@@ -18,17 +18,8 @@ def create(template=TEMPLATE, **options):
     return Sandbox.create(template, timeout=1800, config=CONFIG, **options)
 
 
-class Calls:
+class Calls(OneSandbox):
     """The calls, on one sandbox that `create` makes and `kill` ends."""
-
-    def __init__(self):
-        self._made = None
-
-    @property
-    def sandbox(self):
-        if self._made is None:
-            raise NoSandbox
-        return self._made
 
     def _run(self, command, **options):
         return self.sandbox.commands.run(command, timeout=PATIENCE_S, **options)

@@ -9,24 +9,15 @@ from urllib.parse import urlsplit
 
 from e2b import CommandExitException
 from e2b_desktop import Sandbox
-from report import PATIENCE_S, NoSandbox, expect, run_calls, wait_for
+from report import PATIENCE_S, OneSandbox, expect, run_calls, wait_for
 
 TEMPLATE = os.environ.get("VMCELL_MATRIX_DESKTOP_TEMPLATE", "desktop")
 STREAM_PORT = 6080
 SCREEN = (1024, 768)
 
 
-class Calls:
+class Calls(OneSandbox):
     """The calls, on one sandbox of the desktop's template."""
-
-    def __init__(self):
-        self._made = None
-
-    @property
-    def sandbox(self):
-        if self._made is None:
-            raise NoSandbox
-        return self._made
 
     def create(self):
         make = getattr(Sandbox, "create", None) or Sandbox

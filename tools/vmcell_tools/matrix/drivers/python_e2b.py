@@ -9,7 +9,7 @@ import urllib.request
 
 import e2b
 from e2b import Sandbox
-from report import PATIENCE_S, Absent, NoSandbox, attribute, expect, run_calls, wait_for
+from report import PATIENCE_S, Absent, OneSandbox, attribute, expect, run_calls, wait_for
 
 TEMPLATE = os.environ.get("VMCELL_MATRIX_TEMPLATE", "base")
 LIFETIME_S = 1800
@@ -29,17 +29,8 @@ def throwaway(**options):
     create(**options).kill()
 
 
-class Calls:
+class Calls(OneSandbox):
     """The calls, on one sandbox that `create` makes and `kill` ends."""
-
-    def __init__(self):
-        self._made = None
-
-    @property
-    def sandbox(self):
-        if self._made is None:
-            raise NoSandbox
-        return self._made
 
     def run(self, command, **options):
         return self.sandbox.commands.run(command, timeout=PATIENCE_S, **options)

@@ -32,6 +32,18 @@ class NoSandbox(Exception):
     """There is no sandbox to call: it has the outcome of the call that should have made one."""
 
 
+class OneSandbox:
+    """The sandbox that a driver's calls are made on, once one of them has set `_made`."""
+
+    _made = None
+
+    @property
+    def sandbox(self):
+        if self._made is None:
+            raise NoSandbox
+        return self._made
+
+
 def attribute(thing, name):
     """`thing.name`; Absent when this version of the client has none."""
     found = getattr(thing, name, None)
