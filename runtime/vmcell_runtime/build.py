@@ -323,9 +323,8 @@ def _add_virtio_device(board: _Board, device: VirtioDevice, gpa: int, irq: IrqLi
     board.resources.callback(transport.close)
     board.transports.append(transport)
     board.windows.add(gpa, layout.VIRTIO_WINDOW_BYTES, transport)
-    for queue, fd in enumerate(transport.notify_fds):
-        notify_gpa = gpa + abi.MMIO_QUEUE_NOTIFY
-        board.vm.add_ioeventfd(fd, notify_gpa, abi.NOTIFY_BYTES, datamatch=queue)
+    for fd, value in transport.notifications:
+        board.vm.add_ioeventfd(fd, gpa + abi.MMIO_QUEUE_NOTIFY, abi.NOTIFY_BYTES, value)
 
 
 def _make_threads(vcpus: Sequence[Vcpu], board: _Board, ending: Ending) -> list[VcpuThread]:

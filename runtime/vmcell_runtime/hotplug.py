@@ -102,9 +102,9 @@ class HotPlug:
         if plugged is None:
             raise CallerError(f"window {number} is empty; nothing to unplug", code="not_found")
         place.window.transport = None
-        for queue, fd in enumerate(plugged.transport.notify_fds):
+        for fd, value in plugged.transport.notifications:
             gpa = place.gpa + abi.MMIO_QUEUE_NOTIFY
-            self._vm.remove_ioeventfd(fd, gpa, abi.NOTIFY_BYTES, queue)
+            self._vm.remove_ioeventfd(fd, gpa, abi.NOTIFY_BYTES, value)
         plugged.transport.close()
         if plugged.slot is not None:
             self._end_slot(plugged.slot)
@@ -128,9 +128,9 @@ class HotPlug:
                 undo.callback(self._end_slot, slot)
             transport = MmioTransport(device, self._memory, place.irq, self._loop, self._report)
             undo.callback(transport.close)
-            for queue, fd in enumerate(transport.notify_fds):
-                self._vm.add_ioeventfd(fd, gpa, abi.NOTIFY_BYTES, queue)
-                undo.callback(self._vm.remove_ioeventfd, fd, gpa, abi.NOTIFY_BYTES, queue)
+            for fd, value in transport.notifications:
+                self._vm.add_ioeventfd(fd, gpa, abi.NOTIFY_BYTES, value)
+                undo.callback(self._vm.remove_ioeventfd, fd, gpa, abi.NOTIFY_BYTES, value)
             undo.pop_all()
         self._plugged[number] = _Plugged(transport, slot)
         place.window.transport = transport

@@ -33,7 +33,7 @@ class RecordedVm:
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
         self.slots: dict[int, Slot] = {}
-        self.ioeventfds: dict[tuple[int, int], int] = {}
+        self.ioeventfds: dict[tuple[int, int | None], int] = {}
         self.refusing = False
         self.refusing_ioeventfds = False
 
@@ -48,17 +48,17 @@ class RecordedVm:
         assert self.slots.pop(slot.number) == slot
         self.memory.unpin_window(slot.number)
 
-    def add_ioeventfd(self, fd: int, gpa: int, length: int, datamatch: int) -> None:
+    def add_ioeventfd(self, fd: int, gpa: int, length: int, value: int | None) -> None:
         assert length == 4
-        assert (gpa, datamatch) not in self.ioeventfds
+        assert (gpa, value) not in self.ioeventfds
         os.fstat(fd)
         if self.refusing_ioeventfds:
             raise HostError("KVM_IOEVENTFD failed: No space left on device")
-        self.ioeventfds[gpa, datamatch] = fd
+        self.ioeventfds[gpa, value] = fd
 
-    def remove_ioeventfd(self, fd: int, gpa: int, length: int, datamatch: int) -> None:
+    def remove_ioeventfd(self, fd: int, gpa: int, length: int, value: int | None) -> None:
         os.fstat(fd)
-        assert self.ioeventfds.pop((gpa, datamatch)) == fd
+        assert self.ioeventfds.pop((gpa, value)) == fd
 
 
 class Bench:
@@ -131,7 +131,7 @@ def test_an_image_is_mapped_and_let_go_of(bench: Bench) -> None:
     assert (slot.number, slot.gpa, slot.length_bytes) == (1, 4 * GIB, 3 * HUGE_PAGE_BYTES)
     words = [bench.windows[FIRST].read(0x100 + 4 * n, 4) for n in range(4)]
     assert words == [0, 1, 3 * HUGE_PAGE_BYTES, 0]
-    assert list(bench.vm.ioeventfds) == [(0xD0005050, 0)]
+    assert list(bench.vm.ioeventfds) == [(0xD0005050, None)]
     bench.hotplug.unplug(FIRST)
     assert bench.device_id(FIRST) == 0
     assert not bench.vm.slots

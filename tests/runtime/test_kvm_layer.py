@@ -143,7 +143,7 @@ def test_memory_mapped_io_both_ways(bench: Bench) -> None:
 def test_an_ioeventfd_takes_its_value_without_an_exit(bench: Bench) -> None:
     lines = [IrqLine(0), IrqLine(0)]
     for queue, line in enumerate(lines):
-        bench.vm.add_ioeventfd(line.fd, WINDOW + 0x50, 4, datamatch=queue)
+        bench.vm.add_ioeventfd(line.fd, WINDOW + 0x50, 4, value=queue)
     notify = [store32(WINDOW + 0x50, queue) for queue in (1, 0, 1, 2)]
     bench.start(b"".join(notify) + out8(0x80, 0))
     assert run(bench.vcpu) == abi.KVM_EXIT_MMIO, "nobody waits for queue 2"
@@ -154,11 +154,22 @@ def test_an_ioeventfd_takes_its_value_without_an_exit(bench: Bench) -> None:
         line.close()
 
 
+def test_an_ioeventfd_for_any_value_takes_them_all(bench: Bench) -> None:
+    line = IrqLine(0)
+    bench.vm.add_ioeventfd(line.fd, WINDOW + 0x50, 4, value=None)
+    notify = [store32(WINDOW + 0x50, value) for value in (0, 2, 0xFFFF_FFFF)]
+    bench.start(b"".join(notify) + out8(0x80, 0))
+    assert run(bench.vcpu) == abi.KVM_EXIT_IO
+    assert os.eventfd_read(line.fd) == 3
+    bench.vm.remove_ioeventfd(line.fd, WINDOW + 0x50, 4, value=None)
+    line.close()
+
+
 def test_the_same_ioeventfd_twice_is_the_hosts_error(bench: Bench) -> None:
     line = IrqLine(0)
-    bench.vm.add_ioeventfd(line.fd, WINDOW + 0x50, 4, datamatch=0)
+    bench.vm.add_ioeventfd(line.fd, WINDOW + 0x50, 4, value=0)
     with pytest.raises(HostError, match="KVM_IOEVENTFD failed: File exists"):
-        bench.vm.add_ioeventfd(line.fd, WINDOW + 0x50, 4, datamatch=0)
+        bench.vm.add_ioeventfd(line.fd, WINDOW + 0x50, 4, value=0)
     line.close()
 
 
@@ -341,13 +352,13 @@ def test_a_slot_kvm_refuses_is_not_pinned(bench: Bench) -> None:
 
 def test_a_removed_ioeventfd_is_an_exit_again(bench: Bench) -> None:
     line = IrqLine(0)
-    bench.vm.add_ioeventfd(line.fd, WINDOW + 0x50, 4, datamatch=0)
+    bench.vm.add_ioeventfd(line.fd, WINDOW + 0x50, 4, value=0)
     bench.start(store32(WINDOW + 0x50, 0) * 2 + out8(0x80, 0))
-    bench.vm.remove_ioeventfd(line.fd, WINDOW + 0x50, 4, datamatch=0)
+    bench.vm.remove_ioeventfd(line.fd, WINDOW + 0x50, 4, value=0)
     for _ in range(2):
         assert run(bench.vcpu) == abi.KVM_EXIT_MMIO
     with pytest.raises(HostError, match="KVM_IOEVENTFD failed: No such file"):
-        bench.vm.remove_ioeventfd(line.fd, WINDOW + 0x50, 4, datamatch=0)
+        bench.vm.remove_ioeventfd(line.fd, WINDOW + 0x50, 4, value=0)
     line.close()
 
 

@@ -67,6 +67,12 @@ def driver(device: Recorder, plug: Plug) -> GuestDriver:
     return plug(device)
 
 
+def offer(driver: GuestDriver, index: int) -> None:
+    """A buffer and the notification that there is one."""
+    driver.queues[index].offer([b"x"])
+    driver.kick(index)
+
+
 def test_identity(driver: GuestDriver) -> None:
     assert driver.get(0x000) == 0x74726976
     assert driver.get(0x004) == 2
@@ -231,12 +237,12 @@ def test_guest_error_stops_this_device_and_says_so_once(
         raise GuestError("the ring is nonsense")
 
     device.work = break_down
-    driver.kick(0)
+    offer(driver, 0)
     assert driver.needs_reset
     assert device.events[-1] == "reset"
     assert driver.reports == ["virtio device 42 stopped: the ring is nonsense"]
     events = list(device.events)
-    driver.kick(0)
+    offer(driver, 0)
     assert device.events == events
     driver.set(0x70, 15)
     assert driver.get(0x70) == 15 | 64
@@ -246,9 +252,8 @@ def test_other_exceptions_leave_the_loop(driver: GuestDriver, device: Recorder) 
     driver.start()
     driver.loop.settle()
     device.work = lambda _index: bool(1 // 0)
-    driver.set(0x50, 0)
     with pytest.raises(ZeroDivisionError):
-        driver.loop.settle()
+        offer(driver, 0)
 
 
 def test_unfinished_work_goes_on_at_the_next_turn(driver: GuestDriver, device: Recorder) -> None:
@@ -261,8 +266,54 @@ def test_unfinished_work_goes_on_at_the_next_turn(driver: GuestDriver, device: R
         return left[0] > 0
 
     device.work = work
-    driver.kick(1)
+    offer(driver, 1)
     assert left == [0]
+    assert device.events[-3:] == ["process 1"] * 3
+
+
+def test_one_notification_is_for_all_queues_with_news(
+    driver: GuestDriver, device: Recorder
+) -> None:
+    driver.start()
+    driver.loop.settle()
+    device.events.clear()
+    driver.kick(0)
+    assert device.events == [], "nothing is offered"
+    driver.queues[0].offer([b"x"])
+    driver.queues[1].offer([b"x"])
+    driver.kick(1)
+    assert device.events == ["process 0", "process 1"]
+
+
+def test_a_queue_that_is_never_done_leaves_the_other_its_turn(
+    driver: GuestDriver, device: Recorder
+) -> None:
+    driver.start()
+    driver.loop.settle()
+    device.events.clear()
+    turns = iter([True] * 5)
+    device.work = lambda index: index == 0 and next(turns, False)
+    driver.queues[0].offer([b"x"])
+    driver.queues[1].offer([b"x"])
+    driver.kick(0)
+    assert device.events[:4] == ["process 0", "process 1", "process 0", "process 1"]
+
+
+def test_a_device_asks_for_a_queue_itself(driver: GuestDriver, device: Recorder) -> None:
+    driver.start()
+    driver.loop.settle()
+    assert device.activation is not None
+    link = device.activation.link
+    device.events.clear()
+    link.process_soon(1)
+    driver.loop.settle()
+    assert device.events == ["process 1"]
+    driver.start()
+    driver.loop.settle()
+    device.events.clear()
+    link.process_soon(1)
+    driver.loop.settle()
+    assert device.events == [], "that activation is over"
 
 
 def test_notification_of_a_queue_that_does_not_exist(driver: GuestDriver) -> None:
@@ -298,6 +349,7 @@ def test_reset_waits_for_the_work_in_progress(driver: GuestDriver, device: Recor
         return False
 
     device.work = work
+    driver.queues[0].offer([b"x"])
     driver.set(0x50, 0)
     loop_thread = threading.Thread(target=driver.loop.turn)
     loop_thread.start()
@@ -313,7 +365,7 @@ def test_reset_waits_for_the_work_in_progress(driver: GuestDriver, device: Recor
 
 
 def test_close_is_idempotent_and_closes_what_it_owns(device: Recorder, driver: GuestDriver) -> None:
-    fds = driver.transport.notify_fds
+    fds = [fd for fd, _ in driver.transport.notifications]
     driver.transport.close()
     driver.transport.close()
     assert device.events == ["close"]

@@ -117,22 +117,21 @@ class Vm:
         """A write to eventfd `fd` raises and lowers `gsi`. api.rst 4.75."""
         kvm_ioctl(self._fd, KVM_IRQFD, kvm_irqfd(fd=fd, gsi=gsi))
 
-    def add_ioeventfd(self, fd: int, gpa: int, length: int, datamatch: int) -> None:
-        """A guest write of `length` bytes equal to `datamatch` at `gpa` signals `fd`, no exit."""
-        self._set_ioeventfd(fd, gpa, length, datamatch, 0)
+    def add_ioeventfd(self, fd: int, gpa: int, length: int, value: int | None) -> None:
+        """A guest write of `length` bytes equal to `value`, or any if None, at `gpa` signals `fd`
+        without an exit. api.rst 4.59."""
+        self._set_ioeventfd(fd, gpa, length, value, 0)
 
-    def remove_ioeventfd(self, fd: int, gpa: int, length: int, datamatch: int) -> None:
+    def remove_ioeventfd(self, fd: int, gpa: int, length: int, value: int | None) -> None:
         """The opposite of `add_ioeventfd`, with the same values and before `fd` is closed."""
-        self._set_ioeventfd(fd, gpa, length, datamatch, KVM_IOEVENTFD_FLAG_DEASSIGN)
+        self._set_ioeventfd(fd, gpa, length, value, KVM_IOEVENTFD_FLAG_DEASSIGN)
 
-    def _set_ioeventfd(self, fd: int, gpa: int, length: int, datamatch: int, flags: int) -> None:
-        request = kvm_ioeventfd(
-            datamatch=datamatch,
-            addr=gpa,
-            len=length,
-            fd=fd,
-            flags=KVM_IOEVENTFD_FLAG_DATAMATCH | flags,
-        )
+    def _set_ioeventfd(
+        self, fd: int, gpa: int, length: int, value: int | None, flags: int
+    ) -> None:
+        if value is not None:
+            flags |= KVM_IOEVENTFD_FLAG_DATAMATCH
+        request = kvm_ioeventfd(datamatch=value or 0, addr=gpa, len=length, fd=fd, flags=flags)
         kvm_ioctl(self._fd, KVM_IOEVENTFD, request)
 
     def kvmclock_ns(self) -> int:

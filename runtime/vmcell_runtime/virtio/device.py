@@ -31,6 +31,9 @@ class Link(Protocol):
     def guard(self, function: Callable[P, None]) -> Callable[P, None]:
         """`function` as the event loop may call it: each call is a `run`."""
 
+    def process_soon(self, queue_index: int) -> None:
+        """Has `process` called for this queue at the loop's next turn; not for `in_kernel` ones."""
+
     def config_changed(self) -> None:
         """Tells the driver that the configuration space has changed (§ 2.5); under no lock."""
 
@@ -38,7 +41,8 @@ class Link(Protocol):
 class Activation(NamedTuple):
     """What a driver and its device agreed on, frozen at DRIVER_OK.
 
-    `notify_fds` are the eventfds of the queues' notifications; they stay the transport's.
+    `notify_fds` are the eventfds of notifications, one for each queue if the device is `in_kernel`,
+    else one in all; they stay the transport's.
     """
 
     features: int

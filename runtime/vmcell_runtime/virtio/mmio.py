@@ -94,6 +94,9 @@ class _ActivationLink:
 
         return guarded
 
+    def process_soon(self, queue_index: int) -> None:
+        self._transport.process_soon(self, queue_index)
+
     def config_changed(self) -> None:
         self._transport.config_changed(self)
 
@@ -126,12 +129,14 @@ class MmioTransport:
         self._link: _ActivationLink | None = None
         self._queues: tuple[Queue, ...] = ()
         self._clear_registers()
-        self.notify_fds: tuple[int, ...] = tuple(
-            os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in device.queue_sizes
+        self._due: set[int] = set()
+        self._next_queue = 0
+        count = len(device.queue_sizes) if device.in_kernel else 1
+        self._notify_fds: tuple[int, ...] = tuple(
+            os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(count)
         )
         if not device.in_kernel:
-            for index, fd in enumerate(self.notify_fds):
-                loop.add(fd, self._notification(index))
+            loop.add(self._notify_fds[0], self._notified)
         self._closed = False
 
     # The window
@@ -170,6 +175,17 @@ class MmioTransport:
     def status(self) -> int:
         """The device status register as the guest would read it."""
         return self._status
+
+    @property
+    def notifications(self) -> list[tuple[int, int | None]]:
+        """(eventfd, value) of each write to QUEUE_NOTIFY that shall signal it; None for any value.
+
+        The host's kernel wants to know which queue was meant; we look at all of a device, which is
+        cheaper than a descriptor for each.
+        """
+        if self._device.in_kernel:
+            return [(fd, queue) for queue, fd in enumerate(self._notify_fds)]
+        return [(self._notify_fds[0], None)]
 
     # Another process's turn
 
@@ -294,7 +310,7 @@ class MmioTransport:
             self._link = None
             with self._interrupt_lock:
                 self._interrupt_status = 0
-            for fd in self.notify_fds:
+            for fd in self._notify_fds:
                 if not self._device.in_kernel:
                     self._loop.remove(fd)
                 os.close(fd)
@@ -313,6 +329,13 @@ class MmioTransport:
             if link is self._link:
                 self._config_generation = (self._config_generation + 1) & _LOW_32
                 self.interrupt(abi.INTERRUPT_CONFIG_CHANGE)
+
+    def process_soon(self, link: _ActivationLink, queue_index: int) -> None:
+        """As if the driver had notified this queue, if `link` is still running."""
+        with self._lock:
+            if link is self._link:
+                self._due.add(queue_index)
+                os.eventfd_write(self._notify_fds[0], 1)
 
     def run_for(self, link: _ActivationLink | None, step: Callable[[], None]) -> bool:
         """Runs `step` under the lock if `link` is the running activation, else returns False."""
@@ -436,9 +459,9 @@ class MmioTransport:
 
     def _write_notify(self, value: int) -> bool:
         # Normally the host's kernel answers this write by the eventfd (KVM_IOEVENTFD).
-        if value >= len(self.notify_fds):
+        if value >= len(self._queue_registers):
             return False
-        os.eventfd_write(self.notify_fds[value], 1)
+        os.eventfd_write(self._notify_fds[value if self._device.in_kernel else 0], 1)
         return True
 
     # Life
@@ -480,9 +503,10 @@ class MmioTransport:
         for queue, (next_avail, used_index) in zip(queues, positions, strict=False):
             queue.resume(next_avail, used_index, ())
         self._queues = queues
-        self._device.activate(Activation(self._driver_features, queues, self.notify_fds, link))
-        for fd in self.notify_fds:
-            os.eventfd_write(fd, 1)  # buffers may have been offered before DRIVER_OK
+        self._device.activate(Activation(self._driver_features, queues, self._notify_fds, link))
+        self._due = set(range(count))  # buffers may have been offered before DRIVER_OK
+        for fd in self._notify_fds:
+            os.eventfd_write(fd, 1)
 
     def _freeze(self, registers: _QueueRegisters, max_size: int) -> Queue:
         if not registers.ready:
@@ -505,19 +529,27 @@ class MmioTransport:
         with self._interrupt_lock:
             self._interrupt_status = 0
 
-    def _notification(self, index: int) -> Callable[[int], None]:
-        def notified(_events: int) -> None:
-            try:
-                os.eventfd_read(self.notify_fds[index])
-            except BlockingIOError:
+    def _notified(self, _events: int) -> None:
+        try:
+            os.eventfd_read(self._notify_fds[0])
+        except BlockingIOError:
+            return
+        self.run_for(self._link, self._process)
+
+    def _process(self) -> None:
+        """All queues that want it, up to the first that uses up its budget: the next one's turn is
+        the next time."""
+        count = len(self._queues)
+        for step in range(count):
+            index = (self._next_queue + step) % count
+            if index not in self._due and not self._queues[index].has_news():
+                continue
+            self._due.discard(index)
+            if self._device.process(index):
+                self._due.add(index)
+                self._next_queue = index + 1
+                os.eventfd_write(self._notify_fds[0], 1)
                 return
-            self.run_for(self._link, lambda: self._process(index))
-
-        return notified
-
-    def _process(self, index: int) -> None:
-        if self._device.process(index):
-            os.eventfd_write(self.notify_fds[index], 1)
 
     def _fail(self, error: GuestError) -> None:
         # The device stops and lets go of what it holds; only the driver's reset brings it back.

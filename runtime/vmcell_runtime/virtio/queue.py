@@ -205,6 +205,10 @@ class Queue:
                 return False
         return True
 
+    def has_news(self) -> bool:
+        """Whether the driver has offered something since anybody looked; nothing is checked."""
+        return self._memory.load16(self._avail_index_gpa) != self._seen_avail
+
     def _look(self) -> bool:
         index = self._memory.load16(self._avail_index_gpa)
         waiting = (index - self._next_avail) & 0xFFFF

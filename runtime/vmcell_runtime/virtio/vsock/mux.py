@@ -7,7 +7,6 @@ new ones. All calls under the transport's lock, on the event loop's thread.
 
 from __future__ import annotations
 
-import os
 import secrets
 import socket
 import time
@@ -60,7 +59,6 @@ class Mux:
         self._loop = loop
         self._link = activation.link
         self._rx, self._tx, self._events = activation.queues
-        self._tx_notify_fd = activation.notify_fds[TX]
         self._guest_cid = guest_cid
         self._listeners = listeners
         self._delivery = Delivery(memory, self._rx)
@@ -201,7 +199,7 @@ class Mux:
         waiting, self._waiting = self._waiting, {}
         if self._delivery.send_control() and self._tx_paused:
             self._tx_paused = False
-            os.eventfd_write(self._tx_notify_fd, 1)
+            self._link.process_soon(TX)
         for stream in waiting:
             if not stream.closed:
                 self._pump(stream)
