@@ -126,9 +126,7 @@ class Vm:
         """The opposite of `add_ioeventfd`, with the same values and before `fd` is closed."""
         self._set_ioeventfd(fd, gpa, length, value, KVM_IOEVENTFD_FLAG_DEASSIGN)
 
-    def _set_ioeventfd(
-        self, fd: int, gpa: int, length: int, value: int | None, flags: int
-    ) -> None:
+    def _set_ioeventfd(self, fd: int, gpa: int, length: int, value: int | None, flags: int) -> None:
         if value is not None:
             flags |= KVM_IOEVENTFD_FLAG_DATAMATCH
         request = kvm_ioeventfd(datamatch=value or 0, addr=gpa, len=length, fd=fd, flags=flags)

@@ -169,6 +169,12 @@ class TransportMachine(StepMachine):
             ring = replace(ring, gpa=(gpa[0], gpa[1], gpa[2]))
         self.rings[self.select] = ring
 
+    def offer(self, index: int) -> None:
+        """A buffer more in the available ring, if the device looks at it."""
+        if self.frozen is not None:
+            gpa = self.frozen[index].gpa[1] + 2
+            self.memory.store16(gpa, self.memory.load16(gpa) + 1 & 0xFFFF)
+
     # Steps
 
     @step(3)
@@ -224,14 +230,20 @@ class TransportMachine(StepMachine):
 
     @step(2)
     def notify(self, choices: Choices) -> None:
+        """Whichever queue is named, those with news are looked at; the device takes nothing."""
         index = choices.below(3)
         self.loop.settle()
         self.device.woken.clear()
-        self.device.wrong = choices.flag(8) and self.frozen is not None and index < 2
-        wrong = self.device.wrong
+        if choices.flag(2):
+            self.offer(choices.below(2))
+        rings = self.frozen or []
+        expected = [n for n, ring in enumerate(rings) if self.memory.load16(ring.gpa[1] + 2)]
+        if index > 1:
+            expected = []
+        wrong = self.device.wrong = bool(expected) and choices.flag(8)
         self.transport.write(0x50, 4, index)
         self.loop.settle()
-        assert self.device.woken == ([index] if self.frozen is not None and index < 2 else [])
+        assert self.device.woken == (expected[:1] if wrong else expected)
         if wrong:
             self.frozen = None
             self.status |= NEEDS_RESET
@@ -242,7 +254,9 @@ class TransportMachine(StepMachine):
         """Work that was announced is not done after a reset."""
         self.loop.settle()
         self.device.woken.clear()
-        self.transport.write(0x50, 4, choices.below(2))
+        index = choices.below(2)
+        self.offer(index)
+        self.transport.write(0x50, 4, index)
         self.set(0x70, 0)
         self.loop.settle()
         assert self.device.woken == []
