@@ -38,6 +38,7 @@ pod_network        a TAP beside each interface of a namespace, joined by redirec
 hooks              OCI hooks of the runtime's namespace
 relay              two sockets joined both ways
 port_forward       connections to a pod's loopback, carried into its guest
+disk               the sparse ext4 file a container writes to, and block devices
 shape              what a VMM is asked to build
 sandbox_network    the network of one sandbox on the host
 spec               OCI spec → what to boot and what its guest runs
@@ -47,7 +48,6 @@ erofs              layers, or one directory → one EROFS image
 cached_image       one image of the cache: held, whole or not
 cache_collector    what is in the cache, and what of it goes
 image_cache        EROFS images by their layers, built once
-disk               the sparse ext4 file a container writes to
 rootfs             the mounts of Task.Create → images and disks
 fifo               containerd's standard streams: FIFOs and log files
 log_binary         logging programs: binary:// and binary-v2://

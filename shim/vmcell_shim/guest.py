@@ -32,6 +32,7 @@ from vmcell_protos.wire import WireError
 from vmcell_runtime import handle
 from vmcell_shim.binds import FILE_LIMIT_BYTES
 from vmcell_shim.client import ConnectionLost, TtrpcClient
+from vmcell_shim.disk import open_disk
 from vmcell_shim.journal import printable
 from vmcell_shim.shape import (
     CONTROL_PORT,
@@ -193,7 +194,7 @@ class Guest:
                 )
             window = self._free_windows.pop(0)
         try:
-            fd = open_file(path, os.O_RDONLY if image else os.O_RDWR)
+            fd = open_file(path, os.O_RDONLY) if image else open_disk(path)
             try:
                 if image:
                     vmm.plug_pmem(window, fd)

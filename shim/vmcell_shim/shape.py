@@ -21,6 +21,7 @@ from vmcell_runtime.config import (
     VsockConfig,
 )
 from vmcell_runtime.vmm_uid import DEFAULT_RANGE, UidRange
+from vmcell_shim.disk import open_disk
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def machine_config(shape: GuestShape, descriptors: list[int]) -> MachineConfig:
     console = opened(shape.console_log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     pmem = [PmemConfig(descriptor=opened(shape.base_image, os.O_RDONLY, setup))]
     pmem += [PmemConfig(descriptor=opened(image, os.O_RDONLY)) for image in shape.images]
-    blk = [BlkConfig(descriptor=opened(shape.disk, os.O_RDWR))] if shape.disk else []
+    blk = [BlkConfig(descriptor=added(open_disk(shape.disk)))] if shape.disk else []
     net = [
         NetConfig(tap_descriptor=added(port.open()), mac=port.mac, mtu=port.mtu)
         for port in shape.nets

@@ -6,12 +6,30 @@ import filecmp
 import os
 import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from vmcell_protos.errors import HostError
 from vmcell_shim.disk import open_disk, writable_disk
+from vmcell_shim.shape import GuestShape, machine_config
+
+SHAPE = GuestShape(
+    kernel="/dev/null",
+    base_image="/dev/null",
+    images=(),
+    disk="",
+    vcpus=1,
+    memory_mib=64,
+    spare_windows=0,
+    nets=(),
+    share=None,
+    hostname="h",
+    sysctls={},
+    console_log="/dev/null",
+    vmm_log="/dev/null",
+)
 
 
 def test_disk_is_a_sparse_copy_that_is_kept(tmp_path: Path) -> None:
@@ -104,5 +122,11 @@ def test_a_block_device_has_one_user(tmp_path: Path) -> None:
         finally:
             subprocess.run(["umount", target], check=True)
         os.close(open_disk(device, read_only=True))
+        fd = open_disk(device)
+        descriptors: list[int] = []
+        with pytest.raises(HostError, match="used by another guest"):
+            machine_config(replace(SHAPE, disk=device), descriptors)
+        for used in (fd, *descriptors):
+            os.close(used)
     finally:
         subprocess.run(["losetup", "--detach", device], check=True)
