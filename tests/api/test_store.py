@@ -153,6 +153,10 @@ def test_templates_of_every_installation(url: str) -> None:
     assert interpreter is not None
     assert interpreter.image == "docker.io/vmcell/code-interpreter-v1:latest"
     assert (interpreter.vcpus, interpreter.memory_mib) == (2, 1024)
+    desktop = store.template("desktop")
+    assert desktop is not None
+    assert desktop.image == "docker.io/vmcell/desktop:latest"
+    assert (desktop.vcpus, desktop.memory_mib) == (2, 2048)
     assert store.template("base") is not None
     store.close()
 

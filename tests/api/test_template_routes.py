@@ -95,6 +95,7 @@ def test_every_field_that_clients_want_is_listed(client: Client) -> None:
     assert [entry["aliases"] for entry in installed] == [
         ["base"],
         ["code-interpreter-v1"],
+        ["desktop"],
         ["small"],
     ]
     for entry in (row, *installed):
@@ -124,7 +125,8 @@ def test_pages_hold_every_template_once(client: Client) -> None:
         token = page.headers.get("x-next-token", "")
         if not token:
             break
-    assert sorted(found) == ["base", "code-interpreter-v1", "small", "t0", "t1", "t2", "t3", "t4"]
+    installed = ["base", "code-interpreter-v1", "desktop", "small"]
+    assert sorted(found) == [*installed, "t0", "t1", "t2", "t3", "t4"]
     assert client.ask("GET", "/v2/templates?nextToken=nonsense").status_code == 400
 
 
@@ -226,10 +228,11 @@ def test_logs_by_level_and_page(client: Client) -> None:
     ],
 )
 def test_a_wrong_request_leaves_nothing(client: Client, body: dict[str, object]) -> None:
+    before = client.ask("GET", "/templates").json
     answer = client.ask("POST", "/v3/templates", body)
     assert answer.status_code == 400
     assert answer.json["code"] == 400
-    assert len(client.ask("GET", "/templates").json) == 3
+    assert client.ask("GET", "/templates").json == before
 
 
 @pytest.mark.parametrize(

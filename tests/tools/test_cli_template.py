@@ -56,7 +56,7 @@ def test_build_list_watch_remove(service: ApiService, folder: Path) -> None:
     ]
     rows = json.loads(_run("list", "--json").stdout)
     assert [row["names"][0] for row in rows] == [
-        *("team-one/shop", "base", "code-interpreter-v1", "small"),
+        *("team-one/shop", "base", "code-interpreter-v1", "desktop", "small"),
     ]
     assert {row["buildStatus"] for row in rows} == {"ready"}
     table = _run("list").stdout

@@ -18,7 +18,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 # The newest revision in `migrations`; a test compares.
-SCHEMA_VERSION = "0008"
+SCHEMA_VERSION = "0009"
 
 
 class Base(DeclarativeBase):

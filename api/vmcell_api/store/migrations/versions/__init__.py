@@ -9,4 +9,5 @@ v0005_volumes           volumes
 v0006_create_keys       idempotency keys of creates
 v0007_code_interpreter  the template of the code interpreter
 v0008_snapshots         snapshots
+v0009_desktop           the template of the desktop
 """
