@@ -7,6 +7,7 @@ image it was made for.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 
 from vmcell_protos.errors import HostError
@@ -18,6 +19,7 @@ from vmcell_shim.cached_image import (
     is_whole,
     locked_directory,
     read_record,
+    record_path,
 )
 from vmcell_shim.file_lock import try_lock
 
@@ -84,10 +86,17 @@ def _row(image: str) -> ImageRow:
         key=os.path.basename(image)[: -len(IMAGE)],
         path=image,
         size_bytes=status.st_blocks * _BLOCK_BYTES,
-        used_at_s=int(status.st_mtime),
+        used_at_s=_used_at_s(image),
         state=state,
         layers=tuple(path for path, *_ in record.chain) if record else (),
     )
+
+
+def _used_at_s(image: str) -> int:
+    try:
+        return int(os.stat(record_path(image)).st_mtime)
+    except FileNotFoundError:
+        return 0
 
 
 def _is_there(identity: tuple[str, int, int]) -> bool:
@@ -136,9 +145,8 @@ def _remove(row: ImageRow) -> bool:
         os.unlink(row.path)
     finally:
         os.close(fd)
-    record = row.path[: -len(IMAGE)] + RECORD
-    if os.path.exists(record):
-        os.unlink(record)
+    with suppress(FileNotFoundError):
+        os.unlink(record_path(row.path))
     return True
 
 

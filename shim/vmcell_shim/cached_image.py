@@ -63,7 +63,7 @@ def open_image(image: str) -> CachedImage | None:
         lock(fd, shared=True, timeout_s=_LOCK_TIMEOUT_S)
         good = names(image, fd) and is_whole(fd, read_record(image))
         if good:
-            os.utime(fd)
+            os.utime(record_path(image))  # not the image: its digest stands as long as its times
     finally:
         if not good:
             os.close(fd)
@@ -79,10 +79,15 @@ class Record:
     head: str
 
 
+def record_path(image: str) -> str:
+    """Of the record of an image by its path. The record's mtime is when the image was used last."""
+    return image[: -len(IMAGE)] + RECORD
+
+
 def read_record(image: str) -> Record | None:
     """None for a record that is missing or damaged: its image is then as good as none."""
     try:
-        with open(image[: -len(IMAGE)] + RECORD, encoding="utf-8") as file:
+        with open(record_path(image), encoding="utf-8") as file:
             tree = json.load(file)
         return Record(
             chain=[(str(path), int(inode), int(ctime)) for path, inode, ctime in tree["layers"]],

@@ -11,11 +11,11 @@ from vmcell_shim.cache_collector import collect
 from vmcell_shim.cached_image import (
     IMAGE,
     PARTIAL,
-    RECORD,
     cache_directory,
     digest_head,
     locked_directory,
     open_image,
+    record_path,
 )
 from vmcell_shim.erofs import BUILD_TIMEOUT_S, merged_image
 from vmcell_shim.file_lock import create_locked
@@ -108,7 +108,7 @@ def _publish(chain: Chain, image: str, partial: str) -> None:
         }
     finally:
         os.close(fd)
-    path = image[: -len(IMAGE)] + RECORD
+    path = record_path(image)
     with locked_directory(os.path.dirname(image)):
         with open(path + ".new", "w", encoding="utf-8") as file:
             json.dump(record, file)

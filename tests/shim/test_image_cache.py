@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from shim_harness import wait_until
 
 from vmcell_protos.errors import HostError
 from vmcell_shim.cache_collector import collect, list_images
-from vmcell_shim.cached_image import CachedImage
+from vmcell_shim.cached_image import CachedImage, record_path
+from vmcell_shim.digests import Digests
 from vmcell_shim.erofs import tree_image
 from vmcell_shim.image_cache import chain_image
 from vmcell_shim.layers import find_layers
@@ -263,13 +265,31 @@ def test_an_image_is_free_when_its_user_was_killed(store: Path) -> None:
 
 
 @pytest.mark.root
+def test_an_image_that_is_used_keeps_its_digest(store: Path) -> None:
+    """Else every restore of a sandbox would read all of it."""
+    chain = layer_dirs(store, 1)
+    image = build_path(chain, store)
+    digests = Digests(str(store / "digests"))
+    wait_until(lambda: time.time_ns() - os.stat(image).st_ctime_ns > 10**8, "a settled image")
+    digest = digests.of_path(image)
+    (record,) = (store / "digests").iterdir()
+    record.write_text(record.read_text().replace(digest, "what was remembered"))
+    os.utime(record_path(image), (1000, 1000))
+    held = build(chain, store)
+    held.close()
+    assert held.path == image
+    assert os.stat(record_path(image)).st_mtime > 1000, "it was used"
+    assert digests.of_path(image) == "what was remembered"
+
+
+@pytest.mark.root
 def test_the_least_recently_used_go_first(store: Path) -> None:
     images = []
     for number in range(3):
         chain = layer_dirs(store / str(number), 1)
         (Path(chain[0]) / "big").write_bytes(os.urandom(3 << 20))
         images.append(build_path(chain, store))
-        os.utime(images[-1], (1000 + number, 1000 + number))
+        os.utime(record_path(images[-1]), (1000 + number, 1000 + number))
     # What is used again is not the oldest any more.
     held = build([str(store / "0/snapshots/1/fs")], store)
     assert held.path == images[0]
