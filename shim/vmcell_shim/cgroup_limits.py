@@ -3,10 +3,11 @@
 In that cgroup run the VMM, the shim and the daemons that serve it. The guest's kernel enforces the
 container's limits inside; the host's bound what the virtual machine as a whole may take:
 - memory: the guest's RAM, and HOST_MEMORY_MIB and a 128th of that RAM beside it (VMM, shim, share
-  daemon; page tables of host and guest). Only where the spec has a limit. The page cache of images
-  and disks counts as well, but it gives way.
+  daemon; page tables of host and guest). The page cache of images, disks and snapshots counts as
+  well, but it gives way; where the spec has no limit there is room for as much of it as there is
+  RAM, and the bound is one on what a VMM that a guest has taken over may take.
 - CPU: shares, quota and CPU set as the spec says; VMM threads are part of what the pod pays for.
-- tasks: HOST_TASKS where the spec has a limit: the guest's processes are no tasks of the host.
+- tasks: HOST_TASKS; the guest's processes are no tasks of the host.
 A pod's sandbox gets none of its own: the pod's cgroup is above it, and the limits in its spec are
 those of a pause process.
 
@@ -96,17 +97,17 @@ def host_limits(spec: Json, *, guest_memory_mib: int, sandbox: bool) -> HostLimi
         return HostLimits()
     memory = take(spec, "linux.resources.memory.limit", int, 0)
     quota = take(spec, "linux.resources.cpu.quota", int, 0)
-    beside_mib = HOST_MEMORY_MIB + guest_memory_mib // 128
+    most_mib = guest_memory_mib + guest_memory_mib // 128 + HOST_MEMORY_MIB
+    if not 0 < memory < _UNLIMITED_BYTES:
+        most_mib += guest_memory_mib
     return HostLimits(
-        memory_bytes=(
-            (guest_memory_mib + beside_mib) << 20 if 0 < memory < _UNLIMITED_BYTES else None
-        ),
+        memory_bytes=most_mib << 20,
         cpu_shares=_positive(take(spec, "linux.resources.cpu.shares", int, 0)),
         cpu_quota_us=_positive(quota),
         cpu_period_us=_positive(take(spec, "linux.resources.cpu.period", int, 0)),
         cpus=take(spec, "linux.resources.cpu.cpus", str, ""),
         mems=take(spec, "linux.resources.cpu.mems", str, ""),
-        tasks=HOST_TASKS if take(spec, "linux.resources.pids.limit", int, 0) > 0 else None,
+        tasks=HOST_TASKS,
     )
 
 

@@ -101,13 +101,14 @@ def test_limits_of_a_spec() -> None:
     )
 
 
-def test_no_limits() -> None:
+def test_without_limits_the_machine_has_its_own() -> None:
+    own = HostLimits(memory_bytes=(2 * 512 + 64 + 4) << 20, tasks=512)
     none = spec(memory={"limit": -1}, cpu={"quota": -1}, pids={"limit": 0})
-    assert host_limits(none, guest_memory_mib=512, sandbox=False) == HostLimits()
-    assert host_limits({}, guest_memory_mib=512, sandbox=False) == HostLimits()
+    assert host_limits(none, guest_memory_mib=512, sandbox=False) == own
+    assert host_limits({}, guest_memory_mib=512, sandbox=False) == own
     # "No limit" as Kubernetes writes it.
     huge = spec(memory={"limit": (1 << 63) - 4096})
-    assert host_limits(huge, guest_memory_mib=512, sandbox=False) == HostLimits()
+    assert host_limits(huge, guest_memory_mib=512, sandbox=False) == own
     pause = spec(cpu={"shares": 2}, memory={"limit": 1 << 20})
     assert host_limits(pause, guest_memory_mib=512, sandbox=True) == HostLimits()
     with pytest.raises(CallerError, match="shares"):
