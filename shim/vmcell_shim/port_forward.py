@@ -74,9 +74,11 @@ class PortForward:
         self._listening.join(_CLOSE_S)
         for listener in self._listeners:
             listener.close()
-        remove_rules(self._namespace)
         with self._changed:
             ended = self._changed.wait_for(lambda: not self._connections, _CLOSE_S)
+        # Not before: without the rules the kernel translates no address any more, and a client
+        # would never hear the end of its connection.
+        remove_rules(self._namespace)
         if not ended:
             raise HostError(f"forwarded connections have not ended within {_CLOSE_S:g} s")
         os.close(self._stop)

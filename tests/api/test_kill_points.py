@@ -56,7 +56,7 @@ def test_every_call_of_a_create_and_a_kill_is_a_point(
     from vmcell_api.node import containerd as module
 
     seen: set[str] = set()
-    call = module.Containerd._call
+    call = module.Containerd.call
 
     def note(self: object, method: object, request: object, tried: str, **options: object):
         frame = sys._getframe(1)
@@ -66,7 +66,7 @@ def test_every_call_of_a_create_and_a_kill_is_a_point(
         return call(self, method, request, tried, **options)
 
     with opened(config) as node:
-        monkeypatch.setattr(module.Containerd, "_call", note)
+        monkeypatch.setattr(module.Containerd, "call", note)
         order = order_of()
         node.create(door.checked_request(_message(order)))
         node.kill(order.sandbox_id)

@@ -34,7 +34,6 @@ REACHES = (
     "vmcell_runtime.devices.serial:Serial._transmit",
     "vmcell_runtime.devices.cmos:Cmos.read",
     "vmcell_runtime.virtio.mmio:MmioTransport._write_queue_register",
-    "vmcell_runtime.virtio.blk:Blk.activate",
 )
 RAM_BYTES = 4 << 20
 WINDOW_BYTES = 0x1000
