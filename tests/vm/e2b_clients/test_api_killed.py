@@ -15,7 +15,7 @@ from dev_vm import DevVm
 from e2b import Sandbox
 from sdk_commands import COMMANDS, Commands
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
 PATIENCE_S = 300
 API_PID = "grep -o 'the API is process [0-9]*' /mnt/out/serve.log | tail -n 1 | grep -o '[0-9]*$'"
