@@ -1,7 +1,8 @@
 """linux.cgroupsPath and linux.resources → which cgroup on the host, and how much it may take.
 
 In that cgroup run the VMM and the daemons that serve it; the shim is where containerd puts it (its
-option ShimCgroup). The guest's kernel enforces the container's limits inside; the host's bound what the virtual machine as a whole may take:
+option ShimCgroup). The guest's kernel enforces the container's limits inside; the host's bound what
+the virtual machine as a whole may take:
 - memory: the guest's RAM, and HOST_MEMORY_MIB and a 128th of that RAM beside it (VMM, shim, share
   daemon; page tables of host and guest). The page cache of images, disks and snapshots counts as
   well, but it gives way; where the spec has no limit there is room for as much of it as there is
