@@ -8,9 +8,10 @@ BIN := .venv/bin
 # Of tests of which there are many alike some are run; DEEP=1 runs all of them.
 DEEP ?=
 TIER := $(if $(DEEP),, and not deep)
+PYTEST := $(BIN)/python -m pytest
 # A lane that is over its time ends after the test it is in, with what failed and which were slow.
 LANE_S := $(if $(DEEP),3600,1800)
-PYTEST := $(BIN)/python -m pytest --session-timeout $(LANE_S) --durations 12
+LANE := $(PYTEST) --session-timeout $(LANE_S) --durations 12
 
 .PHONY: demo test test-plain test-root test-kvm test-vm test-long test-api-cases \
 	test-state-machines test-hostile fuzz hostile-agents host venv artifacts interpreter-image \
@@ -75,7 +76,7 @@ dev-up: artifacts
 endif
 
 test-plain:
-	$(PYTEST) -m 'not kvm and not vm and not root$(TIER)'
+	$(LANE) -m 'not kvm and not vm and not root$(TIER)'
 
 # Where Go or its module proxy is missing, the tests that want these programs are skipped by name.
 containerd2: venv
@@ -83,12 +84,12 @@ containerd2: venv
 		echo "containerd 2.x and nerdctl are not built; their tests will be skipped"
 
 test-root:
-	$(PYTEST) -m 'root and not vm$(TIER)'
+	$(LANE) -m 'root and not vm$(TIER)'
 
 # On a machine without /dev/kvm the same tests run inside the dev VM.
 test-kvm:
 	@if [ -e /dev/kvm ]; then \
-		$(PYTEST) -m 'kvm and not vm$(TIER)'; \
+		$(LANE) -m 'kvm and not vm$(TIER)'; \
 	else \
 		$(MAKE) dev-up && $(BIN)/vmcell dev run -- $(CURDIR)/.venv/bin/python -m pytest \
 			--rootdir $(CURDIR) -p no:cacheprovider -m 'kvm and not vm$(TIER)' $(CURDIR)/tests; \
@@ -131,7 +132,7 @@ dev-up:
 		$(addprefix --image ,$(DEV_IMAGES))
 
 test-vm: dev-up
-	$(PYTEST) -m 'vm$(TIER)' --timeout 300 tests/vm; status=$$?; $(BIN)/vmcell dev down; exit $$status
+	$(LANE) -m 'vm$(TIER)' --timeout 300 tests/vm; status=$$?; $(BIN)/vmcell dev down; exit $$status
 
 clean:
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis
